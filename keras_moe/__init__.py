@@ -1,0 +1,22 @@
+"""Mixture of experts for Keras 3: sparse, trained by `model.fit`, on TensorFlow, JAX and PyTorch."""
+
+from keras_moe import callbacks, losses, metrics
+from keras_moe.experts import FeedForwardExperts, LayerExperts
+from keras_moe.moe import MixtureOfExperts
+from keras_moe.routing import ExpertChoiceRouter, Router, Routing, SwitchRouter, TopKRouter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertChoiceRouter",
+    "FeedForwardExperts",
+    "LayerExperts",
+    "MixtureOfExperts",
+    "Router",
+    "Routing",
+    "SwitchRouter",
+    "TopKRouter",
+    "callbacks",
+    "losses",
+    "metrics",
+]

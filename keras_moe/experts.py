@@ -1,0 +1,217 @@
+"""Banks of experts: networks from slots to slots. They know neither tokens nor routers.
+
+R rows of slots, C slots per row, D width, E experts, F hidden. With capacity row `e` is expert
+`e`'s; without, a row is a block of one expert's slots and `row_expert` says whose.
+"""
+
+import keras
+from keras import ops
+
+from keras_moe.ops import call_by_row, expert_product
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class FeedForwardExperts(keras.layers.Layer):
+    """`num_experts` two-layer networks as one batched product per kernel.
+
+    Plain, `act(x kernel_in) kernel_out`, or gated (GLU, https://arxiv.org/abs/2002.05202),
+    `(act(x kernel_gate) * x kernel_in) kernel_out`.
+
+    Example:
+
+    ```python
+    experts = keras_moe.FeedForwardExperts(num_experts=8, hidden_dim=1024, activation="relu")
+    outputs = experts(slots)  # [8, slots, dim] -> [8, slots, dim]
+    ```
+
+    Args:
+        num_experts: integer.
+        hidden_dim: integer, the width between the two layers.
+        activation: name or function.
+        gated: whether the hidden units are gated.
+        use_bias: whether the two layers have biases.
+        dropout: rate on the hidden units while training, the "expert dropout" of Switch
+            Transformers (https://arxiv.org/abs/2101.03961), section 2.4: 0.4 while fine-tuning.
+        init_scale: every kernel is drawn per expert from a truncated normal of variance
+            `init_scale / fan_in`, the fan being that of one expert's `[in, out]` matrix. Switch
+            Transformers use 0.1 (section 2.4, Table 3).
+        seed: integer, seed of the initial weights and the dropout.
+
+    Call arguments:
+        inputs: `[rows, slots, dim]` tensor.
+        row_expert: `[rows]` integers; `None` when row `e` is expert `e`'s.
+        training: boolean.
+
+    Returns:
+        `[rows, slots, dim]` tensor.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_dim,
+        activation="relu",
+        gated=False,
+        use_bias=False,
+        dropout=0.0,
+        init_scale=1.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, value in (("num_experts", num_experts), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
+        if init_scale <= 0:
+            raise ValueError(
+                f"`init_scale` must be a positive number. Received: init_scale={init_scale}"
+            )
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.init_scale = init_scale
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, input_shape):
+        dim = input_shape[-1]
+        self.kernel_in = self._add_kernel("kernel_in", dim, self.hidden_dim, 0)
+        if self.gated:
+            self.kernel_gate = self._add_kernel("kernel_gate", dim, self.hidden_dim, 1)
+        self.kernel_out = self._add_kernel("kernel_out", self.hidden_dim, dim, 2)
+        if self.use_bias:
+            self.bias_in = self._add_bias("bias_in", self.hidden_dim)
+            self.bias_out = self._add_bias("bias_out", dim)
+
+    def _add_kernel(self, name, fan_in, fan_out, index):
+        # Keras counts the expert axis as part of the fan; the factor num_experts takes it out.
+        initializer = keras.initializers.VarianceScaling(
+            scale=self.init_scale * self.num_experts,
+            mode="fan_in",
+            distribution="truncated_normal",
+            seed=None if self.seed is None else self.seed + index,
+        )
+        return self.add_weight(
+            name=name, shape=(self.num_experts, fan_in, fan_out), initializer=initializer
+        )
+
+    def _add_bias(self, name, dim):
+        return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
+
+    def call(self, inputs, row_expert=None, training=False):
+        hidden_RCF = expert_product(inputs, self.kernel_in, row_expert)
+        if self.use_bias:
+            hidden_RCF = hidden_RCF + self._of_rows(self.bias_in, row_expert)
+        if self.gated:
+            gate_RCF = expert_product(inputs, self.kernel_gate, row_expert)
+            hidden_RCF = self.activation(gate_RCF) * hidden_RCF
+        else:
+            hidden_RCF = self.activation(hidden_RCF)
+        if training and self.dropout > 0:
+            hidden_RCF = keras.random.dropout(hidden_RCF, self.dropout, seed=self.seed_generator)
+        outputs_RCD = expert_product(hidden_RCF, self.kernel_out, row_expert)
+        if self.use_bias:
+            outputs_RCD = outputs_RCD + self._of_rows(self.bias_out, row_expert)
+        return outputs_RCD
+
+    def _of_rows(self, bias_ED, row_expert):
+        bias_RD = bias_ED if row_expert is None else ops.take(bias_ED, row_expert, axis=0)
+        return ops.expand_dims(bias_RD, axis=1)
+
+    def compute_output_shape(self, input_shape, row_expert=None):
+        return tuple(input_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "init_scale": self.init_scale,
+            "seed": self.seed,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class LayerExperts(keras.layers.Layer):
+    """Any Keras layers or models as experts, one call each on that expert's slots.
+
+    They may differ in everything but the width of their outputs. Each sees `[slots, dim]`, like a
+    batch; with capacity, empty slots hold zeros, and a layer that keeps statistics of its batch
+    counts them.
+
+    Example:
+
+    ```python
+    experts = keras_moe.LayerExperts(
+        [keras.layers.Dense(64), keras.Sequential([keras.layers.Dense(8), keras.layers.Dense(64)])]
+    )
+    ```
+
+    Args:
+        layers: list of `keras.Layer` or `keras.Model`.
+
+    Call arguments:
+        inputs: `[rows, slots, dim]` tensor.
+        row_expert: `[rows]` integers; `None` when row `e` is expert `e`'s.
+        training: boolean.
+
+    Returns:
+        `[rows, slots, output_dim]` tensor.
+
+    Raises:
+        ValueError: if there is no layer, if one is not a Keras layer, or if their output widths
+            differ.
+    """
+
+    def __init__(self, layers, **kwargs):
+        super().__init__(**kwargs)
+        layers = list(layers)
+        if not layers:
+            raise ValueError("`layers` must hold at least one Keras layer. Received: layers=[]")
+        for layer in layers:
+            if not isinstance(layer, keras.Layer):
+                raise ValueError(f"`layers` must be Keras layers. Received: {layer!r}")
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise ValueError("`layers` must be different objects, or experts would share weights.")
+        self.layers = layers
+
+    @property
+    def num_experts(self):
+        return len(self.layers)
+
+    def build(self, input_shape):
+        for layer in self.layers:
+            if not layer.built:
+                layer.build((None, input_shape[-1]))
+        self.compute_output_shape(input_shape)
+
+    def call(self, inputs, row_expert=None, training=False):
+        return call_by_row(self.layers, inputs, row_expert)
+
+    def compute_output_shape(self, input_shape, row_expert=None):
+        shape = (None, input_shape[-1])
+        widths = [tuple(layer.compute_output_shape(shape))[-1] for layer in self.layers]
+        if len(set(widths)) > 1:
+            raise ValueError(f"`layers` must agree in their output width. Received: {widths}")
+        return (*input_shape[:-1], widths[0])
+
+    def get_config(self):
+        layers = [keras.saving.serialize_keras_object(layer) for layer in self.layers]
+        return {**super().get_config(), "layers": layers}
+
+    @classmethod
+    def from_config(cls, config):
+        layers = [keras.saving.deserialize_keras_object(layer) for layer in config["layers"]]
+        return cls(**{**config, "layers": layers})

@@ -1,0 +1,108 @@
+"""Routing statistics: a few bounded figures per layer, padding excluded.
+
+The layer adds up `statistics` of every call in non-trainable weights (a Keras `Metric` that is
+updated inside a layer's `call` does not survive JAX's trainer), and `figures` reads them.
+
+G groups, S tokens per group, K experts per token, E experts, R rows of slots, C slots per row.
+"""
+
+import numpy as np
+from keras import ops
+
+from keras_moe.ops import add_rows
+from keras_moe.routing import ExpertChoiceRouter
+from keras_moe.slots import pool_groups
+
+TOTALS = ("calls", "tokens", "wanted", "kept", "untaken", "entropy", "max_share")
+
+
+def statistics_shapes(num_experts):
+    """Names and shapes of the statistics that a layer keeps."""
+    return {"routing_totals": (len(TOTALS),), "expert_tokens": (num_experts,)}
+
+
+def statistics(routing):
+    """What one call adds to the statistics.
+
+    Args:
+        routing: a `Routing`.
+
+    Returns:
+        Tuple of `routing_totals` `[7]` (in the order of `TOTALS`) and `expert_tokens` `[experts]`,
+        how many choices fell on each expert before any was dropped; both float32.
+    """
+    num_experts = routing.probabilities.shape[-1]
+    groups, tokens = ops.shape(routing.probabilities)[:2]
+    valid_GS = ops.ones((groups, tokens)) if routing.mask is None else ops.cast(routing.mask, "float32")
+
+    experts_per_token_GS = ops.reshape(_experts_per_token(routing), (groups, tokens))
+    expert_tokens_E = _expert_tokens(routing, num_experts)
+    wanted = ops.sum(expert_tokens_E)
+    entropy_GS = -ops.sum(
+        routing.probabilities * ops.log(ops.maximum(routing.probabilities, 1e-30)), axis=-1
+    )
+    totals = {
+        "calls": ops.ones(()),
+        "tokens": ops.sum(valid_GS),
+        "wanted": wanted,
+        "kept": ops.sum(experts_per_token_GS),
+        "untaken": ops.sum(valid_GS * ops.cast(experts_per_token_GS == 0, "float32")),
+        "entropy": ops.sum(valid_GS * entropy_GS) / max(np.log(num_experts), 1e-30),
+        "max_share": ops.max(expert_tokens_E) * num_experts / ops.maximum(wanted, 1.0),
+    }
+    return ops.stack([totals[name] for name in TOTALS]), expert_tokens_E
+
+
+def _experts_per_token(routing):
+    """How many experts serve each token, all groups pooled; float32."""
+    groups, rows, slots = ops.shape(routing.token_index)
+    if routing.slot_index is not None:
+        return ops.sum(ops.cast(routing.slot_index < rows * slots, "float32"), axis=-1)
+    tokens = ops.shape(routing.probabilities)[1]
+    token_M = ops.reshape(pool_groups(routing.token_index, tokens), (-1,))
+    return add_rows(ops.ones((ops.shape(token_M)[0], 1)), token_M, groups * tokens)
+
+
+def _expert_tokens(routing, num_experts):
+    """How many tokens chose each expert (or each expert chose), `[experts]` float32."""
+    if routing.expert_index is None:
+        taken_GEC = routing.token_index < ops.shape(routing.probabilities)[1]
+        return ops.sum(ops.cast(taken_GEC, "float32"), axis=(0, 2))
+    chosen = routing.expert_index[..., None] == ops.arange(num_experts, dtype="int32")
+    return ops.sum(ops.cast(chosen, "float32"), axis=(0, 1, 2))
+
+
+def figures(totals, expert_tokens, expert_choice=False):
+    """The figures that a layer's statistics amount to.
+
+    Args:
+        totals: `[7]` array, the sums of `statistics`.
+        expert_tokens: `[experts]` array.
+        expert_choice: whether experts chose; adds two figures.
+
+    Returns:
+        Dictionary of floats. `dropped`: share of the choices that found their expert full, 0 to 1.
+        `max_share`: the most chosen expert's choices relative to a fair share, mean over batches,
+        1 to the number of experts. `dead`: share of experts that no token chose in all that time.
+        `entropy`: of the router's probabilities, mean over tokens, relative to its maximum.
+        With expert choice also `untaken`, the share of tokens that no expert took, and
+        `experts_per_token`, the mean over tokens. All are 0 when nothing was seen.
+    """
+    total = dict(zip(TOTALS, np.asarray(totals, "float64").tolist(), strict=True))
+    calls, tokens, wanted = (max(total[name], 1.0) for name in ("calls", "tokens", "wanted"))
+    result = {
+        "dropped": (total["wanted"] - total["kept"]) / wanted,
+        "max_share": total["max_share"] / calls,
+        "dead": float(np.mean(np.asarray(expert_tokens) == 0)) if total["calls"] else 0.0,
+        "entropy": total["entropy"] / tokens,
+    }
+    if expert_choice:
+        result["untaken"] = total["untaken"] / tokens
+        result["experts_per_token"] = total["kept"] / tokens
+    return result
+
+
+def read(layer):
+    """The `figures` of what a built `MixtureOfExperts` layer has seen since its statistics were reset."""
+    totals, expert_tokens = (ops.convert_to_numpy(variable) for variable in layer.statistics)
+    return figures(totals, expert_tokens, isinstance(layer.router, ExpertChoiceRouter))

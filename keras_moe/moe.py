@@ -1,0 +1,179 @@
+"""The mixture-of-experts layer: router -> dispatch -> experts -> combine."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_moe import metrics
+from keras_moe.dispatch import combine, dispatch
+from keras_moe.routing import Router
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MixtureOfExperts(keras.layers.Layer):
+    """Sends every token to a few experts and sums what they make of it.
+
+    Only the chosen experts run, on the tokens that chose them (or that they chose). A token that no
+    expert serves comes out as exactly zero: put a residual connection around the layer.
+
+    The router's losses are added with `add_loss`, and routing statistics are kept in two
+    non-trainable weights for `keras_moe.callbacks.RoutingMetrics`; they are not saved.
+
+    Example:
+
+    ```python
+    layer = keras_moe.MixtureOfExperts(
+        keras_moe.FeedForwardExperts(num_experts=8, hidden_dim=1024),
+        keras_moe.SwitchRouter(),
+    )
+    outputs = inputs + layer(inputs)  # [batch, length, dim]
+    ```
+
+    Args:
+        experts: a bank of experts: `FeedForwardExperts`, `LayerExperts`, or any layer with
+            `num_experts` that maps `[rows, slots, dim]` and `row_expert` to `[rows, slots, out]`.
+        router: `SwitchRouter`, `TopKRouter`, `ExpertChoiceRouter` or another `Router`.
+        group: the tokens that share a capacity, and among which experts choose. `"sequence"`: each
+            sequence by itself, so that no sequence ever changes another's output. `"batch"`: all
+            tokens of the batch. A number: that many tokens at a time, in order, the last group
+            filled up with padding. An encoder routes better in large groups (a small group wastes
+            the `min_capacity` slots of many experts); a decoder needs `"sequence"`.
+
+    Call arguments:
+        inputs: `[batch, length, dim]` tensor, or `[tokens, dim]`, which is one group.
+        mask: booleans, `inputs.shape[:-1]`; `False` for padding, which takes no slot, enters no
+            loss and no statistic, and comes out as zero. Keras passes an upstream mask by itself.
+        training: boolean; jitter, dropout and the training capacity only when `True`.
+
+    Returns:
+        Tensor shaped like `inputs`, but for the width of the experts' output.
+
+    Raises:
+        ValueError: if an argument is out of range, if the router does not fit the number of
+            experts, or if the inputs or the mask have another shape.
+    """
+
+    def __init__(self, experts, router, group="sequence", **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(router, Router):
+            raise ValueError(f"`router` must be a `keras_moe` router. Received: router={router!r}")
+        if not isinstance(experts, keras.Layer) or not hasattr(experts, "num_experts"):
+            raise ValueError(
+                "`experts` must be a layer with `num_experts`, such as `FeedForwardExperts` or "
+                f"`LayerExperts`. Received: experts={experts!r}"
+            )
+        is_number = isinstance(group, int) and not isinstance(group, bool) and group >= 1
+        if group not in ("sequence", "batch") and not is_number:
+            raise ValueError(
+                "`group` must be 'sequence', 'batch' or a positive number of tokens. "
+                f"Received: group={group!r}"
+            )
+        router.set_num_experts(experts.num_experts)
+        self.experts = experts
+        self.router = router
+        self.group = group
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if len(input_shape) not in (2, 3) or input_shape[-1] is None:
+            raise ValueError(
+                "`inputs` must be [tokens, dim] or [batch, length, dim] with a known dim. "
+                f"Received: inputs of shape {tuple(input_shape)}"
+            )
+        if not self.router.built:
+            self.router.build((None, None, input_shape[-1]))
+        if not self.experts.built:
+            self.experts.build((None, None, input_shape[-1]))
+        self.statistics = [
+            self.add_weight(
+                name=name,
+                shape=shape,
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+                aggregation="sum",
+            )
+            for name, shape in metrics.statistics_shapes(self.router.num_experts).items()
+        ]
+
+    def call(self, inputs, mask=None, training=False):
+        x_GSD, mask_GS = self._split(inputs, mask)
+        groups, tokens, _ = ops.shape(x_GSD)
+        routing = self.router(x_GSD, mask=mask_GS, training=training)
+        slots_RCD = dispatch(x_GSD, routing)
+        slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
+        y_GSD = combine(slots_RCD, routing, groups, tokens)
+
+        for loss in self.router.auxiliary_losses(routing):
+            self.add_loss(loss)
+        for variable, value in zip(self.statistics, metrics.statistics(routing), strict=True):
+            variable.assign_add(ops.stop_gradient(value))
+        return self._join(y_GSD, inputs)
+
+    def _split(self, inputs, mask):
+        """Tokens in groups: `[groups, tokens, dim]` and their mask `[groups, tokens]`."""
+        dim = inputs.shape[-1]
+        if mask is not None:
+            self._check_mask(mask, inputs)
+            mask = ops.cast(mask, "bool")
+        if len(inputs.shape) == 3 and self.group == "sequence":
+            return inputs, mask
+        x_TD = ops.reshape(inputs, (-1, dim))
+        mask_T = None if mask is None else ops.reshape(mask, (-1,))
+        if isinstance(self.group, str):
+            return x_TD[None], None if mask is None else mask_T[None]
+
+        num_tokens = ops.shape(x_TD)[0]
+        padding = -num_tokens % self.group
+        if mask_T is None and not (isinstance(padding, int) and padding == 0):
+            mask_T = ops.ones((num_tokens,), dtype="bool")
+        x_TD = ops.pad(x_TD, ((0, padding), (0, 0)))
+        if mask_T is not None:
+            mask_T = ops.reshape(ops.pad(mask_T, ((0, padding),)), (-1, self.group))
+        return ops.reshape(x_TD, (-1, self.group, dim)), mask_T
+
+    def _join(self, y_GSD, inputs):
+        y_TD = ops.reshape(y_GSD, (-1, y_GSD.shape[-1]))
+        leading = ops.shape(inputs)[:-1]
+        if isinstance(self.group, int):
+            y_TD = y_TD[: math.prod(leading)]
+        return ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
+
+    def _check_mask(self, mask, inputs):
+        given, allowed = tuple(mask.shape), tuple(inputs.shape[:-1])
+        fits = len(given) == len(allowed) and all(
+            a == b or None in (a, b) for a, b in zip(given, allowed, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"`mask` must have the inputs' shape without the last axis, {allowed}. "
+                f"Received: mask of shape {given}"
+            )
+
+    def compute_output_shape(self, input_shape):
+        slots_shape = (None, None, input_shape[-1])
+        return (*input_shape[:-1], self.experts.compute_output_shape(slots_shape)[-1])
+
+    def save_own_variables(self, store):
+        """Statistics of the run are not part of a checkpoint."""
+
+    def load_own_variables(self, store):
+        """Statistics of the run are not part of a checkpoint."""
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "experts": keras.saving.serialize_keras_object(self.experts),
+            "router": keras.saving.serialize_keras_object(self.router),
+            "group": self.group,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name])
+            for name in ("experts", "router")
+        }
+        return cls(**{**config, **parts})

@@ -1,0 +1,222 @@
+"""Who sits where: tables of slots, filled from tokens' choices or from experts' choices.
+
+G groups, S tokens per group, K experts per token, N = S*K assignments per group, E experts,
+R rows of slots, C slots per row. Every row belongs to one expert. With capacity there is one row
+per expert (R = E) and an assignment that finds its expert's row full is dropped; without capacity
+an expert has as many rows as its assignments need, and nothing is dropped.
+
+Selection has no gradient: all of this file is integers, except the scores that experts choose by.
+"""
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe.ops import take_rows, top_k
+
+
+class Slots(NamedTuple):
+    """A table of slots, read in both directions."""
+
+    assignment_index: Any  # [G, R, C] the assignment in each slot; N where the slot is empty
+    slot_index: Any  # [G, N] the slot r*C + c of each assignment; R*C where it was dropped
+    row_expert: Any  # [R] the expert of each row; None when row e is expert e's
+
+
+def capacity(tokens, num_experts, factor, k=1, minimum=1):
+    """Slots per expert and group: `max(minimum, ceil(tokens * k * factor / num_experts))`.
+
+    Switch Transformers (https://arxiv.org/abs/2101.03961), Eq. 3; the paper leaves the rounding
+    open, here it is always up. The factor is taken as the decimal that was written, not as its
+    binary neighbour: 100 tokens, 10 experts and 1.1 make 11 slots, not 12.
+
+    Args:
+        tokens: tokens per group, padding included; an integer, or a scalar tensor where the shape
+            is not known before run time.
+        num_experts: integer.
+        factor: capacity factor, a positive number.
+        k: experts per token.
+        minimum: fewest slots.
+
+    Returns:
+        An integer, or a scalar tensor where `tokens` is one.
+    """
+    factor = Fraction(factor).limit_denominator(1000)
+    slots = -(-tokens * k * factor.numerator // (num_experts * factor.denominator))
+    return max(minimum, slots) if isinstance(slots, int) else ops.maximum(minimum, slots)
+
+
+def by_capacity(expert_index_GN, num_experts, capacity):
+    """Seats assignments in their order, `capacity` at most per expert and group.
+
+    Args:
+        expert_index_GN: `[groups, assignments]` integers; `num_experts` marks an assignment that
+            takes no slot (padding).
+        num_experts: integer.
+        capacity: slots per expert and group.
+
+    Returns:
+        `Slots` with `R = num_experts` rows of `capacity` slots.
+    """
+    row_E = ops.arange(num_experts, dtype="int32")
+    one_row_E = ops.ones_like(row_E)
+    return Slots(
+        *_seat(expert_index_GN, num_experts, one_row_E[None], row_E[None], row_E, capacity), None
+    )
+
+
+def by_blocks(expert_index_GN, num_experts):
+    """Seats every assignment: sorted by expert, each expert's share padded to whole rows.
+
+    The shapes do not depend on the routing, so that it compiles: `m` experts with `N` assignments
+    among them need at most `(N - m) // C + m` rows of `C` slots.
+
+    Args:
+        expert_index_GN: `[groups, assignments]` integers; `num_experts` marks padding.
+        num_experts: integer.
+
+    Returns:
+        `Slots` of one group (the groups share their rows), so `assignment_index` is `[1, R, C]`
+        and `slot_index` `[1, G*N]`.
+    """
+    expert_index_1N = ops.reshape(expert_index_GN, (1, -1))
+    assignments = ops.shape(expert_index_1N)[1]
+    size = _block_size(assignments, num_experts)
+    if isinstance(assignments, int):
+        busy = min(num_experts, assignments)
+    else:
+        busy = ops.minimum(num_experts, assignments)
+    num_rows = (assignments - busy) // size + busy
+
+    rows_E = (_count(expert_index_1N, num_experts)[0] + size - 1) // size
+    row_end_E = ops.cumsum(rows_E)
+    row_R = ops.arange(num_rows, dtype="int32")
+    row_expert_R = ops.sum(ops.cast(row_end_E <= row_R[:, None], "int32"), axis=1)
+    row_expert_R = ops.minimum(row_expert_R, num_experts - 1)  # rows left over: the last expert's
+    row_start_E = row_end_E - rows_E
+    seated = _seat(
+        expert_index_1N, num_experts, rows_E[None], row_start_E[None], row_expert_R, size
+    )
+    return Slots(*seated, row_expert_R)
+
+
+def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
+    """Lets every expert take its `capacity` best tokens.
+
+    Expert Choice (https://arxiv.org/abs/2202.09368), Eq. 2. Padding is never taken. Equal scores go
+    to the earlier token.
+
+    Args:
+        score_GSE: `[groups, tokens, experts]` non-negative scores.
+        capacity: tokens per expert and group.
+        mask_GS: `[groups, tokens]` booleans, `False` for padding.
+        max_experts_per_token: most experts that may share a token. The paper solves a linear
+            programme for it; here tokens and experts are matched as colleges and students are
+            (Gale and Shapley 1962): experts ask for their best tokens, a token keeps its best
+            offers, and refused experts ask again, for a bounded number of rounds. The cap always
+            holds; an expert that runs out of rounds leaves slots empty.
+
+    Returns:
+        Tuple of `token_index` and `score`, both `[groups, experts, capacity]`; an empty slot has
+        token index S and score 0.
+    """
+    score_GES = ops.transpose(score_GSE, (0, 2, 1))
+    num_experts, tokens = score_GSE.shape[2], ops.shape(score_GSE)[1]
+    wish_GES = ops.stop_gradient(score_GES)
+    if mask_GS is not None:
+        wish_GES = ops.where(mask_GS[:, None, :], wish_GES, -1.0)
+    if max_experts_per_token is not None and max_experts_per_token < num_experts:
+        wish_GES = _match(wish_GES, capacity, max_experts_per_token)
+    wish_GEC, token_index_GEC = top_k(wish_GES, capacity)
+    score_GEC = ops.take_along_axis(score_GES, token_index_GEC, axis=2)
+    taken_GEC = wish_GEC >= 0
+    return (
+        ops.where(taken_GEC, token_index_GEC, ops.cast(tokens, "int32")),
+        ops.where(taken_GEC, score_GEC, 0.0),
+    )
+
+
+def pool_groups(index, size):
+    """Positions within each group as positions in all groups laid end to end.
+
+    Args:
+        index: `[groups, ...]` integers in `[0, size]`.
+        size: entries per group; `size` itself marks no entry.
+
+    Returns:
+        Integers of the same shape in `[0, groups * size]`; the last again marks none.
+    """
+    groups = ops.shape(index)[0]
+    group = ops.arange(groups, dtype="int32")
+    group = ops.reshape(group, (-1,) + (1,) * (len(index.shape) - 1))
+    return ops.where(index == size, groups * size, index + group * size)
+
+
+def look_up(value_GN, assignment_index_GRC):
+    """The assignments' values in their slots, `[groups, rows, slots]`; 0 where a slot is empty."""
+    index_GRC = pool_groups(assignment_index_GRC, ops.shape(value_GN)[1])
+    return take_rows(ops.reshape(value_GN, (-1, 1)), index_GRC)[..., 0]
+
+
+def _seat(expert_index_GN, num_experts, rows_GE, row_start_GE, row_expert_R, size):
+    """Seats the c-th assignment of an expert in slot c of its rows; past its last row it is dropped."""
+    groups, assignments = ops.shape(expert_index_GN)
+    num_rows = ops.shape(row_expert_R)[0]
+    count_GE = _count(expert_index_GN, num_experts)
+    first_GE = ops.cumsum(count_GE, axis=1) - count_GE  # where an expert starts in the sorted order
+    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: keeps token order
+
+    # Slot -> assignment: which rank among its expert's assignments a slot holds, found in the order.
+    row_GR = ops.arange(num_rows, dtype="int32") - ops.take(row_start_GE, row_expert_R, axis=1)
+    rank_GRC = row_GR[:, :, None] * size + ops.arange(size, dtype="int32")
+    filled_GRC = rank_GRC < ops.take(count_GE, row_expert_R, axis=1)[:, :, None]
+    sorted_GRC = ops.take(first_GE, row_expert_R, axis=1)[:, :, None] + rank_GRC
+    sorted_GM = ops.reshape(ops.where(filled_GRC, sorted_GRC, 0), (groups, num_rows * size))
+    assignment_GM = ops.take_along_axis(order_GN, sorted_GM, axis=1)
+    assignment_GRC = ops.reshape(assignment_GM, (groups, num_rows, size))
+    assignment_GRC = ops.where(filled_GRC, assignment_GRC, assignments)
+
+    # Assignment -> slot: its rank among its expert's, counted on from that expert's first row.
+    expert_GN = ops.minimum(expert_index_GN, num_experts - 1)
+    sorted_at_GN = ops.cast(ops.argsort(order_GN, axis=1), "int32")
+    rank_GN = sorted_at_GN - ops.take_along_axis(first_GE, expert_GN, axis=1)
+    start_GN = ops.take_along_axis(ops.broadcast_to(row_start_GE, ops.shape(count_GE)), expert_GN, axis=1)
+    seats_GN = ops.take_along_axis(ops.broadcast_to(rows_GE, ops.shape(count_GE)), expert_GN, axis=1) * size
+    kept_GN = (rank_GN < seats_GN) & (expert_index_GN < num_experts)
+    return assignment_GRC, ops.where(kept_GN, start_GN * size + rank_GN, num_rows * size)
+
+
+def _count(expert_index_GN, num_experts):
+    """Assignments per group and expert, `[G, E]`."""
+    chosen_GNE = expert_index_GN[:, :, None] == ops.arange(num_experts, dtype="int32")
+    return ops.sum(ops.cast(chosen_GNE, "int32"), axis=1)
+
+
+def _block_size(assignments, num_experts):
+    """Slots per row without capacity: a power of two that leaves about an eighth of them empty."""
+    if not isinstance(assignments, int):
+        return 32  # not known before run time
+    share = max(1, assignments // (4 * num_experts))
+    return min(256, 1 << (share.bit_length() - 1))
+
+
+_ROUNDS = 8
+
+
+def _match(wish_GES, capacity, cap):
+    """Refuses offers until no token has more than `cap`; a refused wish becomes -1."""
+    for _ in range(_ROUNDS):
+        asked_GES = _best(wish_GES, capacity)
+        offer_GSE = ops.transpose(ops.where(asked_GES, wish_GES, -1.0), (0, 2, 1))
+        kept_GES = ops.transpose(_best(offer_GSE, cap), (0, 2, 1))
+        wish_GES = ops.where(asked_GES & ~kept_GES, -1.0, wish_GES)
+    return ops.where(asked_GES & kept_GES, wish_GES, -1.0)
+
+
+def _best(x, k):
+    """Which entries of the last axis are among its `k` largest; equal ones in order of position."""
+    values, index = top_k(x, k)
+    position = ops.arange(ops.shape(x)[-1], dtype="int32")
+    tied = (x == values[..., -1:]) & (position <= index[..., -1:])
+    return (x > values[..., -1:]) | tied
