@@ -7,7 +7,7 @@ R rows of slots, C slots per row, D width, E experts, F hidden. With capacity ro
 import keras
 from keras import ops
 
-from keras_moe.ops import call_by_row, expert_product
+from keras_moe.ops import call_by_row, dropout, expert_product
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -116,7 +116,7 @@ class FeedForwardExperts(keras.layers.Layer):
         else:
             hidden_RCF = self.activation(hidden_RCF)
         if training and self.dropout > 0:
-            hidden_RCF = keras.random.dropout(hidden_RCF, self.dropout, seed=self.seed_generator)
+            hidden_RCF = dropout(hidden_RCF, self.dropout, self.seed_generator)
         outputs_RCD = expert_product(hidden_RCF, self.kernel_out, row_expert)
         if self.use_bias:
             outputs_RCD = outputs_RCD + self._of_rows(self.bias_out, row_expert)

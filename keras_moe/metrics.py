@@ -33,7 +33,9 @@ def statistics(routing):
     """
     num_experts = routing.probabilities.shape[-1]
     groups, tokens = ops.shape(routing.probabilities)[:2]
-    valid_GS = ops.ones((groups, tokens)) if routing.mask is None else ops.cast(routing.mask, "float32")
+    valid_GS = (
+        ops.ones((groups, tokens)) if routing.mask is None else ops.cast(routing.mask, "float32")
+    )
 
     experts_per_token_GS = ops.reshape(_experts_per_token(routing), (groups, tokens))
     expert_tokens_E = _expert_tokens(routing, num_experts)

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.ops import top_k
+from keras_moe.ops import top_k, uniform
 
 
 class Routing(NamedTuple):
@@ -136,13 +136,8 @@ class Router(keras.layers.Layer):
         """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""
         inputs = ops.cast(inputs, "float32")
         if training and self.jitter > 0:
-            noise = keras.random.uniform(
-                ops.shape(inputs),
-                1.0 - self.jitter,
-                1.0 + self.jitter,
-                dtype="float32",
-                seed=self.seed_generator,
-            )
+            low, high = 1.0 - self.jitter, 1.0 + self.jitter
+            noise = uniform(ops.shape(inputs), low, high, self.seed_generator)
             inputs = inputs * noise
         logits = ops.matmul(inputs, self.kernel)
         return logits, ops.softmax(logits, axis=-1)
@@ -272,9 +267,7 @@ class TopKRouter(Router):
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)
         if self.load_balancing_weight != 0:
-            loss = losses.load_balancing(
-                routing.probabilities, routing.expert_index, routing.mask
-            )
+            loss = losses.load_balancing(routing.probabilities, routing.expert_index, routing.mask)
             result.append(self.load_balancing_weight * loss)
         return result
 
@@ -451,7 +444,9 @@ class ExpertChoiceRouter(Router):
             factor = self.eval_capacity_factor
         tokens = ops.shape(inputs)[1]
         capacity = slots.capacity(tokens, self.num_experts, factor)
-        capacity = min(tokens, capacity) if isinstance(tokens, int) else ops.minimum(tokens, capacity)
+        capacity = (
+            min(tokens, capacity) if isinstance(tokens, int) else ops.minimum(tokens, capacity)
+        )
         token_index_GEC, weight_GEC = slots.by_score(
             probabilities_GSE, capacity, mask, self.max_experts_per_token
         )

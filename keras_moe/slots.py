@@ -181,8 +181,13 @@ def _seat(expert_index_GN, num_experts, rows_GE, row_start_GE, row_expert_R, siz
     expert_GN = ops.minimum(expert_index_GN, num_experts - 1)
     sorted_at_GN = ops.cast(ops.argsort(order_GN, axis=1), "int32")
     rank_GN = sorted_at_GN - ops.take_along_axis(first_GE, expert_GN, axis=1)
-    start_GN = ops.take_along_axis(ops.broadcast_to(row_start_GE, ops.shape(count_GE)), expert_GN, axis=1)
-    seats_GN = ops.take_along_axis(ops.broadcast_to(rows_GE, ops.shape(count_GE)), expert_GN, axis=1) * size
+    start_GN = ops.take_along_axis(
+        ops.broadcast_to(row_start_GE, ops.shape(count_GE)), expert_GN, axis=1
+    )
+    seats_GN = (
+        ops.take_along_axis(ops.broadcast_to(rows_GE, ops.shape(count_GE)), expert_GN, axis=1)
+        * size
+    )
     kept_GN = (rank_GN < seats_GN) & (expert_index_GN < num_experts)
     return assignment_GRC, ops.where(kept_GN, start_GN * size + rank_GN, num_rows * size)
 

@@ -1,0 +1,179 @@
+import gzip
+import io
+import json
+
+import keras
+import pytest
+import sentencepiece
+
+from zoo.tokenizer import ZooTokenizer, default_tokenizer
+from zoo.train_tokenizer import REQUIRED_CHARACTERS, main, sample_sentences, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return default_tokenizer()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two corpora: `plain` with 40 sentences in two files, `rare` with 4 in one."""
+
+    def write(name, texts):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"title": "", "text": text}) + "\n" for text in texts)
+
+    write("plain-train-00.jsonl.gz", [f"The cat number 19{i} sat. It slept!" for i in range(10)])
+    write("plain-train-01.jsonl.gz", [f"A dog named {i} ran.\n\nWhere to?" for i in range(10)])
+    write("rare-train-00.jsonl.gz", ["Quiet zebras jump over. Foxes vex me. Why? Because."])
+    return sorted(tmp_path.glob("*.gz"))
+
+
+def ids(tokenizer, text):
+    return keras.ops.convert_to_numpy(tokenizer(text)).tolist()
+
+
+# The shipped vocabulary.
+
+
+def test_vocabulary_and_special_pieces(tokenizer):
+    assert tokenizer.vocabulary_size() == 8000
+    assert tokenizer.get_vocabulary()[:3] == ["<pad>", "</s>", "<unk>"]
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.end_token_id == tokenizer.start_token_id == 1
+    assert tokenizer.token_to_id("no such piece") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The quick brown Fox.", "the quick brown fox."),
+        ("It's 1984; don't  “WORRY” — Café…", "it's 1984; don't “worry” — café..."),
+        ("a & b = #7 <c> {d}", "a & b = #7 <c> {d}"),
+        ("", ""),
+    ],
+)
+def test_a_text_comes_back_case_folded(tokenizer, text, expected):
+    assert tokenizer.detokenize(ids(tokenizer, text)) == expected
+
+
+def test_digits_are_split_and_no_required_character_is_unknown(tokenizer):
+    pieces = [tokenizer.id_to_token(id) for id in ids(tokenizer, "1984")]
+    assert pieces == ["▁", "1", "9", "8", "4"]
+    assert 2 not in ids(tokenizer, REQUIRED_CHARACTERS)
+    assert 2 in ids(tokenizer, "漢")
+
+
+def test_batches_and_padding():
+    tokenizer = default_tokenizer(sequence_length=6, add_eos=True)
+    short, long = keras.ops.convert_to_numpy(tokenizer(["the", "one two three four five six"]))
+    assert short.tolist()[1:] == [1, 0, 0, 0, 0]
+    assert len(long) == 6 and 0 not in long
+
+
+def test_config_and_vocabulary_round_trip(tokenizer, tmp_path):
+    tokenizer.save_assets(tmp_path)
+    for copy in (
+        ZooTokenizer.from_config(tokenizer.get_config()),
+        keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(tokenizer)),
+    ):
+        assert isinstance(copy, ZooTokenizer)
+        copy.load_assets(tmp_path)
+        assert copy.end_token_id == 1
+        assert ids(copy, "A round trip.") == ids(tokenizer, "A round trip.")
+
+
+# Wrong files.
+
+
+@pytest.mark.parametrize("proto", [b"", b"no model"])
+def test_not_a_model(proto):
+    with pytest.raises(ValueError, match="`proto` must be a SentencePiece model"):
+        ZooTokenizer(proto=proto)
+
+
+def test_not_a_model_file(tmp_path):
+    path = tmp_path / "notes.spm"
+    path.write_text("no model")
+    with pytest.raises(ValueError, match="`proto` must be .* Received: .*notes.spm"):
+        ZooTokenizer(proto=str(path))
+    with pytest.raises(FileNotFoundError, match="missing.spm"):
+        ZooTokenizer(proto=str(tmp_path / "missing.spm"))
+
+
+def test_a_model_without_the_special_pieces():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d"] * 10), model_writer=model, vocab_size=8, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="special token `'<pad>'`"):
+        ZooTokenizer(proto=model.getvalue())
+
+
+# Training.
+
+
+def test_every_corpus_gives_its_share(corpus):
+    sample = sample_sentences(corpus, num_sentences=8)
+    rare = {"Quiet zebras jump over.", "Foxes vex me.", "Why?", "Because."}
+    assert len(sample) == 8
+    assert rare < set(sample)  # all four, and four of the other forty
+    assert sample_sentences(corpus, 8, seed=0) == sample != sample_sentences(corpus, 8, seed=1)
+
+
+def test_training_is_deterministic(corpus, tmp_path):
+    files = [str(path) for path in corpus]
+    first, second = tmp_path / "first.spm", tmp_path / "second.spm"
+    for output, order in ((first, files), (second, files[::-1])):
+        main([*order, "--output", str(output), "--pieces", "90"])
+    assert first.read_bytes() == second.read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_trained_vocabulary_is_like_the_shipped_one(corpus):
+    tokenizer = ZooTokenizer(proto=train(sample_sentences(corpus, 100), 90))
+    assert tokenizer.vocabulary_size() == 90
+    assert tokenizer.get_vocabulary()[:3] == ["<pad>", "</s>", "<unk>"]
+    assert tokenizer.detokenize(ids(tokenizer, "The zebra & 19 CATS.")) == "the zebra & 19 cats."
+    assert not [piece for piece in tokenizer.get_vocabulary() if "19" in piece]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"not gzip",
+        gzip.compress(b'{"text": "Cut off."}')[:-12],
+        gzip.compress(b"not JSON\n"),
+        gzip.compress(b'{"title": "No text"}\n'),
+        gzip.compress(b'{"text": 7}\n'),
+        gzip.compress(b"[]\n"),
+    ],
+)
+def test_odd_file(tmp_path, content):
+    path = tmp_path / "plain-train-00.jsonl.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="Expected gzip with one .* Received: .*plain-train-00"):
+        sample_sentences([path], 10)
+
+
+def test_empty_and_held_out_files(tmp_path):
+    empty = tmp_path / "plain-train-00.jsonl.gz"
+    empty.write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match="The files of corpus plain hold no text"):
+        sample_sentences([empty], 10)
+    with pytest.raises(ValueError, match="Held-out files are for evaluation only"):
+        sample_sentences([tmp_path / "plain-heldout-00.jsonl.gz"], 10)
+
+
+def test_too_many_pieces():
+    with pytest.raises(ValueError, match="num_pieces=8000 .*too high"):
+        train(["Few words."], 8000)
+
+
+def test_the_command_reports_in_one_sentence(tmp_path):
+    missing = str(tmp_path / "missing.jsonl.gz")
+    with pytest.raises(SystemExit, match="error: Expected gzip .*missing.jsonl.gz"):
+        main([missing, "--output", str(tmp_path / "out.spm")])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,31 @@
+"""Mixture-of-experts Transformers: builders, tasks and checkpoints, on top of `keras_moe`.
+
+Names are imported when they are first used, so that `python -m zoo --backend jax` can choose the
+backend before Keras is loaded.
+"""
+
+import importlib
+
+_HOME = {
+    "EncoderBackbone": "zoo.models.encoder",
+    "EncoderTextClassifier": "zoo.models.encoder",
+    "EncoderTextClassifierPreprocessor": "zoo.models.encoder",
+    "EncoderTokenizer": "zoo.models.encoder",
+    "dense_transformer": "zoo.models.builders",
+    "expert_choice_transformer": "zoo.models.builders",
+    "switch_transformer": "zoo.models.builders",
+    "finetune": "zoo.training",
+    "from_preset": "zoo.presets",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,86 @@
+"""Tokenised examples as batches of a few lengths, so that short texts cost little and steps compile once each."""
+
+import keras
+import numpy as np
+
+
+class TokenBatches(keras.utils.PyDataset):
+    """Batches of examples of like length, each cut to the shortest length that holds them.
+
+    Every batch has the same size and one of `lengths`, so that a compiled step meets only so many
+    shapes. While training, examples and batches are shuffled anew each epoch and the examples that
+    fill no batch sit the epoch out; otherwise the last batch of each length is filled up with rows
+    of padding, and `order` says which example each row is.
+
+    Args:
+        token_ids: `[examples, length]` integers.
+        padding_mask: `[examples, length]` booleans.
+        labels: `[examples]` array.
+        batch_size: rows per batch.
+        lengths: ascending lengths; the last is that of `token_ids`.
+        shuffle_seed: integer; `None` keeps the order and every example.
+        epoch: the epoch to start from; each has its own order, whatever came before.
+    """
+
+    def __init__(
+        self, token_ids, padding_mask, labels, batch_size, lengths, shuffle_seed=None, epoch=0
+    ):
+        super().__init__()
+        self.token_ids = token_ids
+        self.padding_mask = padding_mask
+        self.labels = labels
+        self.batch_size = batch_size
+        self.lengths = lengths
+        self.shuffle_seed = shuffle_seed
+        self.epoch = epoch
+        self._deal()
+
+    def _deal(self):
+        """Deals the examples out to batches: a list of (length, positions)."""
+        count = self.padding_mask.sum(axis=1)
+        order = np.arange(len(count))
+        if self.shuffle_seed is not None:
+            generator = np.random.default_rng((self.shuffle_seed, self.epoch))
+            generator.shuffle(order)
+        bucket = np.searchsorted(self.lengths, count[order])
+        self.batches = []
+        for number, length in enumerate(self.lengths):
+            members = order[bucket == number]
+            for start in range(0, len(members), self.batch_size):
+                batch = members[start : start + self.batch_size]
+                if len(batch) == self.batch_size or self.shuffle_seed is None:
+                    self.batches.append((length, batch))
+        if self.shuffle_seed is not None:
+            generator.shuffle(self.batches)
+        # On TensorFlow Keras takes the shapes to expect from the first two batches.
+        others = [n for n, batch in enumerate(self.batches) if batch[0] != self.batches[0][0]]
+        if others:
+            self.batches.insert(1, self.batches.pop(others[0]))
+
+    @property
+    def order(self):
+        """The example in each row of all batches, -1 for a row of padding."""
+        rows = np.full((len(self.batches), self.batch_size), -1)
+        for row, (_, batch) in zip(rows, self.batches, strict=True):
+            row[: len(batch)] = batch
+        return rows.reshape(-1)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        length, batch = self.batches[index]
+        missing = self.batch_size - len(batch)
+        weight = np.pad(np.ones(len(batch), "float32"), (0, missing))
+        rows = np.pad(batch, (0, missing), mode="edge")
+        mask = self.padding_mask[rows, :length] & (weight[:, None] > 0)
+        x = {
+            "token_ids": self.token_ids[rows, :length].astype("int32"),
+            "padding_mask": mask.astype("int32"),
+        }
+        return x, self.labels[rows], weight
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        if self.shuffle_seed is not None:
+            self._deal()

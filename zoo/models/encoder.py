@@ -1,0 +1,252 @@
+"""A T5-style encoder whose feed-forward layers are dense or sparse, and a classifier on top of it.
+
+Dense, Switch and expert choice encoders are one implementation: they differ in the router that is
+handed over (none, `SwitchRouter`, `ExpertChoiceRouter`, or any other of `keras_moe`).
+"""
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_moe import FeedForwardExperts, MixtureOfExperts
+from zoo.layers import Dropout, FeedForward, RelativePositionBias, SelfAttention, TransformerBlock
+from zoo.tokenizer import ZooTokenizer
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class EncoderBackbone(keras_hub.models.Backbone):
+    """A Transformer encoder with a mixture of experts in every `sparse_step`-th block.
+
+    Inputs are a dictionary of `token_ids` and `padding_mask`, both `[batch, length]`; the output is
+    `[batch, length, hidden_dim]`. Blocks are counted from 1: with `sparse_step=2` the second,
+    fourth, ... are sparse, as in Switch Transformers (https://arxiv.org/abs/2101.03961).
+
+    Args:
+        vocabulary_size: rows of the embedding table.
+        num_layers: blocks.
+        num_heads: attention heads.
+        hidden_dim: width of the model.
+        key_dim: width of a head.
+        intermediate_dim: hidden width of the dense feed-forward layers.
+        router: a `keras_moe` router, copied into every sparse block; `None` for a dense encoder.
+        num_experts: experts per sparse block.
+        expert_dim: hidden width of an expert; `None`: `intermediate_dim`.
+        sparse_step: every how many blocks one is sparse.
+        group: the tokens that are routed together, see `keras_moe.MixtureOfExperts`. The default is
+            the whole batch: an encoder has no future to leak.
+        activation: of the feed-forward layers.
+        dropout: rate after the embedding and in and after every sub-layer.
+        expert_dropout: rate on the experts' hidden units.
+        expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
+        dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_heads,
+        hidden_dim,
+        key_dim,
+        intermediate_dim,
+        router=None,
+        num_experts=8,
+        expert_dim=None,
+        sparse_step=2,
+        group="batch",
+        activation="relu",
+        dropout=0.1,
+        expert_dropout=0.1,
+        expert_init_scale=1.0,
+        dtype=None,
+        **kwargs,
+    ):
+        # === Layers ===
+        token_embedding = keras.layers.Embedding(
+            vocabulary_size,
+            hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        position_bias = RelativePositionBias(num_heads, dtype=dtype, name="position_bias")
+
+        def feed_forward(number):
+            if router is None or number % sparse_step:
+                return FeedForward(
+                    intermediate_dim, activation, dropout, dtype=dtype, name="feed_forward"
+                )
+            experts = FeedForwardExperts(
+                num_experts,
+                expert_dim or intermediate_dim,
+                activation=activation,
+                dropout=expert_dropout,
+                init_scale=expert_init_scale,
+                dtype=dtype,
+                name="experts",
+            )
+            copy = type(router).from_config({**router.get_config(), "name": "router"})
+            return MixtureOfExperts(experts, copy, group, dtype=dtype, name=f"moe_{number}")
+
+        blocks = [
+            TransformerBlock(
+                SelfAttention(num_heads, key_dim, dropout, dtype=dtype, name="attention"),
+                feed_forward(number),
+                dropout,
+                dtype=dtype,
+                name=f"block_{number}",
+            )
+            for number in range(1, num_layers + 1)
+        ]
+        embedding_dropout = Dropout(dropout, dtype=dtype, name="embedding_dropout")
+        output_norm = keras.layers.RMSNormalization(epsilon=1e-6, dtype=dtype, name="output_norm")
+        output_dropout = Dropout(dropout, dtype=dtype, name="output_dropout")
+
+        # === Functional model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        x = embedding_dropout(token_embedding(token_ids))
+        bias = position_bias(x)
+        for block in blocks:
+            x = block(x, bias, padding_mask)
+        x = output_dropout(output_norm(x))
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=x,
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.token_embedding = token_embedding
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.hidden_dim = hidden_dim
+        self.key_dim = key_dim
+        self.intermediate_dim = intermediate_dim
+        self.router = router
+        self.num_experts = num_experts
+        self.expert_dim = expert_dim
+        self.sparse_step = sparse_step
+        self.group = group
+        self.activation = activation
+        self.dropout = dropout
+        self.expert_dropout = expert_dropout
+        self.expert_init_scale = expert_init_scale
+
+    def get_config(self):
+        router = self.router and keras.saving.serialize_keras_object(self.router)
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "key_dim": self.key_dim,
+            "intermediate_dim": self.intermediate_dim,
+            "router": router,
+            "num_experts": self.num_experts,
+            "expert_dim": self.expert_dim,
+            "sparse_step": self.sparse_step,
+            "group": self.group,
+            "activation": self.activation,
+            "dropout": self.dropout,
+            "expert_dropout": self.expert_dropout,
+            "expert_init_scale": self.expert_init_scale,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        router = config["router"] and keras.saving.deserialize_keras_object(config["router"])
+        return super().from_config({**config, "router": router})
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class EncoderTokenizer(ZooTokenizer):
+    """The project's tokenizer, tied to `EncoderBackbone` for KerasHub's presets."""
+
+    backbone_cls = EncoderBackbone
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class EncoderTextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocessor):
+    """Sentences, or pairs of sentences, to `token_ids` and `padding_mask`.
+
+    Args:
+        tokenizer: an `EncoderTokenizer`.
+        sequence_length: tokens; longer texts are cut.
+        truncate: how pairs are cut, see `keras_hub.layers.MultiSegmentPacker`.
+    """
+
+    backbone_cls = EncoderBackbone
+    tokenizer_cls = EncoderTokenizer
+
+    def call(self, x, y=None, sample_weight=None):
+        packed = super().call(x, y, sample_weight)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(packed)
+        x = {name: x[name] for name in ("token_ids", "padding_mask")}
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class EncoderTextClassifier(keras_hub.models.TextClassifier):
+    """A linear classifier, or a regressor, on the mean of an encoder's outputs.
+
+    Args:
+        backbone: an `EncoderBackbone`.
+        num_classes: integer; 1 makes a regressor, trained on the squared error.
+        preprocessor: an `EncoderTextClassifierPreprocessor`; `None` if inputs are tokens already.
+        dropout: rate on the mean.
+
+    Returns:
+        When called: `[batch, num_classes]` logits or scores.
+    """
+
+    backbone_cls = EncoderBackbone
+    preprocessor_cls = EncoderTextClassifierPreprocessor
+
+    def __init__(self, backbone, num_classes, preprocessor=None, dropout=0.1, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        pooler = MaskedMean(dtype=backbone.dtype_policy, name="pooler")
+        output_dropout = Dropout(dropout, dtype=backbone.dtype_policy, name="classifier_dropout")
+        logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")
+
+        # === Functional model ===
+        inputs = backbone.input
+        x = pooler(backbone(inputs), inputs["padding_mask"])
+        super().__init__(inputs=inputs, outputs=logits(output_dropout(x)), **kwargs)
+
+        # === Config ===
+        self.num_classes = num_classes
+        self.dropout = dropout
+
+    def compile(self, optimizer="auto", loss="auto", *, metrics="auto", **kwargs):
+        """As KerasHub's `TextClassifier.compile`; one class means the mean squared error."""
+        if self.num_classes == 1:
+            loss = "mean_squared_error" if loss == "auto" else loss
+            metrics = ["mean_absolute_error"] if metrics == "auto" else metrics
+        elif loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_classes": self.num_classes,
+            "dropout": self.dropout,
+        }
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class MaskedMean(keras.layers.Layer):
+    """Mean over the tokens of each sequence that are not padding, `[batch, dim]`."""
+
+    def call(self, inputs, padding_mask):
+        mask = ops.cast(padding_mask, inputs.dtype)[:, :, None]
+        return ops.sum(inputs * mask, axis=1) / ops.maximum(ops.sum(mask, axis=1), 1.0)
+
+    def compute_output_shape(self, input_shape, *args):
+        return (input_shape[0], input_shape[-1])

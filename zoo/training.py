@@ -1,0 +1,366 @@
+"""Fine-tuning on a GLUE task by `model.fit`: progress, the official metric, resuming, results."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_moe
+from zoo.batches import TokenBatches
+from zoo.models import builders
+from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPreprocessor
+from zoo.presets import from_preset
+from zoo.tasks import data, metrics
+from zoo.tasks.task import get
+from zoo.tokenizer import default_tokenizer
+
+MODELS = {
+    "switch": builders.switch_transformer,
+    "expert_choice": builders.expert_choice_transformer,
+    "dense": builders.dense_transformer,
+}
+
+# Tuned from scratch on two CPU cores; a task not named here takes the first row.
+RECIPES = {
+    "default": {"epochs": 5, "batch_size": 32, "learning_rate": 1e-3, "dropout": 0.1},
+}
+
+
+def finetune(
+    task="acceptability",
+    model="switch",
+    *,
+    data_dir=None,
+    output=None,
+    size="mini",
+    num_experts=8,
+    epochs=None,
+    batch_size=None,
+    learning_rate=None,
+    dropout=None,
+    expert_dropout=None,
+    max_length=64,
+    max_examples=None,
+    seed=0,
+    restart=False,
+    verbose="auto",
+):
+    """Fine-tunes one model on one task, and resumes where an interrupted run of the same stopped.
+
+    The folder `output` gets, after every epoch, `results.json` and the weights of the last and of
+    the best epoch, written beside and renamed, so that a run may be killed at any time; at the end
+    `preset/`, the best epoch's model for `zoo.from_preset`.
+
+    Args:
+        task: name of a task, see `zoo.tasks.task.TASKS`.
+        model: "switch", "expert_choice" or "dense", built from scratch; or the folder of a preset
+            to start from.
+        data_dir: TensorFlow Datasets directory, see `python -m zoo prepare`.
+        output: folder of the run; by default named after task, model, backend and seed.
+        size: size of a model that is built from scratch.
+        num_experts: experts per sparse block of a model that is built from scratch.
+        epochs: passes over the training data.
+        batch_size: examples per step.
+        learning_rate: peak of the schedule: a tenth of the steps warming up, then a cosine.
+        dropout: rate of a model that is built from scratch.
+        expert_dropout: rate on the experts' hidden units; `None`: as `dropout`.
+        max_length: tokens per example; longer ones are cut.
+        max_examples: only so many training examples, for a quick look.
+        seed: of weights, dropout and the order of the examples.
+        restart: throws an earlier run in `output` away.
+        verbose: as in `keras.Model.fit`.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: if an argument is out of range, or `output` holds a run with other settings.
+        FileNotFoundError: if the data is not there.
+    """
+    task = get(task)
+    recipe = RECIPES["default"] | RECIPES.get(task.name, {})
+    settings = {
+        "task": task.name,
+        "model": str(model),
+        "backend": keras.backend.backend(),
+        "size": size,
+        "num_experts": num_experts,
+        "epochs": recipe["epochs"] if epochs is None else epochs,
+        "batch_size": recipe["batch_size"] if batch_size is None else batch_size,
+        "learning_rate": recipe["learning_rate"] if learning_rate is None else learning_rate,
+        "dropout": recipe["dropout"] if dropout is None else dropout,
+        "expert_dropout": expert_dropout,
+        "max_length": max_length,
+        "max_examples": max_examples,
+        "seed": seed,
+    }
+    _check(settings)
+    name = f"{task.name.replace('/', '-')}-{Path(model).name}-{settings['backend']}-seed{seed}"
+    run = Run(Path(output or Path("runs") / name), settings, restart)
+    if run.finished:
+        return run.results
+
+    keras.utils.set_random_seed(seed)
+    classifier = _build(task, model, settings)
+    train, *validation = (
+        _batches(classifier.preprocessor, task, split, data_dir, settings, run.epoch)
+        for split in ("train", *task.validation)
+    )
+    # The texts are tokenised once; the task's own `fit` would do it again every epoch.
+    network = keras.Model(classifier.input, classifier.output, name="network")
+    network.compile(
+        optimizer=_optimizer(settings, len(train)),
+        loss=classifier.loss,
+        weighted_metrics=[] if task.num_classes == 1 else ["accuracy"],
+    )
+    run.resume(network)
+    network.fit(
+        train,
+        validation_data=validation[0],
+        epochs=settings["epochs"],
+        initial_epoch=run.epoch,
+        verbose=verbose,
+        callbacks=[
+            keras_moe.callbacks.RoutingMetrics(),
+            OfficialMetrics(task, dict(zip(task.validation, validation, strict=True))),
+            SaveRun(run, task),
+        ],
+    )
+    run.finish(network, classifier)
+    return run.results
+
+
+def _check(settings):
+    for name in ("epochs", "batch_size", "max_length", "num_experts"):
+        if settings[name] < 1:
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received: {name}={settings[name]}"
+            )
+    if settings["max_examples"] is not None and settings["max_examples"] < settings["batch_size"]:
+        raise ValueError(
+            f"`max_examples` must be at least the batch size, {settings['batch_size']}. "
+            f"Received: max_examples={settings['max_examples']}"
+        )
+    if settings["learning_rate"] <= 0:
+        raise ValueError(
+            "`learning_rate` must be a positive number. "
+            f"Received: learning_rate={settings['learning_rate']}"
+        )
+
+
+def _build(task, model, settings):
+    if model in MODELS:
+        options = {"size": settings["size"], "dropout": settings["dropout"]}
+        if model != "dense":
+            expert_dropout = settings["expert_dropout"]
+            options["num_experts"] = settings["num_experts"]
+            options["expert_dropout"] = (
+                settings["dropout"] if expert_dropout is None else expert_dropout
+            )
+        preprocessor = EncoderTextClassifierPreprocessor(
+            default_tokenizer(), sequence_length=settings["max_length"]
+        )
+        return EncoderTextClassifier(
+            MODELS[model](**options), task.num_classes, preprocessor, dropout=settings["dropout"]
+        )
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"`model` must be one of {', '.join(MODELS)} or the folder of a preset. "
+            f"Received: model={str(model)!r}"
+        )
+    classifier = from_preset(model, num_classes=task.num_classes)
+    classifier.preprocessor.sequence_length = settings["max_length"]
+    return classifier
+
+
+def _batches(preprocessor, task, split, data_dir, settings, epoch):
+    examples = data.load(task, split, data_dir)
+    training = split == "train"
+    texts, labels = examples
+    if training and settings["max_examples"] is not None:
+        texts = tuple(column[: settings["max_examples"]] for column in texts)
+        labels = labels[: settings["max_examples"]]
+    tokens = preprocessor(texts if len(texts) > 1 else texts[0])
+    token_ids, mask = (
+        keras.ops.convert_to_numpy(tokens[name]) for name in ("token_ids", "padding_mask")
+    )
+    longest = settings["max_length"]
+    lengths = [length for length in (16, 32, 64, 128, 256) if length < longest] + [longest]
+    return TokenBatches(
+        token_ids,
+        mask.astype(bool),
+        labels,
+        settings["batch_size"],
+        lengths,
+        shuffle_seed=settings["seed"] if training else None,
+        epoch=epoch if training else 0,
+    )
+
+
+def _optimizer(settings, steps_per_epoch):
+    steps = steps_per_epoch * settings["epochs"]
+    rate = settings["learning_rate"]
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=rate / 100,
+        decay_steps=max(1, steps - steps // 10),
+        alpha=0.01,
+        warmup_target=rate,
+        warmup_steps=steps // 10,
+    )
+    return keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0)
+
+
+class OfficialMetrics(keras.callbacks.Callback):
+    """Adds the task's official metrics on its validation splits to the logs of every epoch.
+
+    Args:
+        task: a `Task`.
+        splits: name -> `TokenBatches` with their labels. The metrics of the first are named
+            `val_<metric>`, those of others `<split>_<metric>`.
+    """
+
+    def __init__(self, task, splits):
+        super().__init__()
+        self.task = task
+        self.splits = splits
+
+    def on_epoch_end(self, epoch, logs=None):
+        prefix = "val"
+        for name, batches in self.splits.items():
+            prefix = "val" if prefix == "val" and name == self.task.validation[0] else name
+            outputs = self.model.predict(batches, verbose=0)
+            order = batches.order
+            scores = metrics.evaluate(
+                self.task, batches.labels[order[order >= 0]], outputs[order >= 0]
+            )
+            logs.update({f"{prefix}_{metric}": value for metric, value in scores.items()})
+
+
+class SaveRun(keras.callbacks.Callback):
+    """Writes the run to disk after every epoch."""
+
+    def __init__(self, run, task):
+        super().__init__()
+        self.run = run
+        self.primary = f"val_{task.primary}"
+
+    def on_train_begin(self, logs=None):
+        self.started = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        seconds = time.monotonic() - self.started
+        self.started = time.monotonic()
+        self.run.save(self.model, logs, self.primary, seconds)
+
+
+class Run:
+    """The folder of a run: `results.json`, and the weights that it names.
+
+    `results.json` is the truth: weights are written first, then `results.json` is replaced in one
+    step, then weights that it no longer names are deleted.
+
+    Args:
+        folder: where; made when first written to.
+        settings: what the run is; a folder of other settings is refused.
+        restart: deletes what is there.
+    """
+
+    def __init__(self, folder, settings, restart=False):
+        self.folder = folder
+        if restart and (folder / "results.json").is_file():
+            shutil.rmtree(folder)
+        self.results = self._read()
+        if self.results is None:
+            self.results = {"settings": settings, "finished": False, "history": [], "best": None}
+        elif self.results["settings"] != settings:
+            old = self.results["settings"]
+            name = next(name for name in settings if settings[name] != old.get(name))
+            raise ValueError(
+                f"`output` holds another run, with {name}={old.get(name)!r}; give another "
+                f"`output`, or `restart` to throw that run away. Received: output={str(folder)!r}, "
+                f"{name}={settings[name]!r}"
+            )
+
+    @property
+    def epoch(self):
+        """Epochs done."""
+        return len(self.results["history"])
+
+    @property
+    def finished(self):
+        return self.results["finished"]
+
+    def resume(self, model):
+        """Loads the weights and the optimizer of the last epoch, if there is one."""
+        if self.epoch:
+            _load_weights(model, self._weights(self.epoch))
+
+    def save(self, model, logs, primary, seconds):
+        """Adds an epoch."""
+        epoch = self.epoch + 1
+        entry = {"epoch": epoch, "seconds": round(seconds, 1)}
+        entry |= {name: float(value) for name, value in logs.items()}
+        best = self.results["best"]
+        if best is None or entry[primary] > best[primary]:
+            best = entry
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(self._weights(epoch)) as path:
+            model.save_weights(path)
+        self.results["history"].append(entry)
+        self.results |= {"best": best, "parameters": model.count_params()}
+        self._write()
+        for path in self.folder.glob("epoch-*.weights.h5"):
+            if path not in (self._weights(epoch), self._weights(best["epoch"])):
+                path.unlink()
+
+    def finish(self, model, classifier):
+        """Saves the best epoch as a preset; the weights of single epochs are no longer needed."""
+        _load_weights(model, self._weights(self.results["best"]["epoch"]))
+        with _replacing(self.folder / "preset") as path:
+            classifier.save_to_preset(str(path))
+        self.results["finished"] = True
+        self._write()
+        for path in self.folder.glob("epoch-*.weights.h5"):
+            path.unlink()
+
+    def _weights(self, epoch):
+        return self.folder / f"epoch-{epoch}.weights.h5"
+
+    def _read(self):
+        path = self.folder / "results.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`output` must hold a run that can be read, but {path} is damaged; give another "
+                "`output`, or `restart` to throw that run away."
+            ) from error
+
+    def _write(self):
+        with _replacing(self.folder / "results.json") as path:
+            path.write_text(json.dumps(self.results, indent=2) + "\n")
+
+
+def _load_weights(model, path):
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The weights in {path} do not fit or are damaged: {reason}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A path to write to; what was written takes the place of `path` only when all went well."""
+    beside = path.with_name(f"new-{path.name}")
+    yield beside
+    if beside.is_dir() and path.is_dir():
+        shutil.rmtree(path)
+    os.replace(beside, path)
