@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import keras
-import numpy as np
 
 import keras_moe
 from zoo.batches import TokenBatches

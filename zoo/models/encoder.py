@@ -65,7 +65,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         token_embedding = keras.layers.Embedding(
             vocabulary_size,
             hidden_dim,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.1),
             dtype=dtype,
             name="token_embedding",
         )
@@ -163,24 +163,17 @@ class EncoderBackbone(keras_hub.models.Backbone):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class EncoderTokenizer(ZooTokenizer):
-    """The project's tokenizer, tied to `EncoderBackbone` for KerasHub's presets."""
-
-    backbone_cls = EncoderBackbone
-
-
-@keras.saving.register_keras_serializable(package="zoo")
 class EncoderTextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocessor):
     """Sentences, or pairs of sentences, to `token_ids` and `padding_mask`.
 
     Args:
-        tokenizer: an `EncoderTokenizer`.
+        tokenizer: a `zoo.ZooTokenizer`.
         sequence_length: tokens; longer texts are cut.
         truncate: how pairs are cut, see `keras_hub.layers.MultiSegmentPacker`.
     """
 
     backbone_cls = EncoderBackbone
-    tokenizer_cls = EncoderTokenizer
+    tokenizer_cls = ZooTokenizer
 
     def call(self, x, y=None, sample_weight=None):
         packed = super().call(x, y, sample_weight)
@@ -225,7 +218,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
 
     def compile(self, optimizer="auto", loss="auto", *, metrics="auto", **kwargs):
         """As KerasHub's `TextClassifier.compile`; one class means the mean squared error."""
-        if self.num_classes == 1:
+        if self.output_shape[-1] == 1:
             loss = "mean_squared_error" if loss == "auto" else loss
             metrics = ["mean_absolute_error"] if metrics == "auto" else metrics
         elif loss == "auto":

@@ -64,8 +64,10 @@ def generate(seed=0):
     for split, size in SIZES.items():
         rows = []
         while len(rows) < size:
-            rows += [row for row in _judgements(rng) if row.sentence not in seen]
-            seen.update(row.sentence for row in rows)
+            new = _judgements(rng)
+            if seen.isdisjoint(row.sentence for row in new):
+                rows += new
+                seen.update(row.sentence for row in new)
         splits[split] = tuple(rows[:size])
     return splits
 
@@ -128,7 +130,7 @@ def _common(rng, nouns, plural=None, choices=None):
     noun = rng.choice(nouns)
     plural = _pick(rng, 0.5) if plural is None else plural
     words = [_determiner(rng, plural, choices)]
-    if _pick(rng, 0.3):
+    if _pick(rng, 0.2):
         adjectives = lex.GENERAL + (lex.MATERIAL if noun.gender == "t" else lex.PERSONAL)
         words.append(Word(rng.choice(adjectives), (), "noun order"))
     words.append(Word(noun.plural if plural else noun.singular))
@@ -179,9 +181,9 @@ def _subject(rng, nouns, choices=None):
         pair = [_common(rng, nouns, plural=False, choices=plain).words for _ in range(2)]
         return Phrase([*pair[0], Word("and"), *pair[1]], True, "n")
     head = _common(rng, nouns, choices=choices)
-    if draw < 0.55:
+    if draw < 0.5:
         return head._replace(words=head.words + _near(rng, nouns))
-    if draw < 0.75:
+    if draw < 0.65:
         return head._replace(words=head.words + _relative(rng, head))
     return head
 

@@ -53,20 +53,19 @@ def load(task, split, data_dir=None):
         texts = ([row.sentence for row in rows],)
         return Examples(texts, np.array([row.label for row in rows], dtype="int32"))
     table = _table(task, split, data_dir)
-    texts = tuple([text.decode() for text in table[name]] for name in task.inputs)
+    texts = tuple([text.decode() for text in np.asarray(table[name])] for name in task.inputs)
     dtype = "float32" if task.labels is None else "int32"
-    return Examples(texts, table["label"].astype(dtype))
+    return Examples(texts, np.asarray(table["label"]).astype(dtype))
 
 
 def _table(task, split, data_dir):
-    """The whole split as one dict of NumPy arrays."""
+    """The whole split as one dict of columns."""
     tfds = require("tensorflow_datasets")
 
     def through_tfds(download):
-        table = tfds.load(
+        return tfds.load(
             task.name, split=split, data_dir=data_dir, download=download, batch_size=-1
         )
-        return tfds.as_numpy(table)
 
     try:
         return through_tfds(download=False)

@@ -1,4 +1,4 @@
-"""The words of the `acceptability` task.
+"""The words of the `acceptability` task: few enough to be learned from its 6,000 sentences.
 
 Every entry is chosen so that a corruption stays a corruption: nouns can be counted (`*dog
 barks`), transitive verbs cannot do without their object nor intransitive ones with one, no
@@ -62,35 +62,26 @@ def _words(words):
 
 
 PEOPLE = (
-    _nouns("m", "boy man/men prince waiter wizard")
-    + _nouns("f", "girl woman/women princess waitress witch")
-    + _nouns("n", "student artist farmer pilot dancer child/children engineer sailor writer clerk")
+    _nouns("m", "boy man/men prince")
+    + _nouns("f", "girl woman/women princess")
+    + _nouns("n", "student artist farmer pilot child/children engineer")
 )
-THINGS = _nouns(
-    "t",
-    "box letter table basket bicycle boat camera flag guitar hat kettle map shelf/shelves statue "
-    "umbrella knife/knives",
-)
-NAMES = _nouns("m", "John Omar Kenji") + _nouns("f", "Mary Leila Clara")
-PLACES = _nouns("t", "garden kitchen library museum")
+THINGS = _nouns("t", "box letter table bicycle boat guitar hat shelf/shelves umbrella knife/knives")
+NAMES = _nouns("m", "John Omar") + _nouns("f", "Mary Leila")
+PLACES = _nouns("t", "garden kitchen library")
 
-LIKE_PEOPLE = _verbs("admire blame greet thank praise protect ignore rescue")
-OF_SELF = _verbs("admire blame praise protect rescue")
+LIKE_PEOPLE = _verbs("admire blame thank praise protect")
+OF_SELF = _verbs("admire blame praise protect")
 OF_THINGS = _verbs(
-    "carry repair remove destroy polish "
-    "find/finds/found/found/finding bring/brings/brought/brought/bringing "
-    "take/takes/took/taken/taking"
+    "carry repair polish find/finds/found/found/finding take/takes/took/taken/taking"
 )
-BY_PEOPLE = _verbs(
-    "laugh smile wait sneeze yawn vanish "
-    "sleep/sleeps/slept/slept/sleeping fall/falls/fell/fallen/falling"
-)
-BY_THINGS = _verbs("vanish emerge glow fall/falls/fell/fallen/falling")
-OF_SAYING = _verbs("claim say/says/said/said/saying think/thinks/thought/thought/thinking")
+BY_PEOPLE = _verbs("laugh smile yawn vanish sleep/sleeps/slept/slept/sleeping")
+BY_THINGS = _verbs("vanish fall/falls/fell/fallen/falling")
+OF_SAYING = _verbs("say/says/said/said/saying think/thinks/thought/thought/thinking")
 
-PERSONAL = _words("happy tired polite lonely angry brave")
-MATERIAL = _words("heavy broken cheap dusty wooden green")
-GENERAL = _words("old small strange tall")
+PERSONAL = _words("happy tired polite angry")
+MATERIAL = _words("heavy broken cheap green")
+GENERAL = _words("old small strange")
 
 SINGULAR = _words("the the a a this every each my his her")
 PLURAL = _words("the the these those some many several two three my his her")

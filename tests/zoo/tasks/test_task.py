@@ -6,7 +6,7 @@ from zoo.tasks import TASKS, get
 
 
 def test_the_nine_glue_tasks_and_the_embedded_one():
-    names = "cola sst2 mrpc qqp stsb mnli qnli rte wnli".split()
+    names = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
     assert set(TASKS) == {"acceptability", *(f"glue/{name}" for name in names)}
 
 

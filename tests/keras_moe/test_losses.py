@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import losses
+from tests import oracle
+
+
+def value(loss):
+    return float(ops.convert_to_numpy(loss))
+
+
+def one_hot(index, n):
+    return np.eye(n, dtype="float32")[index]
+
+
+class TestLoadBalancing:
+    @pytest.mark.parametrize("k", [1, 2, 4])
+    def test_one_at_perfect_balance_for_every_k(self, k):
+        index = (np.arange(8)[:, None] + np.arange(k)) % 4
+        loss = losses.load_balancing(np.full((8, 4), 0.25, "float32"), index.astype("int32"))
+        assert value(loss) == pytest.approx(1.0, abs=1e-6)
+
+    def test_number_of_experts_at_full_collapse(self):
+        index = np.zeros((6, 1), "int32")
+        assert value(losses.load_balancing(one_hot(index[:, 0], 5), index)) == pytest.approx(5.0)
+
+    def test_may_be_under_one(self):
+        # f = (2/3, 1/3), P = ((.51 + .51 + 0) / 3, (.49 + .49 + 1) / 3) = (.34, .66):
+        # 2 * (2/3 * .34 + 1/3 * .66) = 0.8933
+        probabilities = np.array([[0.51, 0.49], [0.51, 0.49], [0.0, 1.0]], "float32")
+        loss = losses.load_balancing(probabilities, np.array([[0], [0], [1]], "int32"))
+        assert value(loss) == pytest.approx(0.89333, abs=1e-5)
+
+    def test_padding_is_not_counted(self):
+        rng = np.random.default_rng(0)
+        probabilities = oracle.softmax(rng.normal(size=(2, 6, 4)))
+        index = rng.integers(0, 4, (2, 6, 2)).astype("int32")
+        mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+        loss = losses.load_balancing(probabilities.astype("float32"), index, mask)
+        chosen = np.eye(4)[index].sum(axis=2)
+        assert value(loss) == pytest.approx(
+            oracle.load_balancing(probabilities, chosen, mask), rel=1e-5
+        )
+
+    def test_nothing_but_padding_is_zero(self):
+        mask = np.zeros((3,), bool)
+        loss = losses.load_balancing(
+            np.full((3, 2), 0.5, "float32"), np.zeros((3, 1), "int32"), mask
+        )
+        assert value(loss) == 0.0
+
+
+class TestRouterZ:
+    def test_value(self):
+        # logsumexp(0, 0) = log 2; logsumexp(log 3, 0) = log 4
+        logits = np.array([[0.0, 0.0], [np.log(3.0), 0.0]], "float32")
+        expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
+        assert value(losses.router_z(logits)) == pytest.approx(expected, rel=1e-6)
+        mask = np.array([True, False])
+        assert value(losses.router_z(logits, mask)) == pytest.approx(np.log(2) ** 2, rel=1e-6)
+
+    def test_float32_and_finite_at_large_bfloat16_logits(self):
+        loss = losses.router_z(ops.cast(np.full((4, 8), 300.0, "float32"), "bfloat16"))
+        assert ops.dtype(loss) == "float32"
+        assert value(loss) == pytest.approx((300 + np.log(8)) ** 2, rel=1e-4)

@@ -1,0 +1,151 @@
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe import slots
+from tests.backend import compiled, gradients, numpy
+
+tensor = ops.convert_to_tensor
+
+
+class TestCapacity:
+    @pytest.mark.parametrize(
+        ("tokens", "experts", "factor", "k", "expected"),
+        [
+            (64, 8, 1.0, 1, 8),
+            (64, 8, 1.25, 1, 10),
+            (65, 8, 1.0, 1, 9),  # 8.125, rounded up
+            (100, 10, 1.1, 1, 11),  # 11.000000000000002 in binary, 11 on paper
+            (64, 8, 2.0, 2, 32),
+            (3, 8, 0.5, 1, 1),
+        ],
+    )
+    def test_rounds_up(self, tokens, experts, factor, k, expected):
+        assert slots.capacity(tokens, experts, factor, k) == expected
+
+    def test_minimum(self):
+        assert slots.capacity(8, 8, 1.0, minimum=4) == 4
+        assert slots.capacity(80, 8, 1.0, minimum=4) == 10
+
+    def test_tensor_of_tokens(self):
+        result = slots.capacity(ops.convert_to_tensor(100), 10, 1.1, minimum=4)
+        assert int(result) == 11
+
+
+def test_by_capacity_keeps_exactly_the_capacity_in_order():
+    # Two groups of five assignments to 2 experts (2 marks padding), 2 slots each:
+    #   0 0 1 0 1   expert 0: assignments 0, 1 (3 is dropped)    expert 1: 2, 4
+    #   1 2 1 1 2   expert 0: none                               expert 1: 0, 2 (3 is dropped)
+    table = slots.by_capacity(tensor([[0, 0, 1, 0, 1], [1, 2, 1, 1, 2]], "int32"), 2, 2)
+    assignment_index, slot_index, row_expert = numpy(table)
+    assert assignment_index.tolist() == [[[0, 1], [2, 4]], [[5, 5], [0, 2]]]
+    # Slot r*C + c; 4 = R*C where dropped or padding.
+    assert slot_index.tolist() == [[0, 1, 2, 4, 3], [2, 4, 3, 4, 4]]
+    assert row_expert is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_by_blocks_seats_every_assignment_once_with_its_expert(data):
+    num_experts = data.draw(st.sampled_from([1, 5]))
+    length = data.draw(st.sampled_from([1, 48]))  # few shapes: JAX compiles for each
+    index = data.draw(st.lists(st.integers(0, num_experts), min_size=length, max_size=length))
+    table = numpy(slots.by_blocks(tensor([index], "int32"), num_experts))
+    (assignment_RC,), (slot_N,), row_expert_R = table
+    rows, size = assignment_RC.shape
+    for n, expert in enumerate(index):
+        if expert == num_experts:
+            assert slot_N[n] == rows * size
+        else:
+            assert assignment_RC.reshape(-1)[slot_N[n]] == n
+            assert row_expert_R[slot_N[n] // size] == expert
+    assert np.sum(assignment_RC < len(index)) == sum(e < num_experts for e in index)
+    for expert in range(num_experts):  # token order is kept within an expert
+        seated = assignment_RC[row_expert_R == expert].reshape(-1)
+        seated = seated[seated < len(index)]
+        assert seated.tolist() == sorted(seated.tolist())
+
+
+@pytest.mark.parametrize("assignments", [1, 2, 16, 1000, 8192])
+def test_by_blocks_wastes_little(assignments):
+    """Rows are the work to be done: few tokens touch few experts, many waste at most half."""
+    table = slots.by_blocks(ops.zeros((1, assignments), "int32"), 8)
+    _, rows, size = ops.shape(table.assignment_index)
+    assert rows * size <= assignments if assignments <= 8 else rows * size <= 1.5 * assignments
+
+
+def test_by_score_takes_the_best_and_never_padding():
+    # Expert 0 scores tokens .9 .8 .7 .1, expert 1 .1 .2 .3 .9; the last token is padding.
+    score = tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]]], "float32")
+    mask = tensor([[True, True, True, False]])
+    token, weight = numpy(slots.by_score(score, 2, mask))
+    assert token.tolist() == [[[0, 1], [2, 1]]]
+    np.testing.assert_allclose(weight, [[[0.9, 0.8], [0.3, 0.2]]], rtol=1e-6)
+    token, weight = numpy(slots.by_score(score, 4, mask))
+    assert token.tolist() == [[[0, 1, 2, 4], [2, 1, 0, 4]]]  # 4 = S: the slot is empty
+    assert weight[0, :, 3].tolist() == [0.0, 0.0]
+
+
+def test_by_score_breaks_ties_by_position():
+    token, _ = numpy(slots.by_score(ops.full((1, 40, 3), 1 / 3), 5))
+    assert token.tolist() == [[[0, 1, 2, 3, 4]] * 3]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([2, 24]),
+    num_experts=st.sampled_from([2, 6]),
+    cap=st.integers(1, 5),
+)
+def test_by_score_never_exceeds_the_cap_nor_takes_a_token_twice(seed, tokens, num_experts, cap):
+    logits = np.random.default_rng(seed).normal(size=(2, tokens, num_experts))
+    score = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    capacity = min(tokens, slots.capacity(tokens, num_experts, min(cap, 2.0)))
+    token, _ = numpy(slots.by_score(tensor(score, "float32"), capacity, None, cap))
+    for group in token:
+        seats = [t for row in group for t in row if t < tokens]
+        assert np.bincount(seats, minlength=tokens).max() <= cap
+        for row in group:
+            seated = [t for t in row if t < tokens]
+            assert len(set(seated)) == len(seated)
+
+
+def test_cap_refills_what_a_token_refused():
+    # All three experts want token 0 most, then their own token. With cap 1 and one slot each, token
+    # 0 keeps its best offer (expert 0) and the other two get their second wish, not an empty slot.
+    score = tensor([[[0.9, 0.8, 0.7], [0.1, 0.5, 0.1], [0.1, 0.1, 0.5]]], "float32")
+    token, _ = numpy(slots.by_score(score, 1, None, 1))
+    assert token.tolist() == [[[0], [1], [2]]]
+    token, _ = numpy(slots.by_score(score, 1))
+    assert token.tolist() == [[[0], [0], [0]]]
+
+
+def test_look_up_and_pool_groups():
+    value = tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "float32")
+    index = tensor([[[2, 0]], [[3, 1]]], "int32")  # 3 = N: empty
+    assert numpy(slots.look_up(value, index)).tolist() == [[[3.0, 1.0]], [[0.0, 5.0]]]
+    assert numpy(slots.pool_groups(index, 3)).tolist() == [[[2, 0]], [[6, 4]]]
+
+
+def test_tables_compile():
+    index = tensor(np.random.default_rng(0).integers(0, 5, (3, 20)).astype("int32"))
+    for table, arguments in ((slots.by_capacity, (4, 6)), (slots.by_blocks, (4,))):
+
+        def indices(index, table=table, arguments=arguments):
+            return tuple(table(index, *arguments)[:2])
+
+        for a, b in zip(numpy(indices(index)), numpy(compiled(indices)(index)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_selection_has_no_gradient_but_scores_do():
+    # Expert 0 takes tokens 0 and 1, expert 1 takes token 2 and token 0, by its lower number.
+    score = np.array([[[0.9, 0.1], [0.8, 0.1], [0.3, 0.7]]])
+    layer = keras.layers.Lambda(lambda x: slots.by_score(x, 2)[1])
+    layer.build(score.shape)
+    by_score, _ = gradients(layer, score, [[[1.0, 2.0], [4.0, 8.0]]])
+    assert by_score.tolist() == [[[1.0, 8.0], [2.0, 0.0], [0.0, 4.0]]]

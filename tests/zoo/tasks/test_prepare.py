@@ -1,0 +1,193 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.zoo.tasks import raw_glue
+from zoo.tasks import TASKS, load, prepare
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+REAL = Path(__file__).parents[4] / "shared" / "data" / "glue"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nothing here may look for the network."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def contents(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("task", raw_glue.GLUE)
+def test_what_tfds_load_reads_is_what_the_files_say(tmp_path, task):
+    raw_glue.make(tmp_path / "raw", task)
+    out = tmp_path / "out"
+    prepared = prepare(task, tmp_path / "raw", out)
+    assert prepared.rows == dict.fromkeys(TASKS[task].splits, 4)
+    assert prepared.fresh and not prepared.missing
+    assert Path(prepared.directory) == out / task / "2.0.0"
+    tables = tfds.load(task, data_dir=str(out), download=False)
+    assert set(tables) == set(TASKS[task].splits)
+    for split, table in tables.items():
+        rows = sorted(tfds.as_numpy(table), key=lambda row: row["idx"])
+        found = [([row[k].decode() for k in TASKS[task].inputs], row["label"]) for row in rows]
+        assert found == raw_glue.examples(task, split)
+
+
+def test_only_the_finished_directory_is_left(tmp_path):
+    raw_glue.make(tmp_path / "raw", "glue/wnli")
+    prepare("glue/wnli", tmp_path / "raw", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["glue"]
+    assert [path.name for path in (tmp_path / "out/glue/wnli").iterdir()] == ["2.0.0"]
+    assert not any(b".prepare-" in data for data in contents(tmp_path / "out").values())
+
+
+def test_without_test_files(tmp_path):
+    raw_glue.make(tmp_path / "raw", "glue/mnli", tests=False)
+    prepared = prepare("glue/mnli", tmp_path / "raw", tmp_path / "out")
+    assert prepared.missing == ("test_matched", "test_mismatched")
+    assert "  test_matched: left out, no raw file" in str(prepared)
+    assert len(load("glue/mnli", "validation_matched", tmp_path / "out").labels) == 4
+    with pytest.raises(ValueError, match="`split` must be one that was prepared for 'glue/mnli'"):
+        load("glue/mnli", "test_matched", tmp_path / "out")
+
+
+def test_mrpc_as_microsoft_has_it(tmp_path):
+    folder = tmp_path / "raw" / "MRPC"
+    folder.mkdir(parents=True)
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    train = '1\t1\t2\t"a\tb\n0\t3\t4\tc\td\n1\t5\t6\te\tf\n'
+    (folder / "msr_paraphrase_train.txt").write_text(header + train, encoding="utf-8-sig")
+    (folder / "msr_paraphrase_test.txt").write_text(header + "1\t7\t8\tg\th\n", "utf-8-sig")
+    (folder / "dev_ids.tsv").write_text("3\t4\n")
+    prepared = prepare("glue/mrpc", tmp_path / "raw", tmp_path / "out")
+    assert prepared.rows == {"train": 2, "validation": 1, "test": 1}
+    found = load("glue/mrpc", "train", tmp_path / "out")
+    assert sorted(zip(*found.texts, found.labels, strict=True)) == [('"a', "b", 1), ("e", "f", 1)]
+    assert load("glue/mrpc", "validation", tmp_path / "out").texts == (["c"], ["d"])
+    assert load("glue/mrpc", "test", tmp_path / "out").labels.tolist() == [-1]
+
+
+def test_preparing_again_does_nothing_and_says_so(tmp_path):
+    folder = raw_glue.make(tmp_path / "raw", "glue/rte")
+    first = prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
+    assert str(first).startswith("glue/rte: prepared in ")
+    assert "  train: 4 rows" in str(first)
+    before = contents(tmp_path / "out")
+    (folder / "train.tsv").unlink()
+    again = prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
+    assert again == first._replace(fresh=False)
+    assert "already prepared, nothing done" in str(again)
+    assert contents(tmp_path / "out") == before
+
+
+def test_force_prepares_again(tmp_path):
+    folder = raw_glue.make(tmp_path / "raw", "glue/rte")
+    prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
+    raw_glue.write(folder / "train.tsv", "glue/rte", raw_glue.examples("glue/rte", "train", 7))
+    prepared = prepare("glue/rte", tmp_path / "raw", tmp_path / "out", force=True)
+    assert prepared.fresh and prepared.rows["train"] == 7
+    assert len(load("glue/rte", "train", tmp_path / "out").labels) == 7
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["glue"]
+
+
+def test_a_refused_source_writes_nothing(tmp_path):
+    folder = raw_glue.make(tmp_path / "raw", "glue/rte")
+    (folder / "dev.tsv").write_text("nothing\n")
+    with pytest.raises(ValueError, match="dev.tsv"):
+        prepare("glue/rte", tmp_path / "raw", tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("where", ["build", "move"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_things_as_they_were(tmp_path, monkeypatch, where, error):
+    folder = raw_glue.make(tmp_path / "raw", "glue/rte")
+    prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    raw_glue.write(folder / "train.tsv", "glue/rte", raw_glue.examples("glue/rte", "train", 7))
+
+    def interrupt(*args, **kwargs):
+        raise error("stopped")
+
+    if where == "build":
+        monkeypatch.setattr("tensorflow_datasets.core.DatasetInfo.write_to_directory", interrupt)
+    else:
+        replace = os.replace
+
+        def moving_in_fails(source, target):
+            new = ".prepare-" in str(source) and Path(source).name != "replaced"
+            interrupt() if new else replace(source, target)
+
+        monkeypatch.setattr(os, "replace", moving_in_fails)
+    for out in (tmp_path / "out", tmp_path / "fresh" / "out"):
+        with pytest.raises(error, match="stopped"):
+            prepare("glue/rte", tmp_path / "raw", out, force=True)
+    assert contents(tmp_path / "out") == before
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_rows_that_tfds_reads_otherwise_are_an_error(tmp_path, monkeypatch):
+    raw_glue.make(tmp_path / "raw", "glue/rte")
+    miscounted = {"train": 5, "validation": 4, "test": 4}
+    monkeypatch.setattr("zoo.tasks.raw.check", lambda *_: miscounted)
+    with pytest.raises(ValueError, match="`source` must give as many rows as TensorFlow Datasets"):
+        prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_task_needs_no_preparing(tmp_path):
+    with pytest.raises(ValueError, match="`task` must be a GLUE task.*'acceptability'"):
+        prepare("acceptability", tmp_path, tmp_path)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_characters="\t\r\n", codec="utf-8"), max_size=30),
+        min_size=30,
+        max_size=30,
+    )
+)
+def test_any_text_survives(tmp_path_factory, texts):
+    root = tmp_path_factory.mktemp("any")
+    raw_glue.make(root / "raw", "glue/sst2")
+    # Not by `write`, whose format strings would read the braces.
+    lines = ["sentence\tlabel", *(f"{text}\t{n % 2}" for n, text in enumerate(texts))]
+    (root / "raw/SST-2/train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prepare("glue/sst2", root / "raw", root / "out")
+    found = load("glue/sst2", "train", root / "out")
+    expected = [(text, n % 2) for n, text in enumerate(texts)]
+    assert sorted(zip(found.texts[0], found.labels.tolist(), strict=True)) == sorted(expected)
+
+
+@pytest.mark.skipif(not (REAL / "WNLI").exists(), reason="the real GLUE files are not here")
+@pytest.mark.parametrize(
+    ("task", "train", "validation"),
+    [("glue/mrpc", 3668, 408), ("glue/rte", 2490, 277), ("glue/wnli", 635, 71)],
+)
+def test_real_files(tmp_path, task, train, validation):
+    prepared = prepare(task, REAL, tmp_path)
+    assert (prepared.rows["train"], prepared.rows["validation"]) == (train, validation)
+    labels = load(task, "train", tmp_path).labels
+    assert len(labels) == train and set(np.unique(labels)) == {0, 1}
+
+
+@pytest.mark.skipif(not (REAL / "QNLI").exists(), reason="the real GLUE files are not here")
+def test_a_real_folder_without_training_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`source` must hold the file 'train.tsv'"):
+        prepare("glue/qnli", REAL, tmp_path)

@@ -1,0 +1,193 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.zoo.tasks import raw_glue
+from zoo.tasks import raw
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+
+def config(task):
+    return tfds.text.Glue.builder_configs[task.removeprefix("glue/")]
+
+
+def check(task, root, scratch=None):
+    scratch = scratch or root / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return raw.check(config(task), root, scratch)
+
+
+@pytest.mark.parametrize("task", raw_glue.GLUE)
+def test_counts(tmp_path, task):
+    raw_glue.make(tmp_path, task)
+    counts = check(task, tmp_path)
+    assert counts == dict.fromkeys(raw_glue.TASKS[task].splits, 4)
+
+
+@pytest.mark.parametrize("task", raw_glue.GLUE)
+def test_test_files_may_be_missing(tmp_path, task):
+    raw_glue.make(tmp_path, task, tests=False)
+    assert not any(split.startswith("test") for split in check(task, tmp_path))
+
+
+@pytest.mark.parametrize("task", raw_glue.GLUE)
+def test_folder_without_the_task(tmp_path, task):
+    with pytest.raises(ValueError, match="`source` must hold the folder") as error:
+        check(task, tmp_path)
+    assert repr(raw_glue.FOLDERS[task]) in str(error.value)
+    assert f"Received: source={str(tmp_path)!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("glue/cola", "train.tsv"),
+        ("glue/rte", "dev.tsv"),
+        ("glue/mnli", "dev_mismatched.tsv"),
+    ],
+)
+def test_missing_file(tmp_path, task, name):
+    folder = raw_glue.make(tmp_path, task)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"`source` must hold the file {name!r}") as error:
+        check(task, tmp_path)
+    assert str(folder) in str(error.value)
+
+
+def edited(path, line, old, new):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new)
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "line", "old", "new", "message"),
+    [
+        ("glue/rte", "train.tsv", 1, "label", "lable", "the column 'label'. Received: columns"),
+        ("glue/sst2", "dev.tsv", 1, "sentence", "text", "the column 'sentence'"),
+        ("glue/stsb", "test.tsv", 1, "sentence2", "s2", "the column 'sentence2'"),
+        ("glue/mrpc", "train.tsv", 1, "#1 ID", "id", "the column '#1 ID'"),
+        ("glue/rte", "train.tsv", 3, "\tit's", " it's", "4 tab-separated columns. Received: 3"),
+        ("glue/rte", "dev.tsv", 2, "it's", "it\t's", "4 tab-separated columns. Received: 5"),
+        ("glue/cola", "train.tsv", 1, "gj04\t", "", "4 tab-separated columns. Received: 3"),
+        ("glue/cola", "test.tsv", 4, "2\t", "", "2 tab-separated columns. Received: 1"),
+        ("glue/qqp", "train.tsv", 2, "\tit's", " it's", "6 tab-separated columns. Received: 5"),
+        ("glue/mrpc", "dev.tsv", 2, "\tit's", " it's", "5 tab-separated columns. Received: 4"),
+        ("glue/cola", "dev.tsv", 2, "\t1\t", "\t2\t", "a label of .* Received: '2'"),
+        ("glue/sst2", "train.tsv", 5, "\t1", "\t", "a label of .* Received: ''"),
+        ("glue/rte", "train.tsv", 2, "entailment", "Entailment", "a label of .*'Entailment'"),
+        ("glue/wnli", "train.tsv", 2, "\t0", "\t-1", "a label of .* Received: '-1'"),
+        ("glue/mnli", "train.tsv", 2, "entailment", "-", "a label of .* Received: '-'"),
+        ("glue/mrpc", "train.tsv", 3, "1\t", "x\t", "a label of .* Received: 'x"),
+        ("glue/stsb", "train.tsv", 2, "0.0", "5.1", r"a score in \[0, 5\]. Received: '5.1'"),
+        ("glue/stsb", "train.tsv", 2, "0.0", "nan", r"a score in \[0, 5\]. Received: 'nan'"),
+        ("glue/stsb", "dev.tsv", 2, "0.0", "high", r"a score in \[0, 5\]. Received: 'high'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, task, name, line, old, new, message):
+    folder = raw_glue.make(tmp_path, task)
+    if name == "train.tsv" and task == "glue/mrpc" and line == 3:
+        # Only the first field, the label.
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("\n1\t", "\nx\t", 1), encoding="utf-8")
+    else:
+        edited(folder / name, line, old, new)
+    with pytest.raises(ValueError, match=message) as error:
+        check(task, tmp_path)
+    assert f"Line {line} of {str(folder / name)!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(("task", "line"), [("glue/rte", 2), ("glue/cola", 1)])
+def test_a_file_without_rows(tmp_path, task, line):
+    folder = raw_glue.make(tmp_path, task)
+    raw_glue.write(folder / "train.tsv", task, [])
+    text = (folder / "train.tsv").read_text().strip("\n")
+    (folder / "train.tsv").write_text(text)
+    with pytest.raises(ValueError, match=f"Line {line} .* a row of data"):
+        check(task, tmp_path)
+
+
+def test_an_empty_file_lacks_its_columns(tmp_path):
+    folder = raw_glue.make(tmp_path, "glue/rte")
+    (folder / "train.tsv").write_text("")
+    with pytest.raises(ValueError, match="Line 1 .* the column 'sentence1'"):
+        check("glue/rte", tmp_path)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    folder = raw_glue.make(tmp_path, "glue/rte")
+    (folder / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\t\xff\ta\t0\n")
+    with pytest.raises(ValueError, match="`source` must hold UTF-8 text"):
+        check("glue/rte", tmp_path)
+
+
+def test_an_unlabelled_test_file_may_say_so(tmp_path):
+    folder = raw_glue.make(tmp_path, "glue/rte")
+    (folder / "test.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t-1\n")
+    assert check("glue/rte", tmp_path)["test"] == 1
+
+
+@pytest.mark.parametrize("task", ["glue/qqp", "glue/mnli"])
+def test_one_broken_row_in_a_thousand_is_official(tmp_path, task):
+    folder = raw_glue.make(tmp_path, task)
+    path = folder / "train.tsv"
+    raw_glue.write(path, task, raw_glue.examples(task, "train", count=1999))
+    short = '"\tonly this\t0\n'
+    with path.open("a") as file:
+        file.write(short * 2)
+    assert check(task, tmp_path)["train"] == 1999
+    with path.open("a") as file:
+        file.write(short)
+    with pytest.raises(ValueError, match="Line 2001 .* columns. Received: 3 columns"):
+        check(task, tmp_path)
+
+
+def mrpc_original(folder, rows, dev_ids):
+    folder.mkdir(parents=True, exist_ok=True)
+    header = "\t".join(("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"))
+    lines = [header, *("\t".join(row) for row in rows)]
+    text = "\n".join(lines) + "\n"
+    (folder / "msr_paraphrase_train.txt").write_text(text, encoding="utf-8-sig")
+    (folder / "dev_ids.tsv").write_text("\n".join("\t".join(pair) for pair in dev_ids))
+
+
+MRPC_ROWS = [("1", "10", "20", "a", "b"), ("0", "11", "21", "c", "d"), ("1", "12", "22", "e", "f")]
+
+
+def test_mrpc_as_microsoft_has_it(tmp_path):
+    mrpc_original(tmp_path / "MRPC", MRPC_ROWS, [("11", "21")])
+    scratch = tmp_path / "scratch"
+    assert check("glue/mrpc", tmp_path, scratch) == {"train": 2, "validation": 1}
+    assert (scratch / "train").read_bytes().startswith(b"\xef\xbb\xbfQuality\t#1 ID")
+    assert (scratch / "dev_ids").read_text() == "11\t21\n"
+
+
+def test_mrpc_dev_id_of_no_pair(tmp_path):
+    mrpc_original(tmp_path / "MRPC", MRPC_ROWS, [("11", "21"), ("11", "22")])
+    with pytest.raises(ValueError, match=r"Line 2 .*dev_ids.tsv.* the two ids of a pair") as error:
+        check("glue/mrpc", tmp_path)
+    assert "Received: ['11', '22']" in str(error.value)
+
+
+def test_mrpc_dev_ids_of_all_pairs(tmp_path):
+    mrpc_original(tmp_path / "MRPC", MRPC_ROWS, [row[1:3] for row in MRPC_ROWS])
+    with pytest.raises(ValueError, match="pairs that leave some for training"):
+        check("glue/mrpc", tmp_path)
+
+
+def test_mrpc_in_neither_form(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    with pytest.raises(ValueError, match=r"`source` must hold MRPC as 'msr_paraphrase_train.txt'"):
+        check("glue/mrpc", tmp_path)
+
+
+@given(text=st.text(st.characters(exclude_characters="\t\r\n", codec="utf-8"), max_size=40))
+def test_any_text_without_tabs_and_line_ends_is_read_back(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("text") / "train.tsv"
+    path.write_text(f"sentence\tlabel\n{text}\t1\n", encoding="utf-8")
+    _, rows = raw._table(Path(path), ("sentence", "label"))
+    assert [row.values for row in rows] == [[text, "1"]]
