@@ -13,7 +13,11 @@ class RoutingMetrics(keras.callbacks.Callback):
     an evaluation ends, so that a training step does not wait for it. For a layer named `moe` the
     logs gain `moe/dropped`, `moe/max_share`, `moe/dead` and `moe/entropy`, with expert choice also
     `moe/untaken` and `moe/experts_per_token` (see `keras_moe.metrics.figures`), and the same with
-    `val_` before them for the validation data. Padding is not counted.
+    `val_` before them for the validation data. Padding is not counted. Layers of one name are told
+    apart by their paths, and by a number where those are equal too.
+
+    `model.evaluate` shows the figures in the progress bar, without `val_`; Keras keeps what it
+    returns to itself, but `keras_moe.metrics.read(layer)` still has them afterwards.
 
     Example:
 
@@ -31,9 +35,11 @@ class RoutingMetrics(keras.callbacks.Callback):
             if isinstance(layer, MixtureOfExperts)
         ]
         names = [layer.name for layer in layers]
-        self.layers = {
-            layer.name if names.count(layer.name) == 1 else layer.path: layer for layer in layers
-        }
+        self.layers = {}
+        for layer in layers:
+            name = layer.name if names.count(layer.name) == 1 else layer.path
+            same = sum(other.path == layer.path for other in self.layers.values())
+            self.layers[f"{name}_{same}" if same else name] = layer
         self.training_figures = self.validation_figures = None
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -51,8 +51,12 @@ def _scan_rows(layers, x_RCD, row_expert):
 
     def branch(number, layer):
         def call(state, x_CD):
-            weights = [ops.convert_to_tensor(v) for v in layer.trainable_variables]
-            y_CD, updated = layer.stateless_call(weights, state[number], x_CD)
+            # Not `stateless_call`: it would not tell the layer whether it is training.
+            values = [(v, ops.convert_to_tensor(v)) for v in layer.trainable_variables]
+            values += zip(layer.non_trainable_variables, state[number], strict=True)
+            with keras.StatelessScope(state_mapping=values) as scope:
+                y_CD = layer(x_CD)
+            updated = [scope.get_current_value(v) for v in layer.non_trainable_variables]
             return (*state[:number], updated, *state[number + 1 :]), y_CD
 
         return call
@@ -77,12 +81,12 @@ def top_k(x, k):
 
     Args:
         x: `[..., n]` tensor.
-        k: integer, at most `n`.
+        k: integer, at most `n`; a scalar tensor where it is not known before run time.
 
     Returns:
         Tuple of values and int32 positions, both `[..., k]`, in descending order.
     """
-    if k == 1:
+    if isinstance(k, int) and k == 1:
         index = ops.argmax(x, axis=-1, keepdims=True)
         values = ops.take_along_axis(x, index, axis=-1)
     elif keras.backend.backend() == "torch":

@@ -18,15 +18,13 @@ def run(layer, x, cotangent, **call):
 
     Returns:
         Tuple of the outputs, the sum of `layer.losses`, and the gradients of
-        `sum(outputs * cotangent) + sum(layer.losses)`: with respect to `x`, and a dictionary,
-        weight name -> gradient.
+        `sum(outputs * cotangent) + sum(layer.losses)` with respect to `x` and, a list, to
+        `layer.trainable_variables`.
     """
     function, arguments = _differentiated(layer, x, cotangent, call)
     y, loss, by_x, by_weight = compiled(function)(*arguments)
-    names = [variable.name for variable in layer.trainable_variables]
-    to_numpy = ops.convert_to_numpy
-    by_name = {n: to_numpy(g) for n, g in zip(names, by_weight, strict=True)}
-    return to_numpy(y), float(to_numpy(loss)), to_numpy(by_x), by_name
+    by_weight = [ops.convert_to_numpy(gradient) for gradient in by_weight]
+    return ops.convert_to_numpy(y), float(loss), ops.convert_to_numpy(by_x), by_weight
 
 
 def gradients(layer, x, cotangent, **call):

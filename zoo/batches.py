@@ -1,4 +1,4 @@
-"""Tokenised examples as batches of a few lengths, so that short texts cost little and steps compile once each."""
+"""Tokenised examples in batches of a few lengths: short texts cost little, few steps compile."""
 
 import keras
 import numpy as np

@@ -1,6 +1,10 @@
-"""The command line: parses, calls, prints. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+"""The command line: parses, calls, prints.
+
+Exit codes: 0 done, 2 bad input (one sentence, no traceback, nothing lost), 130 interrupted.
+"""
 
 import argparse
+import importlib.util
 import os
 import sys
 
@@ -17,92 +21,95 @@ def main(arguments=None):
         The exit code.
     """
     options = _parser().parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks about missing GPUs
     try:
-        return options.run(options)
+        options.run(options)
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"zoo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zoo: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    return 0
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo", description="Mixture-of-experts Transformers on GLUE."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("prepare", help="raw GLUE files to a TensorFlow Datasets folder")
-    command.add_argument(
-        "tasks", nargs="*", metavar="TASK", help="e.g. glue/cola; default: all there are"
+    command = commands.add_parser(
+        "prepare", help="turn GLUE's raw files into a folder that tfds.load opens, without network"
     )
-    command.add_argument("--from", dest="source", required=True, help="folder of the raw files")
-    command.add_argument("--data-dir", required=True, help="folder to write to")
-    command.add_argument("--force", action="store_true", help="prepare again what is there")
+    add = command.add_argument
+    add("tasks", nargs="*", metavar="TASK", help="e.g. glue/cola; default: all that are there")
+    add(
+        "--from", dest="source", metavar="DIR", required=True, help="folder with CoLA/train.tsv ..."
+    )
+    add("--data-dir", metavar="OUT", required=True, help="TensorFlow Datasets folder to write to")
+    add("--force", action="store_true", help="prepare again what is there already")
     command.set_defaults(run=_prepare)
 
-    command = commands.add_parser("finetune", help="train a model on a task with model.fit")
-    command.add_argument(
+    command = commands.add_parser(
+        "finetune", help="train a model on a task with model.fit; resumes an interrupted run"
+    )
+    add = command.add_argument
+    add(
         "task",
         nargs="?",
         default="acceptability",
-        help="e.g. glue/sst2; default: acceptability, generated, no data needed",
+        metavar="TASK",
+        help="e.g. glue/sst2; default: acceptability, which is generated and needs no data",
     )
-    command.add_argument(
-        "--model", default="switch", help="switch, expert_choice, dense, or the folder of a preset"
+    add("--model", help="switch (default), expert_choice, dense, or the folder of a preset")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else Keras' own choice")
+    add("--data-dir", metavar="DIR", help="TensorFlow Datasets folder, see prepare")
+    add("--output", metavar="DIR", help="default: runs/<task>-<model>-<backend>-seed<seed>")
+    add("--restart", action="store_true", help="throw an earlier run in the output folder away")
+    add("--size", help="mini (default), small or base")
+    add("--num-experts", type=int, metavar="N", help="experts per sparse block (8)")
+    add("--epochs", type=int, metavar="N", help="passes over the training data")
+    add("--batch-size", type=int, metavar="N", help="examples per step")
+    add("--learning-rate", type=float, metavar="RATE", help="peak of the schedule")
+    add("--dropout", type=float, metavar="RATE", help="of everything but the experts")
+    add(
+        "--expert-dropout", type=float, metavar="RATE", help="of the experts; default: as --dropout"
     )
-    command.add_argument(
-        "--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else Keras' own choice"
-    )
-    command.add_argument("--data-dir", help="TensorFlow Datasets folder, see prepare")
-    command.add_argument(
-        "--output", help="folder of the run; default: runs/<task>-<model>-<backend>-seed<seed>"
-    )
-    command.add_argument("--size", default="mini", help="mini, small or base")
-    for name, kind in (
-        ("num-experts", int),
-        ("epochs", int),
-        ("batch-size", int),
-        ("learning-rate", float),
-        ("dropout", float),
-        ("expert-dropout", float),
-        ("max-length", int),
-        ("max-examples", int),
-        ("seed", int),
-    ):
-        command.add_argument(f"--{name}", type=kind)
-    command.add_argument(
-        "--restart", action="store_true", help="throw an earlier run in the output folder away"
-    )
+    add("--max-length", type=int, metavar="N", help="tokens per example (64)")
+    add("--max-examples", type=int, metavar="N", help="only so many training examples")
+    add("--seed", type=int, metavar="N", help="of weights, dropout and order (0)")
     command.set_defaults(run=_finetune)
     return parser
 
 
 def _prepare(options):
-    from zoo.tasks.prepare import prepare
+    from zoo.tasks.prepare import prepare, tasks_in
 
-    for task in options.tasks:
+    for task in options.tasks or tasks_in(options.source):
         print(prepare(task, options.source, options.data_dir, force=options.force))
-    return 0
 
 
 def _finetune(options):
+    if options.backend:
+        os.environ["KERAS_BACKEND"] = options.backend
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if importlib.util.find_spec(backend) is None:
+        raise ImportError(
+            f"The backend {backend!r} is not installed; `pip install keras-moe[{backend}]` "
+            "brings it, and `--backend` chooses another."
+        )
+    from zoo.training import finetune
+
     settings = {
         name: value
         for name, value in vars(options).items()
         if name not in ("run", "backend") and value is not None
     }
-    if options.backend:
-        os.environ["KERAS_BACKEND"] = options.backend
-    from zoo.training import finetune
-
     if options.task == "acceptability":
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")
     results = finetune(**settings, verbose=1 if sys.stdout.isatty() else 2)
     best = results["best"]
-    scores = ", ".join(
-        f"{name[4:]} {best[name]:.4f}"
-        for name in best
-        if name.startswith("val_") and "/" not in name
-    )
-    print(f"best epoch {best['epoch']} of {len(results['history'])} on validation: {scores}")
-    return 0
+    scores = ", ".join(f"{name} {best[name]:.4f}" for name in results["metrics"])
+    print(f"best epoch {best['epoch']} of {len(results['history'])}: {scores}")
+    print(f"saved: {results['preset']}")

@@ -100,7 +100,10 @@ def finetune(
     }
     _check(settings)
     name = f"{task.name.replace('/', '-')}-{Path(model).name}-{settings['backend']}-seed{seed}"
-    run = Run(Path(output or Path("runs") / name), settings, restart)
+    chosen = (task.primary, *(metric for metric in task.metrics if metric != task.primary))
+    run = Run(
+        Path(output or Path("runs") / name), settings, [f"val_{name}" for name in chosen], restart
+    )
     if run.finished:
         return run.results
 
@@ -127,7 +130,7 @@ def finetune(
         callbacks=[
             keras_moe.callbacks.RoutingMetrics(),
             OfficialMetrics(task, dict(zip(task.validation, validation, strict=True))),
-            SaveRun(run, task),
+            SaveRun(run),
         ],
     )
     run.finish(network, classifier)
@@ -184,7 +187,8 @@ def _batches(preprocessor, task, split, data_dir, settings, epoch):
     if training and settings["max_examples"] is not None:
         texts = tuple(column[: settings["max_examples"]] for column in texts)
         labels = labels[: settings["max_examples"]]
-    tokens = preprocessor(texts if len(texts) > 1 else texts[0])
+    # With `y` named, KerasHub does not take a pair of texts for texts and labels.
+    tokens = preprocessor(texts if len(texts) > 1 else texts[0], y=None)
     token_ids, mask = (
         keras.ops.convert_to_numpy(tokens[name]) for name in ("token_ids", "padding_mask")
     )
@@ -229,24 +233,20 @@ class OfficialMetrics(keras.callbacks.Callback):
         self.splits = splits
 
     def on_epoch_end(self, epoch, logs=None):
-        prefix = "val"
-        for name, batches in self.splits.items():
-            prefix = "val" if prefix == "val" and name == self.task.validation[0] else name
-            outputs = self.model.predict(batches, verbose=0)
+        for split, batches in self.splits.items():
+            prefix = "val" if split == self.task.validation[0] else split
             order = batches.order
-            scores = metrics.evaluate(
-                self.task, batches.labels[order[order >= 0]], outputs[order >= 0]
-            )
+            outputs = self.model.predict(batches, verbose=0)[order >= 0]
+            scores = metrics.evaluate(self.task, batches.labels[order[order >= 0]], outputs)
             logs.update({f"{prefix}_{metric}": value for metric, value in scores.items()})
 
 
 class SaveRun(keras.callbacks.Callback):
     """Writes the run to disk after every epoch."""
 
-    def __init__(self, run, task):
+    def __init__(self, run):
         super().__init__()
         self.run = run
-        self.primary = f"val_{task.primary}"
 
     def on_train_begin(self, logs=None):
         self.started = time.monotonic()
@@ -254,7 +254,7 @@ class SaveRun(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.monotonic() - self.started
         self.started = time.monotonic()
-        self.run.save(self.model, logs, self.primary, seconds)
+        self.run.save(self.model, logs, seconds)
 
 
 class Run:
@@ -266,16 +266,23 @@ class Run:
     Args:
         folder: where; made when first written to.
         settings: what the run is; a folder of other settings is refused.
+        metric_names: names in the logs; the first chooses the best epoch.
         restart: deletes what is there.
     """
 
-    def __init__(self, folder, settings, restart=False):
+    def __init__(self, folder, settings, metric_names, restart=False):
         self.folder = folder
         if restart and (folder / "results.json").is_file():
             shutil.rmtree(folder)
         self.results = self._read()
         if self.results is None:
-            self.results = {"settings": settings, "finished": False, "history": [], "best": None}
+            self.results = {
+                "settings": settings,
+                "metrics": list(metric_names),
+                "finished": False,
+                "history": [],
+                "best": None,
+            }
         elif self.results["settings"] != settings:
             old = self.results["settings"]
             name = next(name for name in settings if settings[name] != old.get(name))
@@ -297,13 +304,15 @@ class Run:
     def resume(self, model):
         """Loads the weights and the optimizer of the last epoch, if there is one."""
         if self.epoch:
+            model.optimizer.build(model.trainable_variables)
             _load_weights(model, self._weights(self.epoch))
 
-    def save(self, model, logs, primary, seconds):
-        """Adds an epoch."""
+    def save(self, model, logs, seconds):
+        """Adds an epoch; the best one has the highest value of the first metric."""
         epoch = self.epoch + 1
         entry = {"epoch": epoch, "seconds": round(seconds, 1)}
         entry |= {name: float(value) for name, value in logs.items()}
+        primary = self.results["metrics"][0]
         best = self.results["best"]
         if best is None or entry[primary] > best[primary]:
             best = entry
@@ -322,7 +331,7 @@ class Run:
         _load_weights(model, self._weights(self.results["best"]["epoch"]))
         with _replacing(self.folder / "preset") as path:
             classifier.save_to_preset(str(path))
-        self.results["finished"] = True
+        self.results |= {"finished": True, "preset": str(self.folder / "preset")}
         self._write()
         for path in self.folder.glob("epoch-*.weights.h5"):
             path.unlink()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from zoo.tasks import lexicon as lex
 
 SIZES = {"train": 6000, "validation": 600, "test": 600}
-PAIRED = 0.75
+PAIRED = 0.75  # How often a sentence's corruption follows it.
 
 
 class Judgement(NamedTuple):
@@ -166,10 +166,10 @@ _PRONOUNS = {  # nominative: accusative, plural, gender
 }
 
 
-def _subject(rng, nouns, choices=None):
+def _subject(rng, nouns):
     """Anything that can be a subject."""
     draw = rng.random()
-    if nouns is lex.PEOPLE and choices is None and draw < 0.35:
+    if nouns is lex.PEOPLE and draw < 0.35:
         if draw < 0.12:
             text = rng.choice(list(_PRONOUNS))
             accusative, plural, gender = _PRONOUNS[text]
@@ -180,7 +180,7 @@ def _subject(rng, nouns, choices=None):
         plain = ["the", "my", "her", "a"]
         pair = [_common(rng, nouns, plural=False, choices=plain).words for _ in range(2)]
         return Phrase([*pair[0], Word("and"), *pair[1]], True, "n")
-    head = _common(rng, nouns, choices=choices)
+    head = _common(rng, nouns)
     if draw < 0.5:
         return head._replace(words=head.words + _near(rng, nouns))
     if draw < 0.65:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from zoo.tasks import raw
 from zoo.tasks.extras import require
-from zoo.tasks.task import get
+from zoo.tasks.task import TASKS, get
 
 
 class Prepared(NamedTuple):
@@ -95,6 +95,34 @@ def prepare(task, source, data_dir, force=False):
             built = _build(tfds.builder(task.name, data_dir=str(stage)), files, rows)
             _move(built, Path(present.data_dir), stage / "replaced")
     return _prepared(task, present.data_dir, rows, fresh=True)
+
+
+def tasks_in(source):
+    """The GLUE tasks that a folder has training data of.
+
+    Args:
+        source: The folder that holds the official raw files as `CoLA/train.tsv` and so on.
+
+    Returns:
+        List of names.
+
+    Raises:
+        ValueError: If there are none.
+        ImportError: If TensorFlow Datasets is not installed.
+    """
+    tfds = require("tensorflow_datasets")
+    found = []
+    for name in TASKS:
+        if name != "acceptability":
+            folder = Path(source).expanduser() / tfds.builder(name).builder_config.data_dir
+            if any((folder / file).is_file() for file in raw.TRAINING_FILES):
+                found.append(name)
+    if not found:
+        raise ValueError(
+            "`source` must hold official GLUE files such as CoLA/train.tsv. "
+            f"Received: source={str(source)!r}"
+        )
+    return found
 
 
 def _prepared(task, directory, rows, fresh):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 _RAGGED = ("qqp", "mnli")
 _TOLERANCE = 1000
 
+TRAINING_FILES = ("train.tsv", "msr_paraphrase_train.txt")
+
 _COLA_COLUMNS = ("source", "label", "mark", "sentence")
 _MRPC_COLUMNS = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
 

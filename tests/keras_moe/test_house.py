@@ -1,0 +1,68 @@
+"""The order in which the files are read: each imports only from those above it."""
+
+import ast
+import pathlib
+
+import pytest
+
+import keras_moe
+
+ORDER = (
+    "ops",
+    "slots",
+    "losses",
+    "routing",
+    "dispatch",
+    "experts",
+    "metrics",
+    "moe",
+    "callbacks",
+    "__init__",
+)
+FOLDER = pathlib.Path(keras_moe.__file__).parent
+BACKENDS = {"jax", "tensorflow", "torch"}
+FILES = pytest.mark.parametrize("name", ORDER)
+
+
+def tree(name):
+    return ast.parse((FOLDER / f"{name}.py").read_text())
+
+
+def imports(name):
+    """Dotted names of all that a file imports, wherever in the file."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_order_names_every_file():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(ORDER)
+
+
+@FILES
+def test_imports_only_from_above(name):
+    above = ORDER[: ORDER.index(name)]
+    for imported in imports(name):
+        package, _, rest = imported.partition(".")
+        if package == "keras_moe":
+            assert rest.split(".")[0] in above, f"{name}.py imports {imported}"
+
+
+@FILES
+def test_only_ops_names_a_backend(name):
+    if name == "ops":
+        return
+    assert BACKENDS.isdisjoint(imported.split(".")[0] for imported in imports(name))
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "backend", f"{name}.py, line {node.lineno}"
+        if isinstance(node, ast.Constant):
+            assert node.value not in BACKENDS, f"{name}.py, line {node.lineno}"
+
+
+def test_public_names_exist():
+    for name in keras_moe.__all__:
+        assert hasattr(keras_moe, name)

@@ -1,0 +1,535 @@
+import inspect
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import (
+    ExpertChoiceRouter,
+    FeedForwardExperts,
+    LayerExperts,
+    MixtureOfExperts,
+    SwitchRouter,
+    TopKRouter,
+)
+from tests import oracle
+from tests.backend import cost, numpy, run
+
+tensor = ops.convert_to_tensor
+E, D, F = 4, 3, 4
+JIT = keras.backend.backend() != "torch"
+
+
+def built(router, group="sequence", dim=D, **options):
+    """A layer with weights large enough for clear decisions."""
+    layer = MixtureOfExperts(
+        FeedForwardExperts(router.num_experts or E, F, **options), router, group
+    )
+    layer.build((None, None, dim))
+    rng = np.random.default_rng(1)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    return layer
+
+
+def expected(router, group, x, mask, weights, training):
+    """Outputs and the sum of the losses, by the oracle."""
+    x_GSD, mask_GS = oracle.in_groups(x, mask, group)
+    num_experts = weights["kernel"].shape[1]
+    logits = x_GSD @ weights["kernel"]
+    p = oracle.softmax(logits)
+    tokens = x_GSD.shape[1]
+    losses = router.router_z_weight * oracle.router_z(logits, mask_GS)
+    factor = router.capacity_factor if training else router.eval_capacity_factor
+    if isinstance(router, ExpertChoiceRouter):
+        capacity = min(
+            tokens, oracle.capacity(tokens, num_experts, factor or router.capacity_factor)
+        )
+        if router.inference == "threshold" and not training:
+            cap = router.max_experts_per_token or math.ceil(2 * router.capacity_factor)
+            weight = oracle.threshold_choice(p, numpy(router.threshold), cap, mask_GS)
+        else:
+            weight = oracle.expert_choice(p, capacity, mask_GS, router.max_experts_per_token)
+    else:
+        capacity = factor and oracle.capacity(
+            tokens, num_experts, factor, router.k, router.min_capacity
+        )
+        weight, chosen = oracle.token_choice(p, router.k, capacity, router.normalize, mask_GS)
+        losses += router.load_balancing_weight * oracle.load_balancing(p, chosen, mask_GS)
+    y = oracle.mixture(x_GSD, weight, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
+    y = y.reshape(-1, y.shape[-1])[: math.prod(x.shape[:-1])].reshape(x.shape)
+    return y, losses, weight
+
+
+TIGHT = {"capacity_factor": 0.75, "min_capacity": 1}
+LOSSES = {"load_balancing_weight": 0.5, "router_z_weight": 0.25}
+RICH = {"gated": True, "use_bias": True}
+
+
+def switch(**kwargs):
+    return SwitchRouter(jitter=0.0, **LOSSES, **kwargs)
+
+
+def top(k, normalize, **kwargs):
+    return TopKRouter(k, normalize=normalize, **LOSSES, **kwargs)
+
+
+def experts_choose(factor, **kwargs):
+    return ExpertChoiceRouter(capacity_factor=factor, router_z_weight=0.25, **kwargs)
+
+
+# Every router with and without drops, every group, both ranks, with and without padding; 7 does not
+# divide the 12 tokens.
+CASES = {
+    "switch": (lambda: switch(**TIGHT), "sequence", 3, False, {}),
+    "switch, batch, mask": (lambda: switch(**TIGHT), "batch", 3, True, {}),
+    "switch, dropless, 7, mask": (lambda: switch(capacity_factor=None), 7, 3, True, RICH),
+    "switch, 2-D": (lambda: switch(**TIGHT), "sequence", 2, False, {}),
+    "k=1, mask": (lambda: top(1, True, **TIGHT), "sequence", 3, True, {}),
+    "k=1, dropless": (lambda: top(1, False), "batch", 3, False, {}),
+    "k=2": (lambda: top(2, True, **TIGHT), "sequence", 3, False, RICH),
+    "k=2, raw, 7": (lambda: top(2, False, **TIGHT), 7, 3, False, {}),
+    "k=2, dropless, mask": (lambda: top(2, True), "sequence", 3, True, {"gated": True}),
+    "k=2, raw, dropless, 2-D, mask": (lambda: top(2, False), "batch", 2, True, {}),
+    "k=3, 4, mask": (lambda: top(3, True, **TIGHT), 4, 3, True, {"use_bias": True}),
+    "k=3, raw, dropless, 7": (lambda: top(3, False), 7, 3, False, {}),
+    "expert choice": (lambda: experts_choose(1.0), "sequence", 3, False, RICH),
+    "expert choice, batch, mask": (lambda: experts_choose(2.0), "batch", 3, True, {}),
+    "expert choice, 7": (lambda: experts_choose(1.0), 7, 3, False, {}),
+    "expert choice, all, mask": (lambda: experts_choose(4.0), "sequence", 3, True, {}),
+    "expert choice, 2-D, mask": (lambda: experts_choose(1.0), "sequence", 2, True, {}),
+}  # fmt: skip
+X = np.random.default_rng(0).normal(size=(2, 6, D))
+MASK = np.array([[True] * 6, [True, True, True, False, True, False]])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_losses_and_gradients_are_the_oracles(case):
+    router, group, rank, masked, options = CASES[case]
+    layer = built(router(), group, **options)
+    names = [variable.name for variable in layer.trainable_variables]
+    weights = {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
+    shape = (2, 6, D) if rank == 3 else (12, D)
+    x, mask = X.reshape(shape).copy(), MASK.reshape(shape[:-1]) if masked else None
+    cotangent = np.random.default_rng(2).normal(size=shape)
+
+    def loop():
+        return expected(layer.router, group, x, mask, weights, training=True)
+
+    def loss():
+        y, losses, _ = loop()
+        return np.sum(y * cotangent) + losses
+
+    y, losses, by_x, by_weight = run(layer, x, cotangent, mask=mask, training=True)
+    y_expected, losses_expected, weight = loop()
+    np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-5)
+    assert losses == pytest.approx(losses_expected, rel=1e-5)
+    slopes = oracle.gradient(loss, [x, *(weights[name] for name in names)])
+    np.testing.assert_allclose(by_x, slopes[0], rtol=1e-5, atol=1e-5)
+    for name, ours, slope in zip(names, by_weight, slopes[1:], strict=True):
+        np.testing.assert_allclose(ours, slope, rtol=1e-5, atol=1e-5, err_msg=name)
+
+    served = (weight > 0).any(axis=-1).reshape(-1)[:12].reshape(shape[:-1])
+    assert (y[~served] == 0).all()  # exactly
+    if isinstance(layer.router, TopKRouter):  # the case is what its name says
+        wanted = layer.router.k * (MASK if masked else np.ones(12)).sum()
+        assert (np.sum(weight > 0) < wanted) == ("dropless" not in case)
+
+
+FORWARD = {
+    "threshold": lambda: ExpertChoiceRouter(capacity_factor=1.0, inference="threshold"),
+    "threshold, capped": lambda: ExpertChoiceRouter(
+        capacity_factor=1.0, inference="threshold", max_experts_per_token=1
+    ),
+    "capped at 1": lambda: ExpertChoiceRouter(capacity_factor=1.0, max_experts_per_token=1),
+    "capped at 2": lambda: ExpertChoiceRouter(capacity_factor=2.0, max_experts_per_token=2),
+    "eval factor": lambda: ExpertChoiceRouter(capacity_factor=1.0, eval_capacity_factor=2.0),
+    "eval capacity": lambda: TopKRouter(2, eval_capacity_factor=0.75, min_capacity=1),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("router", FORWARD.values(), ids=FORWARD)
+def test_inference_is_the_oracles(router, masked):
+    layer = built(router())
+    if getattr(layer.router, "inference", None) == "threshold":
+        layer.router.threshold.assign([0.1, 0.3, 0.5, 0.2])
+    weights = {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
+    mask = MASK if masked else None
+    y, losses, weight = expected(layer.router, "sequence", X, mask, weights, training=False)
+    assert 0 < np.sum(weight > 0) < 0.6 * weight.size
+    np.testing.assert_allclose(numpy(layer(X, mask=mask)), y, rtol=1e-5, atol=1e-5)
+    assert float(sum(layer.losses)) == pytest.approx(losses, rel=1e-5)
+
+
+EVERY = {
+    "switch": lambda **kwargs: SwitchRouter(E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
+    "k=2": lambda **kwargs: TopKRouter(2, E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
+    "dropless": lambda **kwargs: TopKRouter(2, E, **kwargs),
+    "expert choice": lambda **kwargs: ExpertChoiceRouter(E, **kwargs),
+    "threshold": lambda **kwargs: ExpertChoiceRouter(E, inference="threshold", **kwargs),
+}
+ROUTERS = pytest.mark.parametrize("router", EVERY.values(), ids=EVERY)
+
+
+def call(layer, x, **kwargs):
+    """Outputs, losses and what the call added to the statistics."""
+    for variable in layer.statistics:
+        variable.assign(np.zeros(variable.shape))
+    y = numpy(layer(tensor(x, "float32"), **kwargs))
+    return y, [float(loss) for loss in layer.losses], [numpy(v) for v in layer.statistics]
+
+
+def set_threshold(layer):
+    if hasattr(layer.router, "threshold"):
+        layer.router.threshold.assign([0.1, 0.3, 0.5, 0.2])
+    return layer
+
+
+class TestPadding:
+    @pytest.mark.parametrize("group", ["sequence", "batch", 7])
+    @ROUTERS
+    def test_its_content_changes_nothing(self, router, group):
+        layer = set_threshold(built(router(router_z_weight=0.5), group))
+        other = np.where(MASK[..., None], X, 50 * np.random.default_rng(3).normal(size=X.shape))
+        one, two = (call(layer, x, mask=MASK) for x in (X, other))
+        np.testing.assert_allclose(one[0], two[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one[1], two[1], rtol=1e-6)
+        for a, b in zip(one[2], two[2], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert (one[0][~MASK] == 0).all() and (one[0][MASK] != 0).any()
+
+    def test_mask_comes_with_the_inputs(self):
+        """As `Embedding(mask_zero=True)` sends it, and goes on to the next layer."""
+        tokens = keras.Input((None,), dtype="int32")
+        embedded = keras.layers.Embedding(9, D, mask_zero=True)(tokens)
+        layer = built(EVERY["k=2"]())
+        outputs = layer(embedded)
+        assert outputs._keras_mask is not None
+        model = keras.Model(tokens, [outputs, embedded])
+        ids = np.array([[3, 4, 5, 6, 7, 0], [1, 2, 0, 0, 0, 0]])
+        y, x = (numpy(t) for t in model(ids))
+        np.testing.assert_allclose(y, numpy(layer(tensor(x), mask=ids > 0)), rtol=1e-6, atol=1e-6)
+        assert (y[ids == 0] == 0).all()
+
+    def test_nothing_but_padding(self):
+        y, losses, _ = call(built(EVERY["k=2"]()), X, mask=np.zeros((2, 6), bool))
+        assert (y == 0).all() and losses == [0.0]
+
+
+class TestLeaks:
+    """With groups of one sequence each, tokens that come later must not matter."""
+
+    def change(self, layer, where, **kwargs):
+        """The largest change of each token's output when the tokens in `where` are others."""
+        rng = np.random.default_rng(5)
+        before = call(layer, X, **kwargs)[0]
+        largest = np.zeros((2, 6))
+        for _ in range(4):
+            x = X.copy()
+            x[where] = 3 * rng.normal(size=x[where].shape)
+            largest = np.maximum(largest, np.abs(call(layer, x, **kwargs)[0] - before).max(axis=-1))
+        return largest
+
+    @pytest.mark.parametrize("name", ["switch", "k=2", "dropless", "threshold"])
+    def test_nothing_from_the_future_nor_from_another_sequence(self, name):
+        layer = set_threshold(built(EVERY[name]()))
+        for first in (2, 4):
+            changed = self.change(layer, np.s_[0, first:])
+            assert changed[0, :first].max() < 1e-6 and changed[1].max() < 1e-6
+            assert changed[0, first:].max() > 0.1  # this test can see
+
+    @pytest.mark.parametrize("name", ["switch", "k=2"])
+    def test_nor_while_training(self, name):
+        router = EVERY[name](jitter=0.0, capacity_factor=0.75)
+        changed = self.change(built(router), np.s_[0, 3:], training=True)
+        assert changed[0, :3].max() < 1e-6 and changed[1].max() < 1e-6
+
+    def test_expert_choice_sees_the_future(self):
+        changed = self.change(built(ExpertChoiceRouter(E, 1.0)), np.s_[0, 3:])
+        assert changed[0, :3].max() > 0.1
+        assert changed[1].max() < 1e-6
+
+    def test_threshold_sees_it_while_training(self):
+        layer = built(ExpertChoiceRouter(E, 1.0, inference="threshold"))
+        assert self.change(layer, np.s_[0, 3:], training=True)[0, :3].max() > 0.1
+
+    def test_a_group_of_a_batch_leaks_between_sequences(self):
+        changed = self.change(built(EVERY["switch"](), "batch"), np.s_[0, 3:])
+        assert changed[1].max() > 0.1
+
+    def test_no_later_choice_before_an_earlier_token(self):
+        """A token's second choice comes before the next token's first (GShard: the other way)."""
+        layer = built(TopKRouter(2, 3, eval_capacity_factor=0.5, min_capacity=1))
+        layer.router.kernel.assign(np.eye(3))
+        # Capacity ceil(2 tokens * 2 * .5 / 3) = 1. Token 0 wants experts 0 and 1, token 1 wants 1.
+        x = np.array([[[9.0, 8.0, 0.0], [0.0, 9.0, 8.0]]], "float32")
+        routing = numpy(layer.router(x))
+        assert routing.token_index.tolist() == [[[0], [0], [1]]]
+
+
+class TestSelectivePrecision:
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+    @ROUTERS
+    def test_router_in_float32(self, router, policy):
+        """The selection is the one float32 makes of the same bfloat16 inputs."""
+        experts = FeedForwardExperts(E, F, dtype=policy)
+        keras.config.set_dtype_policy(policy)
+        try:
+            layer = MixtureOfExperts(experts, router(router_z_weight=0.5), dtype=policy)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        layer.build((None, None, D))
+        layer.router.kernel.assign(np.random.default_rng(1).normal(size=(D, E)))
+        x = ops.cast(X, "bfloat16")
+        y = layer(x)
+        assert ops.dtype(y) == "bfloat16"
+        assert {ops.dtype(loss) for loss in layer.losses} == {"float32"}
+        assert {v.dtype for v in layer.statistics} == {"float32"}
+        routing = numpy(layer.router(x))
+        p = oracle.softmax(
+            numpy(ops.cast(x, "float32")) @ numpy(layer.router.kernel).astype("float64")
+        )
+        np.testing.assert_allclose(routing.probabilities, p, rtol=1e-5)
+        # Outputs: of the float32 layer with the same weights, to the precision of bfloat16 (2^-8).
+        exact = MixtureOfExperts(FeedForwardExperts(E, F), router())
+        exact.build((None, None, D))
+        for ours, theirs in zip(exact.trainable_variables, layer.trainable_variables, strict=True):
+            ours.assign(ops.cast(theirs, "float32"))
+        reference = numpy(exact(ops.cast(x, "float32")))
+        np.testing.assert_allclose(
+            numpy(ops.cast(y, "float32")), reference, atol=0.02 * np.abs(reference).max()
+        )
+
+    def test_fit(self):
+        inputs = keras.Input((6, D))
+        experts = FeedForwardExperts(E, F, dropout=0.1, dtype="mixed_bfloat16")
+        layer = MixtureOfExperts(experts, SwitchRouter(), dtype="mixed_bfloat16")
+        model = keras.Model(inputs, keras.layers.Dense(1, dtype="mixed_bfloat16")(layer(inputs)))
+        model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=JIT)
+        history = model.fit(np.tile(X, (4, 1, 1)), np.ones((8, 6, 1)), 4, epochs=2, verbose=0)
+        assert np.isfinite(history.history["loss"]).all()
+        assert {v.dtype for v in layer.trainable_variables} == {"float32"}
+
+
+class TestRandomness:
+    @ROUTERS
+    def test_inference_is_deterministic(self, router):
+        layer = set_threshold(built(router(jitter=0.3), dropout=0.5))
+        np.testing.assert_array_equal(call(layer, X)[0], call(layer, X)[0])
+        first, second = (call(layer, X, training=True)[0] for _ in range(2))
+        assert (first != second).any()
+
+    def test_jitter_leaves_the_experts_inputs_alone(self):
+        """One expert has probability 1 whatever the router's input."""
+        layer = built(SwitchRouter(1, capacity_factor=None, eval_capacity_factor=None, jitter=0.5))
+        np.testing.assert_array_equal(call(layer, X)[0], call(layer, X, training=True)[0])
+
+
+class TestGradientOfTheRouter:
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_one_choice_teaches_it_the_task(self, normalize):
+        """Its weight is the raw probability: normalised to 1 it would have no gradient."""
+        layer = built(TopKRouter(1, normalize=normalize, load_balancing_weight=0.0))
+        _, _, _, by_weight = run(layer, X, np.ones(X.shape))
+        by_router = by_weight[[v.name for v in layer.trainable_variables].index("kernel")]
+        assert np.abs(by_router).max() > 0.1
+
+
+def test_a_dropped_token_is_exactly_zero_and_its_neighbour_is_not():
+    layer = built(SwitchRouter(2, eval_capacity_factor=0.5, min_capacity=1), dim=2)
+    layer.router.kernel.assign(10 * np.eye(2))
+    # All four tokens want expert 0, whose capacity is ceil(4 * .5 / 2) = 1: three are dropped.
+    y = call(layer, np.array([[[1.0, 0.0]] * 4]))[0]
+    assert (y[0, 1:] == 0).all() and (y[0, 0] != 0).any()
+
+
+class TestCost:
+    """Shapes for which what must not be made could not be missed: 1,024 tokens, 8 experts."""
+
+    T, E, D, F = 1024, 8, 16, 16
+    ROUTERS = {
+        "switch": (lambda: SwitchRouter(capacity_factor=1.0), 1.0),
+        "k=2": (lambda: TopKRouter(2, capacity_factor=1.0), 2.0),
+        "k=1, dropless": (lambda: TopKRouter(1), 1.0),
+        "k=2, dropless": (lambda: TopKRouter(2), 2.0),
+        "expert choice": (lambda: ExpertChoiceRouter(capacity_factor=2.0), 2.0),
+    }
+
+    @pytest.fixture(scope="class", params=ROUTERS)
+    def case(self, request):
+        router, experts_per_token = self.ROUTERS[request.param]
+        layer = MixtureOfExperts(FeedForwardExperts(self.E, self.F), router())
+        layer.build((None, None, self.D))
+        x = np.random.default_rng(0).normal(size=(2, self.T // 2, self.D))
+        return *cost(layer, x, np.ones(x.shape), training=True), experts_per_token
+
+    def test_nothing_of_size_tokens_by_experts_by_dim_or_capacity(self, case):
+        largest, _, _ = case
+        # tokens x experts x dim is 131,072 numbers, and tokens x experts x capacity (64 slots for
+        # each sequence and choice) four times that; the slots are 1,024 to 2,496 rows of 16.
+        assert largest < self.T * self.E * self.D / 2
+
+    def test_not_all_experts_see_all_tokens(self, case):
+        _, multiplications, experts_per_token = case
+        # Forward, gradient of the inputs and of the kernels: 3 products, in and out. The router's
+        # three are small change.
+        ideal = 3 * experts_per_token * self.T * 2 * self.D * self.F
+        router = 3 * self.T * self.D * self.E
+        assert ideal <= multiplications - router <= 1.6 * ideal  # all to all would be 8 or 4 times
+
+
+def tiny_problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 6, D)).astype("float32")
+    return x, np.sin(2 * x)
+
+
+def moe():
+    return MixtureOfExperts(FeedForwardExperts(E, 16, seed=1), TopKRouter(2, capacity_factor=2.0))
+
+
+class Residual(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.layer = moe()
+
+    def call(self, inputs, training=False):
+        return inputs + self.layer(inputs, training=training)
+
+
+def functional():
+    inputs = keras.Input((None, D))
+    return keras.Model(inputs, inputs + moe()(inputs))
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        "model",
+        [functional, Residual, lambda: keras.Sequential([keras.Input((6, D)), moe()])],
+        ids=["functional", "subclassed", "sequential"],
+    )
+    def test_fit_learns(self, model):
+        keras.utils.set_random_seed(0)
+        x, y = tiny_problem()
+        model = model()
+        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=JIT)
+        loss = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+        assert loss[-1] < 0.7 * loss[0]
+
+    @ROUTERS
+    def test_length_not_known(self, router):
+        """One functional model for all lengths and batch sizes, traced once without either."""
+        inputs = keras.Input((None, D))
+        layer = set_threshold(built(router(), 4 if router is EVERY["k=2"] else "sequence"))
+        model = keras.Model(inputs, layer(inputs))
+        assert model.output_shape == (None, None, D)
+        model.compile(jit_compile=False)
+        for x in (X, X[:1, :5]):
+            y = model.predict(x, verbose=0)
+            np.testing.assert_allclose(y, call(layer, x)[0], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["k=2", "dropless", "expert choice"])
+    def test_length_not_known_to_the_graph(self, name):
+        """As a data set of ragged batches has it: TensorFlow's graph then knows no shape."""
+        if keras.backend.backend() != "tensorflow":
+            pytest.skip("only TensorFlow's graphs have unknown shapes")
+        import tensorflow as tf
+
+        for group in ("sequence", "batch", 4):
+            layer = built(EVERY[name](), group)
+            graph = tf.function(layer, input_signature=[tf.TensorSpec((None, None, D))])
+            y = graph(tf.constant(X, "float32"))
+            np.testing.assert_allclose(numpy(y), call(layer, X)[0], rtol=1e-5, atol=1e-5)
+
+    def test_2d_is_one_group(self):
+        layer = built(EVERY["k=2"]())
+        flat = call(layer, X[0])[0]
+        np.testing.assert_allclose(flat, call(layer, X[:1])[0][0], rtol=1e-5, atol=1e-5)
+
+    def test_weight_paths(self):
+        layer = MixtureOfExperts(
+            FeedForwardExperts(2, 3, name="experts"), SwitchRouter(name="router"), name="moe"
+        )
+        layer(keras.Input((4, D)))
+        paths = [v.path for v in layer.trainable_variables]
+        assert paths == [
+            "moe/experts/kernel_in",
+            "moe/experts/kernel_out",
+            "moe/router/kernel",
+        ]
+
+    def test_losses_are_this_calls(self):
+        layer = built(TopKRouter(2, E, router_z_weight=0.5))
+        for _ in range(2):
+            layer(tensor(X, "float32"))
+            assert len(layer.losses) == 2
+
+
+def test_every_config_key_makes_the_round_trip():
+    arguments = {
+        "experts": LayerExperts([keras.layers.Dense(5), keras.layers.Dense(5)]),
+        "router": TopKRouter(2, normalize=False),
+        "group": 7,
+    }
+    assert set(arguments) == set(inspect.signature(MixtureOfExperts).parameters) - {"kwargs"}
+    made = MixtureOfExperts(**arguments, name="mine", dtype="mixed_bfloat16")
+    copy = MixtureOfExperts.from_config(made.get_config())
+    assert copy.get_config() == made.get_config()
+    assert (copy.name, copy.group, copy.dtype_policy.name) == ("mine", 7, "mixed_bfloat16")
+    assert type(copy.router) is TopKRouter and copy.router.normalize is False
+    assert type(copy.experts) is LayerExperts and copy.experts.num_experts == 2
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (
+                lambda e, r: MixtureOfExperts(r, e),
+                "`router` must be a `keras_moe` router. Received",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(keras.layers.Dense(3), r),
+                "`experts` must be a layer with `num_experts`.*Received: experts=<Dense",
+            ),
+            (lambda e, r: MixtureOfExperts([e], r), "`experts` must be a layer with `num_experts`"),
+            (
+                lambda e, r: MixtureOfExperts(e, r, group="row"),
+                "`group` must be 'sequence', 'batch' or a positive number.*Received: group='row'",
+            ),
+            (lambda e, r: MixtureOfExperts(e, r, group=0), "`group` must be .* group=0"),
+            (lambda e, r: MixtureOfExperts(e, r, group=True), "`group` must be .* group=True"),
+            (lambda e, r: MixtureOfExperts(e, r, group=None), "`group` must be .* group=None"),
+            (
+                lambda e, r: MixtureOfExperts(e, TopKRouter(3)),
+                "`k` must be at most the number of experts. Received: k=3 for num_experts=2",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, SwitchRouter(4)),
+                "The router and the experts must agree in number. Received: .*=4 for num_experts=2",
+            ),
+        ],
+    )
+    def test_when_it_is_made(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make(FeedForwardExperts(2, 4), SwitchRouter())
+
+    @pytest.mark.parametrize("shape", [(3,), (1, 2, 4, 3)])
+    def test_rank_of_the_inputs(self, shape):
+        layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
+        with pytest.raises(ValueError, match="must be .tokens, dim. or .batch, length, dim."):
+            layer(np.ones(shape, "float32"))
+
+    def test_unknown_dim(self):
+        layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
+        with pytest.raises(ValueError, match="with a known dim. Received: .*None"):
+            layer.build((None, 4, None))
+
+    @pytest.mark.parametrize("shape", [(2, 5), (2,), (2, 6, 3), (12,)])
+    def test_shape_of_the_mask(self, shape):
+        layer = built(SwitchRouter(E))
+        with pytest.raises(ValueError, match="`mask` must have the inputs' shape without the last"):
+            layer(np.ones((2, 6, D), "float32"), mask=np.ones(shape, bool))

@@ -1,0 +1,139 @@
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import (
+    ExpertChoiceRouter,
+    FeedForwardExperts,
+    LayerExperts,
+    MixtureOfExperts,
+    SwitchRouter,
+    TopKRouter,
+)
+from tests.backend import numpy
+
+X = np.random.default_rng(0).normal(size=(2, 6, 3)).astype("float32")
+JIT = keras.backend.backend() != "torch"
+ROUTERS = {
+    "switch": lambda: SwitchRouter(eval_capacity_factor=0.75, min_capacity=1),
+    "top-k": lambda: TopKRouter(2, normalize=False, kernel_initializer="random_normal"),
+    "expert choice": lambda: ExpertChoiceRouter(capacity_factor=1.0, max_experts_per_token=2),
+    "threshold": lambda: ExpertChoiceRouter(inference="threshold", threshold_momentum=0.5),
+}
+
+
+def experts():
+    layers = [
+        keras.layers.Dense(3, activation="tanh"),
+        keras.Sequential([keras.layers.Dense(5), keras.layers.Dropout(0.1), keras.layers.Dense(3)]),
+    ]
+    return LayerExperts(layers)
+
+
+def every_router():
+    """All routers and both kinds of experts in one model, that has seen one step of training."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((None, 3))
+    outputs = inputs
+    for number, router in enumerate(ROUTERS.values()):
+        bank = FeedForwardExperts(4, 5, gated=number % 2 == 0, use_bias=True)
+        outputs = outputs + MixtureOfExperts(bank, router(), group=4 if number else "batch")(
+            outputs
+        )
+    outputs = outputs + MixtureOfExperts(experts(), SwitchRouter(eval_capacity_factor=None))(
+        outputs
+    )
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=JIT)
+    model.fit(X, np.ones(X.shape), verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = every_router()
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    model.save(path)
+    return model, path
+
+
+def test_comes_back_exactly_and_trains_on(saved):
+    model, path = saved
+    loaded = keras.models.load_model(path)
+    assert [v.path for v in loaded.trainable_variables] == [
+        v.path for v in model.trainable_variables
+    ]
+    np.testing.assert_array_equal(numpy(loaded(X)), numpy(model(X)))
+    first = loaded.fit(X, np.ones(X.shape), epochs=5, verbose=0).history["loss"]
+    assert first[-1] < first[0]
+
+
+def test_weights_file(saved, tmp_path):
+    model, _ = saved
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    other = keras.models.clone_model(model)
+    assert (numpy(other(X)) != numpy(model(X))).any()
+    other.load_weights(path)
+    np.testing.assert_array_equal(numpy(other(X)), numpy(model(X)))
+
+
+def test_the_learnt_threshold_is_saved_and_statistics_are_not(saved):
+    model, path = saved
+    loaded = keras.models.load_model(path)
+    old, new = (
+        next(layer for layer in each.layers if hasattr(getattr(layer, "router", None), "threshold"))
+        for each in (model, loaded)
+    )
+    threshold = numpy(old.router.threshold)
+    assert (threshold > 0).all()
+    np.testing.assert_array_equal(threshold, numpy(new.router.threshold))
+    assert numpy(old.statistics[0])[0] > 0
+    assert (numpy(new.statistics[0]) == 0).all()
+
+
+def test_a_file_without_statistics_loads_whatever_they_are(saved, monkeypatch):
+    """Another release may count other things; no checkpoint depends on them."""
+    from keras_moe import metrics
+
+    monkeypatch.setattr(metrics, "TOTALS", (*metrics.TOTALS, "more"))
+    monkeypatch.setattr(
+        metrics, "statistics", lambda routing: (np.zeros(8, "float32"), np.zeros((), "float32"))
+    )
+    _, path = saved
+    loaded = keras.models.load_model(path)
+    assert {
+        tuple(layer.statistics[0].shape) for layer in loaded.layers if hasattr(layer, "statistics")
+    } == {(8,)}
+
+
+LOAD = """
+import sys
+import keras
+import numpy as np
+import keras_moe
+
+model = keras.models.load_model(sys.argv[1])
+x = np.load(sys.argv[2])
+np.save(sys.argv[3], keras.ops.convert_to_numpy(model(x)))
+"""
+
+
+def test_loads_on_the_other_backends_with_equal_outputs(saved, tmp_path):
+    model, path = saved
+    np.save(tmp_path / "x.npy", X)
+    others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+    runs = []
+    for backend in others:
+        arguments = [path, tmp_path / "x.npy", tmp_path / f"{backend}.npy"]
+        environment = {**os.environ, "KERAS_BACKEND": backend}
+        runs.append(subprocess.Popen([sys.executable, "-c", LOAD, *arguments], env=environment))
+    assert [run.wait() for run in runs] == [0, 0]
+    for backend in others:
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{backend}.npy"), numpy(model(X)), rtol=1e-5, atol=1e-5
+        )

@@ -1,0 +1,221 @@
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_moe
+import zoo
+
+TINY = {
+    "vocabulary_size": 8000,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "key_dim": 8,
+    "intermediate_dim": 32,
+    "num_experts": 4,
+}
+ROUTERS = {
+    "dense": None,
+    "switch": keras_moe.SwitchRouter(),
+    "expert_choice": keras_moe.ExpertChoiceRouter(),
+}
+
+
+def encoder(kind="switch", **options):
+    return zoo.EncoderBackbone(**(TINY | {"router": ROUTERS[kind]} | options))
+
+
+def inputs(lengths=(9, 4, 6), seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    token_ids = np.where(mask, rng.integers(3, 8000, mask.shape), 0)
+    return {"token_ids": token_ids.astype("int32"), "padding_mask": mask.astype("int32")}
+
+
+def output(model, x):
+    return ops.convert_to_numpy(model(x, training=False))
+
+
+def test_dense_encoder_is_t5():
+    """Equal to transformers' T5 encoder with the same weights."""
+    import torch
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=8000, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, dropout_rate=0.0
+    )
+    torch.manual_seed(0)
+    theirs = transformers.T5EncoderModel(config).eval()
+    for weight in theirs.parameters():  # norms and biases too, which start at constants
+        torch.nn.init.normal_(weight, std=0.4)
+    ours = encoder("dense", num_layers=3)
+
+    def copy(path, weight):
+        (variable,) = (v for v in ours.variables if v.path.endswith(path))
+        variable.assign(weight.detach().numpy())
+
+    copy("token_embedding/embeddings", theirs.shared.weight)
+    blocks = theirs.encoder.block
+    attention = blocks[0].layer[0].SelfAttention
+    copy("position_bias/embedding", attention.relative_attention_bias.weight)
+    copy("output_norm/scale", theirs.encoder.final_layer_norm.weight)
+    for number, block in enumerate(blocks, start=1):
+        attention, dense = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+        for name, layer in zip(
+            ("query", "key", "value", "output"),
+            (attention.q, attention.k, attention.v, attention.o),
+            strict=True,
+        ):
+            copy(f"block_{number}/attention/{name}/kernel", layer.weight.T)
+        copy(f"block_{number}/feed_forward/hidden/kernel", dense.wi.weight.T)
+        copy(f"block_{number}/feed_forward/output/kernel", dense.wo.weight.T)
+        copy(f"block_{number}/attention_norm/scale", block.layer[0].layer_norm.weight)
+        copy(f"block_{number}/feed_forward_norm/scale", block.layer[1].layer_norm.weight)
+
+    x = inputs(lengths=(70, 33, 5))  # past the exact buckets of the position bias
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(x["token_ids"]).long(),
+            attention_mask=torch.tensor(x["padding_mask"]),
+        ).last_hidden_state.numpy()
+    valid = x["padding_mask"] > 0
+    np.testing.assert_allclose(output(ours, x)[valid], expected[valid], atol=2e-4, rtol=1e-4)
+
+
+def test_every_other_block_is_sparse():
+    model = encoder(num_layers=4)
+    kinds = [type(model.get_layer(f"block_{n}").feed_forward).__name__ for n in (1, 2, 3, 4)]
+    assert kinds == ["FeedForward", "MixtureOfExperts"] * 2
+    every = encoder(num_layers=2, sparse_step=1)
+    kinds = [type(every.get_layer(f"block_{n}").feed_forward).__name__ for n in (1, 2)]
+    assert kinds == ["MixtureOfExperts"] * 2
+    paths = [v.path for v in model.trainable_variables if "block_2/moe_2/" in v.path]
+    assert sorted(path.split("moe_2/")[1] for path in paths) == [
+        "experts/kernel_in",
+        "experts/kernel_out",
+        "router/kernel",
+    ]
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_padding_changes_nothing(kind):
+    # Capacity counts padding: only where every token finds its place may its length not matter.
+    roomy = {
+        "dense": None,
+        "switch": keras_moe.SwitchRouter(eval_capacity_factor=4.0),
+        "expert_choice": keras_moe.ExpertChoiceRouter(capacity_factor=4.0),
+    }
+    model = encoder(router=roomy[kind])
+    x = inputs()
+    longer = {name: np.pad(value, ((0, 0), (0, 5))) for name, value in x.items()}
+    longer["token_ids"][:, 9:] = 77
+    valid = x["padding_mask"] > 0
+    a, b = output(model, x), output(model, longer)[:, :9]
+    np.testing.assert_allclose(a[valid], b[valid], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_config_and_keras_file_round_trip(kind, tmp_path):
+    model = encoder(
+        kind,
+        sparse_step=1,
+        group=5,
+        expert_dim=24,
+        activation="gelu",
+        dropout=0.2,
+        expert_dropout=0.3,
+        expert_init_scale=0.5,
+    )
+    assert zoo.EncoderBackbone.from_config(model.get_config()).get_config() == model.get_config()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
+
+
+def test_options_reach_the_layers():
+    model = encoder(expert_dim=24, activation="gelu", expert_dropout=0.3, expert_init_scale=0.5)
+    moe = model.get_layer("block_2").feed_forward
+    assert moe.experts.hidden_dim == 24
+    assert moe.experts.dropout == 0.3
+    assert moe.experts.init_scale == 0.5
+    assert moe.experts.activation is keras.activations.gelu
+    assert moe.group == "batch"
+    assert encoder(expert_dim=None).get_layer("block_2").feed_forward.experts.hidden_dim == 32
+    x = {name: ops.convert_to_tensor(value) for name, value in inputs().items()}
+    calm = {"router": keras_moe.SwitchRouter(jitter=0.0), "dropout": 0.0, "expert_dropout": 0.0}
+    still, noisy = encoder(**calm), encoder(**(calm | {"dropout": 0.5}))
+    for model, changes in ((still, False), (noisy, True)):
+        a, b = (ops.convert_to_numpy(model(x, training=True)) for _ in range(2))
+        assert np.array_equal(a, b) != changes
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_bfloat16(policy):
+    model = encoder(dtype=policy)
+    y = model(inputs())
+    assert ops.dtype(y) == "bfloat16"
+    assert np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))).all()
+    assert model.get_layer("block_2").feed_forward.router.kernel.dtype == "float32"
+
+
+def classifier(num_classes=2, **options):
+    preprocessor = zoo.EncoderTextClassifierPreprocessor(
+        zoo.default_tokenizer(), sequence_length=12
+    )
+    return zoo.EncoderTextClassifier(encoder(**options), num_classes, preprocessor)
+
+
+def test_preprocessor_packs_sentences_and_pairs():
+    preprocessor = classifier().preprocessor
+    tokenizer = zoo.default_tokenizer()
+    one, two = ops.convert_to_numpy(tokenizer("A dog.")), ops.convert_to_numpy(tokenizer("It ran."))
+    x = preprocessor(["A dog."])
+    expected = [1, *one.tolist(), 1]
+    assert sorted(x) == ["padding_mask", "token_ids"]
+    tokens = ops.convert_to_numpy(x["token_ids"])[0]
+    assert tokens.tolist() == expected + [0] * (12 - len(expected))
+    mask = ops.convert_to_numpy(x["padding_mask"])[0]
+    assert mask.astype(bool).tolist() == (tokens != 0).tolist()
+    pair = preprocessor((["A dog."], ["It ran."]), y=None)
+    tokens = ops.convert_to_numpy(pair["token_ids"])[0]
+    expected = [1, *one.tolist(), 1, *two.tolist(), 1]
+    assert tokens.tolist() == expected + [0] * (12 - len(expected))
+
+
+def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_path):
+    model = classifier()
+    texts = ["a fine good film", "a poor bad film"] * 8
+    labels = np.array([1, 0] * 8)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3))
+    history = model.fit(texts, labels, batch_size=8, epochs=12, verbose=0)
+    assert history.history["sparse_categorical_accuracy"][-1] == 1.0
+    model.save_to_preset(str(tmp_path))
+    for loaded in (
+        zoo.from_preset(tmp_path),
+        keras_hub.models.TextClassifier.from_preset(str(tmp_path)),
+    ):
+        np.testing.assert_allclose(
+            loaded.predict(texts, batch_size=16, verbose=0),
+            model.predict(texts, batch_size=16, verbose=0),
+            atol=1e-6,
+        )
+    other_head = zoo.from_preset(tmp_path, num_classes=3)
+    assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
+
+
+def test_regressor():
+    model = classifier(num_classes=1)
+    assert model.loss == "mean_squared_error"
+    history = model.fit(["two", "five"] * 4, np.array([2.0, 5.0] * 4), verbose=0)
+    assert np.isfinite(history.history["mean_absolute_error"][0])
+
+
+def test_empty_text_is_finite():
+    assert np.isfinite(classifier().predict(["", "word"], verbose=0)).all()
+
+
+def test_from_preset_wants_a_preset(tmp_path):
+    with pytest.raises(ValueError, match="`preset` must be the folder of a saved preset"):
+        zoo.from_preset(tmp_path)

@@ -1,0 +1,186 @@
+import json
+
+import numpy as np
+import pytest
+
+import zoo
+from zoo import training
+from zoo.models import builders
+from zoo.tasks.data import Examples
+from zoo.tasks.task import get
+
+TINY = {
+    "num_layers": 1,
+    "sparse_step": 1,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "key_dim": 8,
+    "intermediate_dim": 32,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    """A tiny model, and sentences short enough for one shape."""
+
+    def load(task, split, data_dir=None):
+        rng = np.random.default_rng(len(split))
+        labels = rng.integers(0, 2, 64 if split == "train" else 21).astype("int32")
+        words = np.array([["bad", "poor", "dull"], ["good", "fine", "great"]])
+        texts = [f"a {words[label][rng.integers(3)]} film" for label in labels]
+        columns = (texts,) if len(get(task).inputs) == 1 else (texts, texts)
+        if get(task).labels is None:
+            labels = labels.astype("float32") * 5
+        return Examples(columns, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(builders.SIZES, "tiny", TINY)
+        patch.setattr(training.data, "load", load)
+        yield
+
+
+def run(output, task="glue/cola", model="switch", **options):
+    defaults = {"size": "tiny", "epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
+    defaults |= {"num_experts": 4, "max_length": 10, "verbose": 0, "output": output}
+    return training.finetune(task, model, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four epochs that nothing disturbed, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    return run(folder, epochs=4), folder
+
+
+def test_results_and_preset(whole):
+    results, folder = whole
+    assert results["metrics"] == ["val_matthews"]
+    assert [entry["epoch"] for entry in results["history"]] == [1, 2, 3, 4]
+    best = max(results["history"], key=lambda entry: entry["val_matthews"])
+    assert results["best"]["val_matthews"] == best["val_matthews"] > 0.9
+    assert {"loss", "val_loss", "val_accuracy", "moe_1/dropped", "val_moe_1/entropy"} <= set(best)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert sorted(path.name for path in folder.iterdir()) == ["preset", "results.json"]
+    model = zoo.from_preset(results["preset"])
+    scores = model.predict(["a bad film", "a great film"], verbose=0)
+    assert scores.argmax(axis=-1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("model", ["dense", "expert_choice"])
+def test_other_models(tmp_path, model):
+    assert np.isfinite(run(tmp_path, model=model)["best"]["val_loss"])
+
+
+def test_scores_to_regress(tmp_path):
+    results = run(tmp_path, task="glue/stsb")
+    assert results["metrics"] == ["val_spearman", "val_pearson"]
+
+
+def test_two_validation_splits_and_pairs(tmp_path):
+    best = run(tmp_path, task="glue/mnli")["best"]
+    assert {"val_accuracy", "validation_mismatched_accuracy"} <= set(best)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["weights", "results", "next epoch"])
+def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch, moment):
+    with monkeypatch.context() as patch:
+        if moment == "weights":  # while the weights of epoch 2 are half written
+
+            def save(self, model, logs, seconds, original=training.Run.save):
+                if self.epoch == 1:
+                    (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
+                    raise Killed
+                original(self, model, logs, seconds)
+
+            patch.setattr(training.Run, "save", save)
+        elif moment == "results":  # when they are written, and nothing says so yet
+
+            def write(self, original=training.Run._write):
+                if self.epoch == 2:
+                    raise Killed
+                original(self)
+
+            patch.setattr(training.Run, "_write", write)
+        else:
+
+            def predict(self, epoch, logs=None, original=training.OfficialMetrics.on_epoch_end):
+                if epoch == 2:
+                    raise Killed
+                original(self, epoch, logs)
+
+            patch.setattr(training.OfficialMetrics, "on_epoch_end", predict)
+        with pytest.raises(Killed):
+            run(tmp_path, epochs=4)
+    resumed = run(tmp_path, epochs=4)
+    for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
+        for name in one:
+            if name != "seconds":
+                assert one[name] == pytest.approx(other[name], abs=1e-4), (one["epoch"], name)
+
+
+def test_a_finished_run_is_not_run_again(whole, monkeypatch):
+    results, folder = whole
+    monkeypatch.setattr(training, "_build", None)
+    assert run(folder, epochs=4) == results
+
+
+def test_another_run_in_the_folder_is_refused(whole):
+    results, folder = whole
+    with pytest.raises(ValueError, match="`output` holds another run, with epochs=4"):
+        run(folder, epochs=5)
+    assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    first = run(tmp_path / "run", max_examples=16)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+    again = run(tmp_path / "run", max_examples=16, seed=1, restart=True)
+    assert again["best"]["loss"] != first["best"]["loss"]
+
+
+def test_damaged_results(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(tmp_path)
+
+
+def test_weights_that_do_not_fit(whole, tmp_path):
+    unfinished = whole[0] | {"finished": False, "history": whole[0]["history"][:1]}
+    (tmp_path / "results.json").write_text(json.dumps(unfinished))
+    (tmp_path / "epoch-1.weights.h5").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"epoch-1\.weights\.h5 do not fit or are damaged"):
+        run(tmp_path, epochs=4)
+    assert json.loads((tmp_path / "results.json").read_text()) == unfinished
+
+
+def test_starts_from_a_preset(whole, tmp_path):
+    """One cautious epoch from the trained model is better than the first epoch from scratch."""
+    results, _ = whole
+    second = run(tmp_path, model=results["preset"], learning_rate=1e-4)
+    assert second["best"]["loss"] < results["history"][0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be a positive integer"),
+        ({"batch_size": -1}, "`batch_size` must be a positive integer"),
+        ({"max_length": 0}, "`max_length` must be a positive integer"),
+        ({"num_experts": 0}, "`num_experts` must be a positive integer"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
+        ({"max_examples": 3}, "`max_examples` must be at least the batch size"),
+        ({"task": "glue/colla"}, "glue/cola"),
+        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
+        ({"size": "smal"}, "Did you mean 'small'"),
+    ],
+)
+def test_bad_input(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
