@@ -1,4 +1,4 @@
-"""Mixture of experts for Keras 3: sparse, trained by `model.fit`, on TensorFlow, JAX and PyTorch."""
+"""Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
 from keras_moe import callbacks, losses, metrics
 from keras_moe.experts import FeedForwardExperts, LayerExperts

@@ -61,7 +61,7 @@ class FeedForwardExperts(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(**{"name": "experts", **kwargs})
         for name, value in (("num_experts", num_experts), ("hidden_dim", hidden_dim)):
             if value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
@@ -176,7 +176,7 @@ class LayerExperts(keras.layers.Layer):
     """
 
     def __init__(self, layers, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**{"name": "experts", **kwargs})
         layers = list(layers)
         if not layers:
             raise ValueError("`layers` must hold at least one Keras layer. Received: layers=[]")
@@ -213,5 +213,9 @@ class LayerExperts(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        layers = [keras.saving.deserialize_keras_object(layer) for layer in config["layers"]]
+        # Not built on their own, or their weights' paths would lack this layer's name.
+        layers = [
+            keras.saving.deserialize_keras_object({**layer, "build_config": None})
+            for layer in config["layers"]
+        ]
         return cls(**{**config, "layers": layers})

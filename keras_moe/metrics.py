@@ -105,6 +105,6 @@ def figures(totals, expert_tokens, expert_choice=False):
 
 
 def read(layer):
-    """The `figures` of what a built `MixtureOfExperts` layer has seen since its statistics were reset."""
+    """The `figures` of what a built `MixtureOfExperts` has seen since they were last reset."""
     totals, expert_tokens = (ops.convert_to_numpy(variable) for variable in layer.statistics)
     return figures(totals, expert_tokens, isinstance(layer.router, ExpertChoiceRouter))

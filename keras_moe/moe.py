@@ -172,8 +172,9 @@ class MixtureOfExperts(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
+        # Not built on their own, or their weights' paths would lack this layer's name.
         parts = {
-            name: keras.saving.deserialize_keras_object(config[name])
+            name: keras.saving.deserialize_keras_object({**config[name], "build_config": None})
             for name in ("experts", "router")
         }
         return cls(**{**config, **parts})

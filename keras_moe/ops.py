@@ -1,4 +1,6 @@
-"""Products, selections and moves of rows that `keras.ops` lacks or does slowly; the only file that names a backend.
+"""Products, selections and moves of rows that `keras.ops` lacks or does slowly.
+
+The only file that names a backend.
 
 Axes: M rows, D width, R rows of slots, C slots per row, E experts, F hidden.
 """
@@ -75,7 +77,7 @@ def _scan_rows(layers, x_RCD, row_expert):
 
 
 def top_k(x, k):
-    """The `k` largest entries of the last axis, and where they stand; equal entries in order of position.
+    """The `k` largest entries of the last axis, and where they stand; equal ones in order.
 
     PyTorch's own `topk` leaves the order of equal entries open, so that backends would disagree.
 
@@ -183,7 +185,7 @@ def with_gradient(forward, backward):
     @ops.custom_gradient
     def function(x):
         def gradient(*args, upstream=None):
-            # PyTorch passes the saved inputs and `upstream=`, the other two pass the gradient alone.
+            # PyTorch passes the saved inputs and `upstream=`; the others the gradient alone.
             return backward(args[0] if upstream is None else upstream)
 
         return forward(x), gradient

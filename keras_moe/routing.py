@@ -79,7 +79,7 @@ class Router(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**{"name": "router", **kwargs, "dtype": "float32"})
         if num_experts is not None and num_experts < 1:
             raise ValueError(
                 f"`num_experts` must be a positive integer. Received: num_experts={num_experts}"

@@ -160,14 +160,14 @@ def look_up(value_GN, assignment_index_GRC):
 
 
 def _seat(expert_index_GN, num_experts, rows_GE, row_start_GE, row_expert_R, size):
-    """Seats the c-th assignment of an expert in slot c of its rows; past its last row it is dropped."""
+    """Seats the c-th assignment of an expert in slot c of its rows; past the last it is dropped."""
     groups, assignments = ops.shape(expert_index_GN)
     num_rows = ops.shape(row_expert_R)[0]
     count_GE = _count(expert_index_GN, num_experts)
     first_GE = ops.cumsum(count_GE, axis=1) - count_GE  # where an expert starts in the sorted order
-    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: keeps token order
+    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in token order
 
-    # Slot -> assignment: which rank among its expert's assignments a slot holds, found in the order.
+    # Slot -> assignment: which rank among its expert's a slot holds, looked up in the order.
     row_GR = ops.arange(num_rows, dtype="int32") - ops.take(row_start_GE, row_expert_R, axis=1)
     rank_GRC = row_GR[:, :, None] * size + ops.arange(size, dtype="int32")
     filled_GRC = rank_GRC < ops.take(count_GE, row_expert_R, axis=1)[:, :, None]

@@ -8,9 +8,9 @@ class TokenBatches(keras.utils.PyDataset):
     """Batches of examples of like length, each cut to the shortest length that holds them.
 
     Every batch has the same size and one of `lengths`, so that a compiled step meets only so many
-    shapes. While training, examples and batches are shuffled anew each epoch and the examples that
-    fill no batch sit the epoch out; otherwise the last batch of each length is filled up with rows
-    of padding, and `order` says which example each row is.
+    shapes. While training, examples and batches are shuffled, anew by `shuffle`, and the examples
+    that fill no batch sit the epoch out; otherwise the last batch of each length is filled up with
+    rows of padding, and `order` says which example each row is.
 
     Args:
         token_ids: `[examples, length]` integers.
@@ -19,12 +19,9 @@ class TokenBatches(keras.utils.PyDataset):
         batch_size: rows per batch.
         lengths: ascending lengths; the last is that of `token_ids`.
         shuffle_seed: integer; `None` keeps the order and every example.
-        epoch: the epoch to start from; each has its own order, whatever came before.
     """
 
-    def __init__(
-        self, token_ids, padding_mask, labels, batch_size, lengths, shuffle_seed=None, epoch=0
-    ):
+    def __init__(self, token_ids, padding_mask, labels, batch_size, lengths, shuffle_seed=None):
         super().__init__()
         self.token_ids = token_ids
         self.padding_mask = padding_mask
@@ -32,18 +29,17 @@ class TokenBatches(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.lengths = lengths
         self.shuffle_seed = shuffle_seed
-        self.epoch = epoch
-        self._deal()
+        self.shuffle(0)
 
-    def _deal(self):
-        """Deals the examples out to batches: a list of (length, positions)."""
+    def shuffle(self, epoch):
+        """Deals the examples out to batches; each epoch has an order of its own."""
         count = self.padding_mask.sum(axis=1)
         order = np.arange(len(count))
         if self.shuffle_seed is not None:
-            generator = np.random.default_rng((self.shuffle_seed, self.epoch))
+            generator = np.random.default_rng((self.shuffle_seed, epoch))
             generator.shuffle(order)
         bucket = np.searchsorted(self.lengths, count[order])
-        self.batches = []
+        self.batches = []  # (length, positions of the examples)
         for number, length in enumerate(self.lengths):
             members = order[bucket == number]
             for start in range(0, len(members), self.batch_size):
@@ -79,8 +75,3 @@ class TokenBatches(keras.utils.PyDataset):
             "padding_mask": mask.astype("int32"),
         }
         return x, self.labels[rows], weight
-
-    def on_epoch_end(self):
-        self.epoch += 1
-        if self.shuffle_seed is not None:
-            self._deal()

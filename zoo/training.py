@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import keras
+import numpy as np
 
 import keras_moe
 from zoo.batches import TokenBatches
@@ -110,7 +111,7 @@ def finetune(
     keras.utils.set_random_seed(seed)
     classifier = _build(task, model, settings)
     train, *validation = (
-        _batches(classifier.preprocessor, task, split, data_dir, settings, run.epoch)
+        _batches(classifier.preprocessor, task, split, data_dir, settings)
         for split in ("train", *task.validation)
     )
     # The texts are tokenised once; the task's own `fit` would do it again every epoch.
@@ -126,8 +127,10 @@ def finetune(
         validation_data=validation[0],
         epochs=settings["epochs"],
         initial_epoch=run.epoch,
+        shuffle=False,  # Keras would shuffle the batches by a state that no file keeps
         verbose=verbose,
         callbacks=[
+            SeedEpochs(seed, train),
             keras_moe.callbacks.RoutingMetrics(),
             OfficialMetrics(task, dict(zip(task.validation, validation, strict=True))),
             SaveRun(run),
@@ -180,7 +183,7 @@ def _build(task, model, settings):
     return classifier
 
 
-def _batches(preprocessor, task, split, data_dir, settings, epoch):
+def _batches(preprocessor, task, split, data_dir, settings):
     examples = data.load(task, split, data_dir)
     training = split == "train"
     texts, labels = examples
@@ -201,7 +204,6 @@ def _batches(preprocessor, task, split, data_dir, settings, epoch):
         settings["batch_size"],
         lengths,
         shuffle_seed=settings["seed"] if training else None,
-        epoch=epoch if training else 0,
     )
 
 
@@ -216,6 +218,31 @@ def _optimizer(settings, steps_per_epoch):
         warmup_steps=steps // 10,
     )
     return keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0)
+
+
+class SeedEpochs(keras.callbacks.Callback):
+    """Makes each epoch's order and noise depend on its number alone, so that runs can be resumed.
+
+    Keras does not save the state of its seed generators, and calls `on_epoch_end` of a dataset more
+    often than there are epochs.
+
+    Args:
+        seed: integer.
+        batches: the training data, a `TokenBatches`.
+    """
+
+    def __init__(self, seed, batches):
+        super().__init__()
+        self.seed = seed
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.shuffle(epoch)
+        generator = np.random.default_rng((self.seed, epoch))
+        for variable in self.model.variables:
+            if variable.name == "seed_generator_state":
+                state = np.array([generator.integers(2**32), 0], "uint32")
+                variable.assign(keras.ops.convert_to_tensor(state))
 
 
 class OfficialMetrics(keras.callbacks.Callback):

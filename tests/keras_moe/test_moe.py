@@ -450,9 +450,7 @@ class TestModels:
         np.testing.assert_allclose(flat, call(layer, X[:1])[0][0], rtol=1e-5, atol=1e-5)
 
     def test_weight_paths(self):
-        layer = MixtureOfExperts(
-            FeedForwardExperts(2, 3, name="experts"), SwitchRouter(name="router"), name="moe"
-        )
+        layer = MixtureOfExperts(FeedForwardExperts(2, 3), SwitchRouter(), name="moe")
         layer(keras.Input((4, D)))
         paths = [v.path for v in layer.trainable_variables]
         assert paths == [
