@@ -76,9 +76,9 @@ def test_weights_file(saved, tmp_path):
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
     other = keras.models.clone_model(model)
-    assert (numpy(other(X)) != numpy(model(X))).any()
     other.load_weights(path)
-    np.testing.assert_array_equal(numpy(other(X)), numpy(model(X)))
+    for ours, theirs in zip(other.trainable_variables, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(numpy(ours), numpy(theirs))
 
 
 def test_the_learnt_threshold_is_saved_and_statistics_are_not(saved):
