@@ -151,6 +151,8 @@ def take_rows(x_MD, index):
     """
     num_rows = ops.shape(x_MD)[0]
     taken = ops.take(x_MD, ops.minimum(index, num_rows - 1), axis=0)
+    if keras.backend.backend() == "torch":  # in place: eager PyTorch would write all rows twice
+        return taken.masked_fill_((index >= num_rows)[..., None], 0.0)
     return taken * ops.cast(index < num_rows, x_MD.dtype)[..., None]
 
 
