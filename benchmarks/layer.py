@@ -167,6 +167,7 @@ def plot(results, path):
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="dense, same active FLOPs")
     axes.set(xlabel="experts", ylabel="training step / dense", xscale="log", ylim=(0, None))
     axes.set_xticks([int(n) for n in names], names)
+    axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
