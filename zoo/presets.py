@@ -1,5 +1,7 @@
 """Checkpoints by name or folder; a checkpoint is a KerasHub preset folder."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import keras_hub
@@ -27,4 +29,41 @@ def from_preset(preset, **options):
             "`preset` must be the folder of a saved preset, with a `config.json` in it. "
             f"Received: preset={str(preset)!r}"
         )
-    return keras_hub.models.TextClassifier.from_preset(str(folder), **options)
+    with explained(folder):
+        return keras_hub.models.TextClassifier.from_preset(str(folder), **options)
+
+
+@contextlib.contextmanager
+def explained(path):
+    """Says in one sentence what does not fit when a checkpoint is loaded within.
+
+    Args:
+        path: of the checkpoint.
+
+    Raises:
+        ValueError: for what Keras and h5py raise about missing, damaged or ill-fitting weights; it
+            names the first weight that differs and both shapes, where shapes differ.
+    """
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} does not fit or is damaged: {_reason(str(error))}"
+        ) from error
+
+
+# Keras' own message: both shapes, and then the weight with all of its values.
+_SHAPES = re.compile(
+    r"variable\.shape=(\(.*?\)), Received: value\.shape=\D*([\d, ]*)\D.*?path=(\S+),", re.DOTALL
+)
+_MISSING = re.compile(r"Layer '\S+' expected .*? during loading")
+
+
+def _reason(message):
+    shapes, missing = _SHAPES.search(message), _MISSING.search(message)
+    if shapes:
+        ours, theirs, name = shapes.groups()
+        return f"weight {name!r} has shape {ours} in the model and ({theirs}) in the checkpoint"
+    if missing:
+        return missing.group()
+    return (message.strip() or "unknown reason").splitlines()[0]

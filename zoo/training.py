@@ -14,7 +14,7 @@ import keras_moe
 from zoo.batches import TokenBatches
 from zoo.models import builders
 from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPreprocessor
-from zoo.presets import from_preset
+from zoo.presets import explained, from_preset
 from zoo.tasks import data, metrics
 from zoo.tasks.task import get
 from zoo.tokenizer import default_tokenizer
@@ -334,7 +334,9 @@ class Run:
         """Loads the weights and the optimizer of the last epoch, if there is one."""
         if self.epoch:
             model.optimizer.build(model.trainable_variables)
-            _load_weights(model, self._weights(self.epoch))
+            path = self._weights(self.epoch)
+            with explained(path):
+                model.load_weights(path)
 
     def save(self, model, logs, seconds):
         """Adds an epoch; the best one has the highest value of the first metric."""
@@ -357,7 +359,9 @@ class Run:
 
     def finish(self, model, classifier):
         """Saves the best epoch as a preset; the weights of single epochs are no longer needed."""
-        _load_weights(model, self._weights(self.results["best"]["epoch"]))
+        path = self._weights(self.results["best"]["epoch"])
+        with explained(path):
+            model.load_weights(path)
         with _replacing(self.folder / "preset") as path:
             classifier.save_to_preset(str(path))
         self.results |= {"finished": True, "preset": str(self.folder / "preset")}
@@ -383,14 +387,6 @@ class Run:
     def _write(self):
         with _replacing(self.folder / "results.json") as path:
             path.write_text(json.dumps(self.results, indent=2) + "\n")
-
-
-def _load_weights(model, path):
-    try:
-        model.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The weights in {path} do not fit or are damaged: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def test_weights_file(saved, tmp_path):
     other.load_weights(path)
     for ours, theirs in zip(other.trainable_variables, model.trainable_variables, strict=True):
         np.testing.assert_array_equal(numpy(ours), numpy(theirs))
+
+
+def test_statistics_are_not_in_the_file(saved, tmp_path):
+    model, _ = saved
+    model.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        layer = file["layers/mixture_of_experts"]
+        assert "vars" not in layer or len(layer["vars"]) == 0
+        assert set(layer) >= {"experts", "router"}
 
 
 def test_the_learnt_threshold_is_saved_and_statistics_are_not(saved):

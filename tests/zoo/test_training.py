@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit(whole, tmp_path):
     unfinished = whole[0] | {"finished": False, "history": whole[0]["history"][:1]}
     (tmp_path / "results.json").write_text(json.dumps(unfinished))
     (tmp_path / "epoch-1.weights.h5").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"epoch-1\.weights\.h5 do not fit or are damaged"):
+    with pytest.raises(ValueError, match=r"epoch-1\.weights\.h5' does not fit or is damaged"):
         run(tmp_path, epochs=4)
     assert json.loads((tmp_path / "results.json").read_text()) == unfinished
 

@@ -214,8 +214,3 @@ def test_regressor():
 
 def test_empty_text_is_finite():
     assert np.isfinite(classifier().predict(["", "word"], verbose=0)).all()
-
-
-def test_from_preset_wants_a_preset(tmp_path):
-    with pytest.raises(ValueError, match="`preset` must be the folder of a saved preset"):
-        zoo.from_preset(tmp_path)
