@@ -148,8 +148,9 @@ class LayerExperts(keras.layers.Layer):
     """Any Keras layers or models as experts, one call each on that expert's slots.
 
     They may differ in everything but the width of their outputs. Each sees `[slots, dim]`, like a
-    batch; with capacity, empty slots hold zeros, and a layer that keeps statistics of its batch
-    counts them.
+    batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts them.
+    Without capacity a layer is called once per block of its slots; losses that it adds itself
+    (regularizers of its outputs) are then not supported.
 
     Example:
 
@@ -192,20 +193,21 @@ class LayerExperts(keras.layers.Layer):
         return len(self.layers)
 
     def build(self, input_shape):
-        for layer in self.layers:
-            if not layer.built:
-                layer.build((None, input_shape[-1]))
-        self.compute_output_shape(input_shape)
+        self._widths(input_shape[-1])
 
     def call(self, inputs, row_expert=None, training=False):
         return call_by_row(self.layers, inputs, row_expert)
 
     def compute_output_shape(self, input_shape, row_expert=None):
-        shape = (None, input_shape[-1])
-        widths = [tuple(layer.compute_output_shape(shape))[-1] for layer in self.layers]
+        return (*input_shape[:-1], self._widths(input_shape[-1])[0])
+
+    def _widths(self, dim):
+        """Output width of each layer; a symbolic call asks, and builds, layers of every kind."""
+        slots = keras.KerasTensor((None, dim), dtype=self.compute_dtype)
+        widths = [layer(slots).shape[-1] for layer in self.layers]
         if len(set(widths)) > 1:
             raise ValueError(f"`layers` must agree in their output width. Received: {widths}")
-        return (*input_shape[:-1], widths[0])
+        return widths
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.layers]

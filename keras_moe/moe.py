@@ -17,7 +17,8 @@ class MixtureOfExperts(keras.layers.Layer):
     Only the chosen experts run, on the tokens that chose them (or that they chose). A token that no
     expert serves comes out as exactly zero: put a residual connection around the layer.
 
-    The router's losses are added with `add_loss`, and routing statistics are kept in two
+    The router's losses are added with `add_loss` (in evaluation too, as Keras does with all such
+    losses), and routing statistics are kept in two
     non-trainable weights for `keras_moe.callbacks.RoutingMetrics`; they are not saved.
 
     Example:
@@ -41,7 +42,8 @@ class MixtureOfExperts(keras.layers.Layer):
             the `min_capacity` slots of many experts); a decoder needs `"sequence"`.
 
     Call arguments:
-        inputs: `[batch, length, dim]` tensor, or `[tokens, dim]`, which is one group.
+        inputs: `[batch, length, dim]` tensor, or `[tokens, dim]`, which is one group unless `group`
+            is a number.
         mask: booleans, `inputs.shape[:-1]`; `False` for padding, which takes no slot, enters no
             loss and no statistic, and comes out as zero. Keras passes an upstream mask by itself.
         training: boolean; jitter, dropout and the training capacity only when `True`.
@@ -139,7 +141,8 @@ class MixtureOfExperts(keras.layers.Layer):
         leading = ops.shape(inputs)[:-1]
         if isinstance(self.group, int):
             y_TD = y_TD[: math.prod(leading)]
-        return ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
+        y = ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
+        return ops.cast(y, self.compute_dtype)
 
     def _check_mask(self, mask, inputs):
         given, allowed = tuple(mask.shape), tuple(inputs.shape[:-1])

@@ -153,7 +153,7 @@ def take_rows(x_MD, index):
     taken = ops.take(x_MD, ops.minimum(index, num_rows - 1), axis=0)
     if keras.backend.backend() == "torch":  # in place: eager PyTorch would write all rows twice
         return taken.masked_fill_((index >= num_rows)[..., None], 0.0)
-    return taken * ops.cast(index < num_rows, x_MD.dtype)[..., None]
+    return ops.where((index < num_rows)[..., None], taken, ops.zeros((), dtype=taken.dtype))
 
 
 def add_rows(x_MD, index_M, num_rows):

@@ -168,7 +168,8 @@ class TopKRouter(Router):
     With a capacity, slots are filled in token order, all `k` choices of a token before the next
     token's, so that within a group a later token never takes an earlier one's place (GShard, which
     fills all first choices first, lets it). Without one (the default, as in Mixtral and OLMoE)
-    no token is dropped.
+    no token is dropped; blocks of slots are then multiplied by copies of their experts' kernels,
+    which takes memory for up to about five times the experts' kernels while there are many tokens.
 
     Sources: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 3 and 5; GShard
     (https://arxiv.org/abs/2006.16668), Algorithm 1; Mixtral (https://arxiv.org/abs/2401.04088).

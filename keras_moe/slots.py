@@ -42,7 +42,7 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
     Returns:
         An integer, or a scalar tensor where `tokens` is one.
     """
-    factor = Fraction(factor).limit_denominator(1000)
+    factor = Fraction(str(factor))
     slots = -(-tokens * k * factor.numerator // (num_experts * factor.denominator))
     return max(minimum, slots) if isinstance(slots, int) else ops.maximum(minimum, slots)
 

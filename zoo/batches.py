@@ -8,9 +8,9 @@ class TokenBatches(keras.utils.PyDataset):
     """Batches of examples of like length, each cut to the shortest length that holds them.
 
     Every batch has the same size and one of `lengths`, so that a compiled step meets only so many
-    shapes. While training, examples and batches are shuffled, anew by `shuffle`, and the examples
-    that fill no batch sit the epoch out; otherwise the last batch of each length is filled up with
-    rows of padding, and `order` says which example each row is.
+    shapes. While training, examples and batches are shuffled, anew by `shuffle`, and fewer than
+    `batch_size` examples, which fill no batch, sit the epoch out; otherwise the last batch is
+    filled up with rows of padding, and `order` says which example each row is.
 
     Args:
         token_ids: `[examples, length]` integers.
@@ -40,12 +40,15 @@ class TokenBatches(keras.utils.PyDataset):
             generator.shuffle(order)
         bucket = np.searchsorted(self.lengths, count[order])
         self.batches = []  # (length, positions of the examples)
+        members = order[:0]
         for number, length in enumerate(self.lengths):
-            members = order[bucket == number]
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                if len(batch) == self.batch_size or self.shuffle_seed is None:
-                    self.batches.append((length, batch))
+            # What fills no batch while training goes along with the next longer examples.
+            members = np.concatenate([members, order[bucket == number]])
+            while len(members) >= self.batch_size or (
+                len(members) > 0 and self.shuffle_seed is None
+            ):
+                batch, members = np.split(members, [self.batch_size])
+                self.batches.append((length, batch))
         if self.shuffle_seed is not None:
             generator.shuffle(self.batches)
         # On TensorFlow Keras takes the shapes to expect from the first two batches.

@@ -24,11 +24,11 @@ def main(arguments=None):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks about missing GPUs
     try:
         options.run(options)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"zoo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("zoo: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("zoo: interrupted; finetune, without --restart, goes on from here", file=sys.stderr)
         return 130
     return 0
 
@@ -63,7 +63,7 @@ def _parser():
         help="e.g. glue/sst2; default: acceptability, which is generated and needs no data",
     )
     add("--model", help="switch (default), expert_choice, dense, or the folder of a preset")
-    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else Keras' own choice")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
     add("--data-dir", metavar="DIR", help="TensorFlow Datasets folder, see prepare")
     add("--output", metavar="DIR", help="default: runs/<task>-<model>-<backend>-seed<seed>")
     add("--restart", action="store_true", help="throw an earlier run in the output folder away")
@@ -91,14 +91,17 @@ def _prepare(options):
 
 
 def _finetune(options):
-    if options.backend:
-        os.environ["KERAS_BACKEND"] = options.backend
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    backend = options.backend or os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: {backend!r}"
+        )
     if importlib.util.find_spec(backend) is None:
         raise ImportError(
-            f"The backend {backend!r} is not installed; `pip install keras-moe[{backend}]` "
+            f"The backend {backend!r} is not installed; `pip install 'keras-moe[{backend}]'` "
             "brings it, and `--backend` chooses another."
         )
+    os.environ["KERAS_BACKEND"] = backend
     from zoo.training import finetune
 
     settings = {

@@ -46,7 +46,7 @@ def explained(path):
     """
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"The checkpoint {str(path)!r} does not fit or is damaged: {_reason(str(error))}"
         ) from error

@@ -16,6 +16,7 @@ from zoo.models import builders
 from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPreprocessor
 from zoo.presets import explained, from_preset
 from zoo.tasks import data, metrics
+from zoo.tasks.extras import require
 from zoo.tasks.task import get
 from zoo.tokenizer import default_tokenizer
 
@@ -102,13 +103,19 @@ def finetune(
         "seed": seed,
     }
     _check(settings)
-    name = f"{task.name.replace('/', '-')}-{Path(model).name}-{settings['backend']}-seed{seed}"
+    if model not in MODELS:  # a preset brings its own
+        settings |= dict.fromkeys(("size", "num_experts", "dropout", "expert_dropout"))
+    label = model if model in MODELS else "-".join(Path(model).parts[-2:])
+    name = f"{task.name.replace('/', '-')}-{label}-{settings['backend']}-seed{seed}"
     chosen = (task.primary, *(metric for metric in task.metrics if metric != task.primary))
     run = Run(
         Path(output or Path("runs") / name), settings, [f"val_{name}" for name in chosen], restart
     )
     if run.finished:
+        print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
+    for module in ("sklearn", "scipy"):  # of the metrics: better missed now than after an epoch
+        require(module)
 
     keras.utils.set_random_seed(seed)
     classifier = _build(task, model, settings)
@@ -120,10 +127,10 @@ def finetune(
     network = keras.Model(classifier.input, classifier.output, name="network")
     network.compile(
         optimizer=_optimizer(settings, len(train)),
-        loss=classifier.loss,
+        loss=_loss(task),
         weighted_metrics=[] if task.num_classes == 1 else ["accuracy"],
     )
-    run.resume(network)
+    run.open(network)
     network.fit(
         train,
         validation_data=validation[0],
@@ -143,17 +150,24 @@ def finetune(
 
 
 def _check(settings):
-    for name in ("epochs", "batch_size", "max_length", "num_experts"):
+    for name in ("epochs", "batch_size", "num_experts"):
         if settings[name] < 1:
             raise ValueError(
                 f"`{name}` must be a positive integer. Received: {name}={settings[name]}"
             )
+    if settings["max_length"] < 4:  # two texts and what marks their ends need that much
+        raise ValueError(
+            f"`max_length` must be at least 4. Received: max_length={settings['max_length']}"
+        )
+    for name in ("dropout", "expert_dropout"):
+        if settings[name] is not None and not 0 <= settings[name] < 1:
+            raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={settings[name]}")
     if settings["max_examples"] is not None and settings["max_examples"] < settings["batch_size"]:
         raise ValueError(
             f"`max_examples` must be at least the batch size, {settings['batch_size']}. "
             f"Received: max_examples={settings['max_examples']}"
         )
-    if settings["learning_rate"] <= 0:
+    if not 0 < settings["learning_rate"] < float("inf"):
         raise ValueError(
             "`learning_rate` must be a positive number. "
             f"Received: learning_rate={settings['learning_rate']}"
@@ -181,6 +195,11 @@ def _build(task, model, settings):
             f"Received: model={str(model)!r}"
         )
     classifier = from_preset(model, num_classes=task.num_classes)
+    if not isinstance(classifier, EncoderTextClassifier):
+        raise ValueError(
+            "`model` must be the preset of a `zoo.EncoderTextClassifier`. "
+            f"Received: a {type(classifier).__name__} in {str(model)!r}"
+        )
     classifier.preprocessor.sequence_length = settings["max_length"]
     return classifier
 
@@ -199,13 +218,28 @@ def _batches(preprocessor, task, split, data_dir, settings):
     )
     longest = settings["max_length"]
     lengths = [length for length in (16, 32, 64, 128, 256) if length < longest] + [longest]
-    return TokenBatches(
+    batches = TokenBatches(
         token_ids,
         mask.astype(bool),
         labels,
         settings["batch_size"],
         lengths,
         shuffle_seed=settings["seed"] if training else None,
+    )
+    if not len(batches):
+        raise ValueError(
+            f"`batch_size` must be at most the number of examples, {len(labels)}. "
+            f"Received: batch_size={settings['batch_size']}"
+        )
+    return batches
+
+
+def _loss(task):
+    # A mean over examples: rows that only fill up a batch weigh nothing, and are not counted.
+    if task.num_classes == 1:
+        return keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    return keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
     )
 
 
@@ -296,14 +330,20 @@ class Run:
         folder: where; made when first written to.
         settings: what the run is; a folder of other settings is refused.
         metric_names: names in the logs; the first chooses the best epoch.
-        restart: deletes what is there.
+        restart: begins anew; the old run's files are deleted by `open`, not before.
+
+    Raises:
+        ValueError: if the folder cannot be one, or holds another run or a damaged one.
     """
 
+    FILES = ("results.json", "preset", "epoch-*.weights.h5", "new-*")
+
     def __init__(self, folder, settings, metric_names, restart=False):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output` must be a folder. Received: output={str(folder)!r}")
         self.folder = folder
-        if restart and (folder / "results.json").is_file():
-            shutil.rmtree(folder)
-        self.results = self._read()
+        self.restart = restart
+        self.results = None if restart else self._read()
         if self.results is None:
             self.results = {
                 "settings": settings,
@@ -314,11 +354,11 @@ class Run:
             }
         elif self.results["settings"] != settings:
             old = self.results["settings"]
-            name = next(name for name in settings if settings[name] != old.get(name))
+            name = next(name for name in settings | old if settings.get(name) != old.get(name))
             raise ValueError(
                 f"`output` holds another run, with {name}={old.get(name)!r}; give another "
                 f"`output`, or `restart` to throw that run away. Received: output={str(folder)!r}, "
-                f"{name}={settings[name]!r}"
+                f"{name}={settings.get(name)!r}"
             )
 
     @property
@@ -330,8 +370,11 @@ class Run:
     def finished(self):
         return self.results["finished"]
 
-    def resume(self, model):
-        """Loads the weights and the optimizer of the last epoch, if there is one."""
+    def open(self, model):
+        """Makes the folder, deletes the run to be thrown away, or loads the one to go on with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.restart:
+            self._delete(*self.FILES)
         if self.epoch:
             model.optimizer.build(model.trainable_variables)
             path = self._weights(self.epoch)
@@ -347,7 +390,6 @@ class Run:
         best = self.results["best"]
         if best is None or entry[primary] > best[primary]:
             best = entry
-        self.folder.mkdir(parents=True, exist_ok=True)
         with _replacing(self._weights(epoch)) as path:
             model.save_weights(path)
         self.results["history"].append(entry)
@@ -366,8 +408,12 @@ class Run:
             classifier.save_to_preset(str(path))
         self.results |= {"finished": True, "preset": str(self.folder / "preset")}
         self._write()
-        for path in self.folder.glob("epoch-*.weights.h5"):
-            path.unlink()
+        self._delete("epoch-*.weights.h5")
+
+    def _delete(self, *patterns):
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _weights(self, epoch):
         return self.folder / f"epoch-{epoch}.weights.h5"
@@ -377,8 +423,11 @@ class Run:
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            results = json.loads(path.read_text())
+            if not {"settings", "metrics", "finished", "history", "best"} <= set(results):
+                raise ValueError("entries are missing")
+            return results
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"`output` must hold a run that can be read, but {path} is damaged; give another "
                 "`output`, or `restart` to throw that run away."

@@ -50,7 +50,7 @@ def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
 def test_missing_backend(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["finetune"]) == 2
-    assert "pip install keras-moe[" in capsys.readouterr().err
+    assert "pip install 'keras-moe[" in capsys.readouterr().err
 
 
 def test_interrupt(capsys, monkeypatch):
@@ -61,7 +61,7 @@ def test_interrupt(capsys, monkeypatch):
 
     monkeypatch.setattr(zoo.training, "finetune", interrupted)
     assert cli.main(["finetune"]) == 130
-    assert "goes on where this one stopped" in capsys.readouterr().err
+    assert "goes on from here" in capsys.readouterr().err
 
 
 def test_unknown_command_and_backend_exit_with_2():

@@ -74,6 +74,9 @@ def test_other_models(tmp_path, model):
 def test_scores_to_regress(tmp_path):
     results = run(tmp_path, task="glue/stsb")
     assert results["metrics"] == ["val_spearman", "val_pearson"]
+    # 21 rows in batches of 16: the loss is a mean over examples, whatever fills the last batch up.
+    assert training._loss(get("glue/stsb")).reduction == "mean_with_sample_weight"
+    assert training._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
 
 
 def test_two_validation_splits_and_pairs(tmp_path):
@@ -140,14 +143,25 @@ def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     (tmp_path / "run" / "mine.txt").write_text("keep")
     first = run(tmp_path / "run", max_examples=16)
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+    with pytest.raises(ValueError, match="`size` must be one of"):
+        run(tmp_path / "run", size="none", restart=True)
+    assert run(tmp_path / "run", max_examples=16) == first  # bad input lost nothing
     again = run(tmp_path / "run", max_examples=16, seed=1, restart=True)
     assert again["best"]["loss"] != first["best"]["loss"]
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
 
 
 def test_damaged_results(tmp_path):
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        run(tmp_path)
+    for text in ("{", "[]", '{"a": 1}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="is damaged"):
+            run(tmp_path)
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`output` must be a folder"):
+        run(tmp_path / "file")
 
 
 def test_weights_that_do_not_fit(whole, tmp_path):
@@ -171,7 +185,9 @@ def test_starts_from_a_preset(whole, tmp_path):
     [
         ({"epochs": 0}, "`epochs` must be a positive integer"),
         ({"batch_size": -1}, "`batch_size` must be a positive integer"),
-        ({"max_length": 0}, "`max_length` must be a positive integer"),
+        ({"max_length": 3}, "`max_length` must be at least 4"),
+        ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
+        ({"batch_size": 65}, "`batch_size` must be at most the number of examples, 64"),
         ({"num_experts": 0}, "`num_experts` must be a positive integer"),
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
         ({"max_examples": 3}, "`max_examples` must be at least the batch size"),

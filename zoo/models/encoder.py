@@ -125,7 +125,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
         self.hidden_dim = hidden_dim
         self.key_dim = key_dim
         self.intermediate_dim = intermediate_dim
-        self.router = router
+        # Not the router itself: Keras would take it for a part of the model.
+        self.router_config = router and keras.saving.serialize_keras_object(router)
         self.num_experts = num_experts
         self.expert_dim = expert_dim
         self.sparse_step = sparse_step
@@ -136,7 +137,6 @@ class EncoderBackbone(keras_hub.models.Backbone):
         self.expert_init_scale = expert_init_scale
 
     def get_config(self):
-        router = self.router and keras.saving.serialize_keras_object(self.router)
         return {
             **super().get_config(),
             "vocabulary_size": self.vocabulary_size,
@@ -145,7 +145,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
             "hidden_dim": self.hidden_dim,
             "key_dim": self.key_dim,
             "intermediate_dim": self.intermediate_dim,
-            "router": router,
+            "router": self.router_config,
             "num_experts": self.num_experts,
             "expert_dim": self.expert_dim,
             "sparse_step": self.sparse_step,
