@@ -47,15 +47,15 @@ def run(output, task="glue/cola", model="switch", **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of four epochs that nothing disturbed, and its folder."""
+    """A run of ten epochs that nothing disturbed, and its folder."""
     folder = tmp_path_factory.mktemp("run")
-    return run(folder, epochs=4), folder
+    return run(folder, epochs=10), folder
 
 
 def test_results_and_preset(whole):
     results, folder = whole
     assert results["metrics"] == ["val_matthews"]
-    assert [entry["epoch"] for entry in results["history"]] == [1, 2, 3, 4]
+    assert [entry["epoch"] for entry in results["history"]] == list(range(1, 11))
     best = max(results["history"], key=lambda entry: entry["val_matthews"])
     assert results["best"]["val_matthews"] == best["val_matthews"] > 0.9
     assert {"loss", "val_loss", "val_accuracy", "moe_1/dropped", "val_moe_1/entropy"} <= set(best)
@@ -117,8 +117,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
 
             patch.setattr(training.OfficialMetrics, "on_epoch_end", predict)
         with pytest.raises(Killed):
-            run(tmp_path, epochs=4)
-    resumed = run(tmp_path, epochs=4)
+            run(tmp_path, epochs=10)
+    resumed = run(tmp_path, epochs=10)
     for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
         for name in one:
             if name != "seconds":
@@ -128,13 +128,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
 def test_a_finished_run_is_not_run_again(whole, monkeypatch):
     results, folder = whole
     monkeypatch.setattr(training, "_build", None)
-    assert run(folder, epochs=4) == results
+    assert run(folder, epochs=10) == results
 
 
 def test_another_run_in_the_folder_is_refused(whole):
     results, folder = whole
-    with pytest.raises(ValueError, match="`output` holds another run, with epochs=4"):
-        run(folder, epochs=5)
+    with pytest.raises(ValueError, match="`output` holds another run, with epochs=10"):
+        run(folder, epochs=11)
     assert json.loads((folder / "results.json").read_text()) == results
 
 
@@ -169,7 +169,7 @@ def test_weights_that_do_not_fit(whole, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(unfinished))
     (tmp_path / "epoch-1.weights.h5").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"epoch-1\.weights\.h5' does not fit or is damaged"):
-        run(tmp_path, epochs=4)
+        run(tmp_path, epochs=10)
     assert json.loads((tmp_path / "results.json").read_text()) == unfinished
 
 
