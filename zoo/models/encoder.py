@@ -4,8 +4,11 @@ Dense, Switch and expert choice encoders are one implementation: they differ in 
 handed over (none, `SwitchRouter`, `ExpertChoiceRouter`, or any other of `keras_moe`).
 """
 
+import reprlib
+
 import keras
 import keras_hub
+import numpy as np
 from keras import ops
 
 from keras_moe import FeedForwardExperts, MixtureOfExperts
@@ -39,6 +42,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
         expert_dropout: rate on the experts' hidden units.
         expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
         dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
+        name: of the model.
+        trainable: whether training changes the weights.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
         expert_dropout=0.1,
         expert_init_scale=1.0,
         dtype=None,
-        **kwargs,
+        name=None,
+        trainable=True,  # no `**kwargs`: Keras would take any name without a word
     ):
         # === Layers ===
         token_embedding = keras.layers.Embedding(
@@ -114,7 +120,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
             outputs=x,
             dtype=dtype,
-            **kwargs,
+            name=name,
+            trainable=trainable,
         )
 
         # === Config ===
@@ -186,20 +193,43 @@ class EncoderTextClassifierPreprocessor(keras_hub.models.TextClassifierPreproces
 class EncoderTextClassifier(keras_hub.models.TextClassifier):
     """A linear classifier, or a regressor, on the mean of an encoder's outputs.
 
+    `predict`, `evaluate` and `fit` take texts as a list of strings, and pairs of texts as a tuple
+    of two such lists: all first texts, then all second ones.
+
+    Example:
+
+    ```python
+    classifier = zoo.from_preset("runs/glue-sst2-switch-jax-seed0/preset")
+    classifier.predict(["a great film", "a dull film"])  # [2, num_classes], one row per text
+
+    classifier = zoo.from_preset("runs/glue-rte-switch-jax-seed0/preset")
+    premises = ["A dog runs in the park.", "It rains."]
+    hypotheses = ["An animal moves.", "The sun shines."]
+    classifier.predict((premises, hypotheses))  # [2, num_classes], one row per pair
+    ```
+
     Args:
         backbone: an `EncoderBackbone`.
         num_classes: integer; 1 makes a regressor, trained on the squared error.
         preprocessor: an `EncoderTextClassifierPreprocessor`; `None` if inputs are tokens already.
         dropout: rate on the mean.
+        name: of the model.
+        trainable: whether training changes the weights.
 
     Returns:
         When called: `[batch, num_classes]` logits or scores.
+
+    Raises:
+        ValueError: by `predict`, `evaluate` and `fit`, if there are no texts, something else is
+            among them, or the two lists of a pair are not of one length.
     """
 
     backbone_cls = EncoderBackbone
     preprocessor_cls = EncoderTextClassifierPreprocessor
 
-    def __init__(self, backbone, num_classes, preprocessor=None, dropout=0.1, **kwargs):
+    def __init__(
+        self, backbone, num_classes, preprocessor=None, dropout=0.1, name=None, trainable=True
+    ):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -210,7 +240,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         # === Functional model ===
         inputs = backbone.input
         x = pooler(backbone(inputs), inputs["padding_mask"])
-        super().__init__(inputs=inputs, outputs=logits(output_dropout(x)), **kwargs)
+        x = logits(output_dropout(x))
+        super().__init__(inputs=inputs, outputs=x, name=name, trainable=trainable)
 
         # === Config ===
         self.num_classes = num_classes
@@ -225,12 +256,44 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
+    def fit(self, x=None, *args, **kwargs):
+        self._check_texts(x)
+        return super().fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        self._check_texts(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        self._check_texts(x)
+        return super().predict(x, *args, **kwargs)
+
+    def _check_texts(self, x):
+        """Refuses what the preprocessor, deep in a compiled pipeline, would fail on at length."""
+        if self.preprocessor is not None and not _may_be_texts(x):
+            raise ValueError(
+                "`x` must be a list of one or more texts, or for pairs of texts a tuple of two "
+                f"such lists of one length. Received: x={reprlib.repr(x)}"
+            )
+
     def get_config(self):
         return {
             **super().get_config(),
             "num_classes": self.num_classes,
             "dropout": self.dropout,
         }
+
+
+def _may_be_texts(x):
+    """False for what certainly is none; tensors and datasets are Keras' to judge."""
+    columns = x if isinstance(x, tuple) else (x,)
+    columns = [c.tolist() if isinstance(c, np.ndarray) else c for c in columns]
+    if not columns or any(c is None or isinstance(c, (str, bytes, int, float)) for c in columns):
+        return False
+    lists = [column for column in columns if isinstance(column, list)]
+    return len({len(column) for column in lists}) <= 1 and all(
+        column and all(isinstance(text, (str, bytes)) for text in column) for column in lists
+    )
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -214,3 +214,82 @@ def test_regressor():
 
 def test_empty_text_is_finite():
     assert np.isfinite(classifier().predict(["", "word"], verbose=0)).all()
+
+
+@pytest.fixture(scope="module")
+def ready():
+    return classifier()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        None,
+        "a film",
+        [],
+        (),
+        [1, 2],
+        ["a film", None],
+        np.array(["a", "b"])[:0],
+        [["a", "b"], ["c", "d"]],
+        ("a", "b"),
+        ([], []),
+        (["a"], ["b", "c"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "fit"])
+def test_what_is_no_text_is_refused_in_one_sentence(ready, verb, x):
+    with pytest.raises(ValueError, match=r"^`x` must be a list of .* Received: x=.*$") as error:
+        getattr(ready, verb)(x, verbose=0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pair_is_a_tuple_of_two_lists(ready):
+    """The same scores as of the tokens that the preprocessor makes of it, row by row."""
+    pairs = (["a dog", "a cat"], ["it ran", "it sat"])
+    tokens = ready.preprocessor(pairs, y=None)
+    scores = ready.predict(pairs, verbose=0)
+    np.testing.assert_allclose(scores, output(ready, tokens), atol=1e-5)
+    swapped = ready.predict(tuple(texts[::-1] for texts in pairs), verbose=0)
+    np.testing.assert_allclose(swapped, scores[::-1], atol=1e-5)
+    assert not np.allclose(scores, ready.predict(pairs[::-1], verbose=0))
+
+
+def test_other_forms_of_text_are_let_through(ready):
+    import tensorflow as tf
+
+    texts = ["a dog", "a cat"]
+    expected = ready.predict(texts, verbose=0)
+    for x in (
+        np.array(texts),
+        np.array(texts, "object"),
+        [text.encode() for text in texts],
+        tf.constant(texts),
+        tf.data.Dataset.from_tensor_slices(texts).batch(2),
+    ):
+        np.testing.assert_allclose(ready.predict(x, verbose=0), expected, atol=1e-5)
+
+
+def test_tokens_need_no_preprocessor():
+    model = zoo.EncoderTextClassifier(encoder("dense"), 2)
+    assert model.predict(inputs(), verbose=0).shape == (3, 2)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_expert'"):
+        zoo.switch_transformer(num_expert=4)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        zoo.EncoderTextClassifier(encoder("dense"), 2, rate=0.1)
+
+
+def test_name_and_trainable(tmp_path):
+    model = zoo.EncoderTextClassifier(
+        encoder("dense", name="body", trainable=False), 2, name="whole", trainable=False
+    )
+    assert (model.name, model.backbone.name) == ("whole", "body")
+    assert not model.trainable_variables and not model.backbone.trainable_variables
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert (loaded.name, loaded.backbone.name) == ("whole", "body")
+    np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
