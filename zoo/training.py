@@ -17,7 +17,7 @@ from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPrepr
 from zoo.presets import explained, from_preset
 from zoo.tasks import data, metrics
 from zoo.tasks.extras import require
-from zoo.tasks.task import get
+from zoo.tasks.task import get, recipe
 from zoo.tokenizer import default_tokenizer
 
 MODELS = {
@@ -26,12 +26,14 @@ MODELS = {
     "dense": builders.dense_transformer,
 }
 
-# From scratch on two CPU cores; what a task does not name it takes from the first row.
-RECIPES = {
-    "default": {"epochs": 3, "batch_size": 32, "learning_rate": 1e-3, "dropout": 0.2},
-    "acceptability": {"epochs": 6, "learning_rate": 2e-3, "dropout": 0.1},
-    "glue/sst2": {"epochs": 2},
-}
+# What a model that is built from scratch takes; the dense one has no experts.
+_DENSE_OPTIONS = ("size", "dropout")
+_SPARSE_OPTIONS = (*_DENSE_OPTIONS, "num_experts", "expert_dropout")
+
+# T5's own limit in training (https://arxiv.org/abs/1910.10683, section 3.1.2). Almost all of GLUE
+# is shorter, and attention's memory grows with the square: one head's scores of a batch of 32 are
+# 32 MB at 512 tokens.
+_LONGEST = 512
 
 
 def finetune(
@@ -40,8 +42,8 @@ def finetune(
     *,
     data_dir=None,
     output=None,
-    size="mini",
-    num_experts=8,
+    size=None,
+    num_experts=None,
     epochs=None,
     batch_size=None,
     learning_rate=None,
@@ -65,14 +67,16 @@ def finetune(
             to start from.
         data_dir: TensorFlow Datasets directory, see `python -m zoo prepare`.
         output: folder of the run; by default named after task, model, backend and seed.
-        size: size of a model that is built from scratch.
-        num_experts: experts per sparse block of a model that is built from scratch.
-        epochs: passes over the training data.
-        batch_size: examples per step.
-        learning_rate: peak of the schedule: a tenth of the steps warming up, then a cosine.
-        dropout: rate of a model that is built from scratch.
-        expert_dropout: rate on the experts' hidden units; `None`: as `dropout`.
-        max_length: tokens per example; longer ones are cut.
+        size: size of a model that is built from scratch; `None`: "mini".
+        num_experts: experts per sparse block of one that is built from scratch; `None`: 8.
+        epochs: passes over the training data; `None`: as `zoo.tasks.task.recipe` has it.
+        batch_size: examples per step; `None`: likewise.
+        learning_rate: peak of the schedule: a tenth of the steps warming up, then a cosine;
+            `None`: likewise.
+        dropout: rate of a model that is built from scratch; `None`: likewise.
+        expert_dropout: rate on the experts' hidden units of one that is built from scratch;
+            `None`: as `dropout`.
+        max_length: tokens per example, at most 512; longer ones are cut.
         max_examples: only so many training examples, for a quick look.
         seed: of weights, dropout and the order of the examples.
         restart: throws an earlier run in `output` away.
@@ -82,29 +86,30 @@ def finetune(
         The content of `results.json`.
 
     Raises:
-        ValueError: if an argument is out of range, or `output` holds a run with other settings.
+        ValueError: if an argument is out of range or not for this model, or `output` holds a run
+            with other settings.
         FileNotFoundError: if the data is not there.
     """
     task = get(task)
-    recipe = RECIPES["default"] | RECIPES.get(task.name, {})
+    given = {
+        "size": size,
+        "num_experts": num_experts,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "dropout": dropout,
+        "expert_dropout": expert_dropout,
+    }
     settings = {
         "task": task.name,
         "model": str(model),
         "backend": keras.backend.backend(),
-        "size": size,
-        "num_experts": num_experts,
-        "epochs": recipe["epochs"] if epochs is None else epochs,
-        "batch_size": recipe["batch_size"] if batch_size is None else batch_size,
-        "learning_rate": recipe["learning_rate"] if learning_rate is None else learning_rate,
-        "dropout": recipe["dropout"] if dropout is None else dropout,
-        "expert_dropout": expert_dropout,
+        **_chosen(given, model, task),
         "max_length": max_length,
         "max_examples": max_examples,
         "seed": seed,
     }
     _check(settings)
-    if model not in MODELS:  # a preset brings its own
-        settings |= dict.fromkeys(("size", "num_experts", "dropout", "expert_dropout"))
     label = model if model in MODELS else "-".join(Path(model).parts[-2:])
     name = f"{task.name.replace('/', '-')}-{label}-{settings['backend']}-seed{seed}"
     chosen = (task.primary, *(metric for metric in task.metrics if metric != task.primary))
@@ -140,8 +145,9 @@ def finetune(
         verbose=verbose,
         callbacks=[
             SeedEpochs(seed, train),
-            keras_moe.callbacks.RoutingMetrics(),
             OfficialMetrics(task, dict(zip(task.validation, validation, strict=True))),
+            keras_moe.callbacks.RoutingMetrics(),
+            EpochLine(),
             SaveRun(run),
         ],
     )
@@ -149,16 +155,43 @@ def finetune(
     return run.results
 
 
+def _chosen(given, model, task):
+    """The options that were given, and the defaults of others; `None` is none for this model."""
+    if model not in MODELS and not Path(model).is_dir():
+        raise ValueError(
+            f"`model` must be one of {', '.join(MODELS)} or the folder of a preset. "
+            f"Received: model={str(model)!r}"
+        )
+    if model in MODELS:
+        takes = _DENSE_OPTIONS if model == "dense" else _SPARSE_OPTIONS
+        reason = f"the model {model!r}, which has no experts"
+    else:
+        takes, reason = (), "the folder of a preset, which brings its own"
+    left_out = [name for name in _SPARSE_OPTIONS if name not in takes]
+    for name in left_out:
+        if given[name] is not None:
+            raise ValueError(
+                f"`{name}` must be left out with {reason}. "
+                f"Received: {name}={given[name]!r}, model={str(model)!r}"
+            )
+    defaults = {"size": "mini", "num_experts": 8, **recipe(task)}
+    chosen = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    return chosen | dict.fromkeys(left_out)
+
+
 def _check(settings):
     for name in ("epochs", "batch_size", "num_experts"):
-        if settings[name] < 1:
+        if settings[name] is not None and settings[name] < 1:
             raise ValueError(
                 f"`{name}` must be a positive integer. Received: {name}={settings[name]}"
             )
-    if settings["max_length"] < 4:  # two texts and what marks their ends need that much
+    if not 4 <= settings["max_length"] <= _LONGEST:  # two texts and the marks of their ends need 4
         raise ValueError(
-            f"`max_length` must be at least 4. Received: max_length={settings['max_length']}"
+            f"`max_length` must be from 4 to {_LONGEST}. "
+            f"Received: max_length={settings['max_length']}"
         )
+    if not 0 <= settings["seed"] < 2**32:  # NumPy's range
+        raise ValueError(f"`seed` must be from 0 to {2**32 - 1}. Received: seed={settings['seed']}")
     for name in ("dropout", "expert_dropout"):
         if settings[name] is not None and not 0 <= settings[name] < 1:
             raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={settings[name]}")
@@ -188,11 +221,6 @@ def _build(task, model, settings):
         )
         return EncoderTextClassifier(
             MODELS[model](**options), task.num_classes, preprocessor, dropout=settings["dropout"]
-        )
-    if not Path(model).is_dir():
-        raise ValueError(
-            f"`model` must be one of {', '.join(MODELS)} or the folder of a preset. "
-            f"Received: model={str(model)!r}"
         )
     classifier = from_preset(model, num_classes=task.num_classes)
     if not isinstance(classifier, EncoderTextClassifier):
@@ -284,6 +312,10 @@ class SeedEpochs(keras.callbacks.Callback):
 class OfficialMetrics(keras.callbacks.Callback):
     """Adds the task's official metrics on its validation splits to the logs of every epoch.
 
+    It goes before `keras_moe.callbacks.RoutingMetrics`, because the order of the callbacks is the
+    order in the log, where the many routing figures would hide the one that counts. The routing
+    figures do not see its predictions: they were read when Keras' own evaluation ended.
+
     Args:
         task: a `Task`.
         splits: name -> `TokenBatches` with their labels. The metrics of the first are named
@@ -302,6 +334,29 @@ class OfficialMetrics(keras.callbacks.Callback):
             outputs = self.model.predict(batches, verbose=0)[order >= 0]
             scores = metrics.evaluate(self.task, batches.labels[order[order >= 0]], outputs)
             logs.update({f"{prefix}_{metric}": value for metric, value in scores.items()})
+
+
+class EpochLine(keras.callbacks.ProgbarLogger):
+    """Keras' progress bar, with each routing figure averaged over the layers.
+
+    There are eight figures per sparse layer. `History` and `SaveRun` get them all: only what is
+    shown at the end of an epoch is shortened. It goes after the callbacks that add to the logs.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shortened(logs))
+
+    @staticmethod
+    def _shortened(logs):
+        short, figures = {}, {}
+        for name, value in logs.items():
+            layer, _, figure = name.rpartition("/")
+            if layer:  # "moe_2/dropped" or "val_moe_2/dropped"
+                prefix = "val_moe" if layer.startswith("val_") else "moe"
+                figures.setdefault(f"{prefix}/{figure}", []).append(value)
+            else:
+                short[name] = value
+        return short | {name: np.mean(values) for name, values in figures.items()}
 
 
 class SaveRun(keras.callbacks.Callback):

@@ -40,8 +40,12 @@ def small():
 
 
 def run(output, task="glue/cola", model="switch", **options):
-    defaults = {"size": "tiny", "epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
-    defaults |= {"num_experts": 4, "max_length": 10, "verbose": 0, "output": output}
+    defaults = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
+    defaults |= {"max_length": 10, "verbose": 0, "output": output}
+    if model in training.MODELS:
+        defaults["size"] = "tiny"
+        if model != "dense":
+            defaults["num_experts"] = 4
     return training.finetune(task, model, **(defaults | options))
 
 
@@ -82,6 +86,26 @@ def test_scores_to_regress(tmp_path):
 def test_two_validation_splits_and_pairs(tmp_path):
     best = run(tmp_path, task="glue/mnli")["best"]
     assert {"val_accuracy", "validation_mismatched_accuracy"} <= set(best)
+
+
+def test_the_official_metrics_come_before_the_routing_figures(whole, tmp_path, capsys):
+    names = list(whole[0]["best"])
+    assert names.index("val_loss") < names.index("val_matthews") < names.index("moe_1/dropped")
+    run(tmp_path, verbose=2)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "val_matthews" in line)
+    assert line.index("val_loss:") < line.index("val_matthews:") < line.index("moe/dropped:")
+    assert "val_moe/dropped:" in line and "moe_1/" not in line
+
+
+def test_the_line_of_an_epoch_has_means_over_the_layers():
+    logs = {"loss": 2.0, "moe_2/dead": 0.0, "moe_4/dead": 1.0, "val_moe_2/dead": 3.0}
+    logs |= {"val_moe_4/dead": 4.0, "validation_mismatched_accuracy": 0.5}
+    assert training.EpochLine._shortened(logs) == {
+        "loss": 2.0,
+        "validation_mismatched_accuracy": 0.5,
+        "moe/dead": (0.0 + 1.0) / 2,
+        "val_moe/dead": (3.0 + 4.0) / 2,
+    }
 
 
 class Killed(Exception):
@@ -178,6 +202,50 @@ def test_starts_from_a_preset(whole, tmp_path):
     results, _ = whole
     second = run(tmp_path, model=results["preset"], learning_rate=1e-4)
     assert second["best"]["loss"] < results["history"][0]["loss"]
+    brought = ("size", "num_experts", "dropout", "expert_dropout")
+    assert [second["settings"][name] for name in brought] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "option", [{"size": "base"}, {"num_experts": 4}, {"dropout": 0.5}, {"expert_dropout": 0.5}]
+)
+def test_a_preset_refuses_what_it_brings_itself(whole, tmp_path, option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError) as error:
+        run(tmp_path / "run", model=whole[0]["preset"], **option)
+    assert str(error.value) == (
+        f"`{name}` must be left out with the folder of a preset, which brings its own. "
+        f"Received: {name}={value!r}, model={whole[0]['preset']!r}"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", [{"num_experts": 4}, {"expert_dropout": 0.5}])
+def test_a_dense_model_refuses_options_of_experts(tmp_path, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}` must be left out with the model 'dense'"):
+        run(tmp_path / "run", model="dense", **option)
+
+
+def test_options_and_their_defaults():
+    names = ("size", "num_experts", "epochs", "dropout", "expert_dropout")
+    task, given = get("glue/sst2"), dict.fromkeys(names)
+    chosen = training._chosen(given, "switch", task)
+    assert [chosen[name] for name in names] == ["mini", 8, 2, 0.2, None]
+    chosen = training._chosen(given, "dense", task)
+    assert [chosen[name] for name in names] == ["mini", None, 2, 0.2, None]
+    typed = dict(zip(names, ["tiny", 4, 7, 0.0, 0.3], strict=True))
+    assert training._chosen(typed, "switch", task).items() >= typed.items()
+
+
+@pytest.mark.parametrize(
+    ("option", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
+)
+def test_dropout_reaches_a_model_built_from_scratch(option, rates):
+    given = {"size": "tiny", "num_experts": 4, "dropout": 0.3, "expert_dropout": None} | option
+    model = training._build(get("glue/cola"), "switch", given | {"max_length": 10})
+    assert (model.backbone.dropout, model.backbone.expert_dropout) == rates
+    assert model.dropout == 0.3
 
 
 @pytest.mark.parametrize(
@@ -185,13 +253,16 @@ def test_starts_from_a_preset(whole, tmp_path):
     [
         ({"epochs": 0}, "`epochs` must be a positive integer"),
         ({"batch_size": -1}, "`batch_size` must be a positive integer"),
-        ({"max_length": 3}, "`max_length` must be at least 4"),
+        ({"max_length": 3}, "`max_length` must be from 4 to 512. Received: max_length=3"),
+        ({"max_length": 513}, "`max_length` must be from 4 to 512. Received: max_length=513"),
+        ({"seed": -1}, "`seed` must be from 0 to 4294967295. Received: seed=-1"),
+        ({"seed": 2**32}, "`seed` must be from 0 to 4294967295. Received: seed=4294967296"),
         ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"batch_size": 65}, "`batch_size` must be at most the number of examples, 64"),
         ({"num_experts": 0}, "`num_experts` must be a positive integer"),
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
         ({"max_examples": 3}, "`max_examples` must be at least the batch size"),
-        ({"task": "glue/colla"}, "glue/cola"),
+        ({"task": "glue/colla"}, "`task` must be one of .*glue/cola"),
         ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
         ({"size": "smal"}, "Did you mean 'small'"),
     ],

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from zoo.tasks import TASKS, get
+from zoo.tasks.task import recipe
 
 
 def test_the_nine_glue_tasks_and_the_embedded_one():
@@ -56,18 +57,31 @@ def test_a_task_cannot_be_changed():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("glue/colla", "glue/cola"), ("GLUE/RTE", "glue/rte"), ("acceptable", "acceptability")],
+    [
+        ("glue/colla", "glue/cola"),
+        ("GLUE/RTE", "glue/rte"),
+        ("sst-2", "glue/sst2"),
+        ("acceptable", "acceptability"),
+    ],
 )
 def test_unknown_task_names_the_nearest(name, nearest):
     with pytest.raises(ValueError) as error:
         get(name)
     message = str(error.value)
     assert f"did you mean '{nearest}'?" in message
-    assert f"Received: name='{name}'" in message
+    assert f"Received: task='{name}'" in message
     assert all(known in message for known in TASKS)
 
 
-def test_unknown_task_with_nothing_near():
-    with pytest.raises(ValueError, match="`name` must be one of") as error:
-        get("42")
+@pytest.mark.parametrize("name", ["42", "glue/nosuch"])
+def test_unknown_task_with_nothing_near(name):
+    with pytest.raises(ValueError, match="`task` must be one of") as error:
+        get(name)
     assert "did you mean" not in str(error.value)
+    assert all(known in str(error.value) for known in TASKS)
+
+
+def test_a_recipe_is_the_default_with_what_the_task_names():
+    default = {"epochs": 3, "batch_size": 32, "learning_rate": 1e-3, "dropout": 0.2}
+    assert recipe("glue/rte") == default
+    assert recipe(get("glue/sst2")) == default | {"epochs": 2}
