@@ -4,9 +4,13 @@ Exit codes: 0 done, 2 bad input (one sentence, no traceback, nothing lost), 130 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import subprocess
 import sys
+
+from zoo.tasks.task import TASKS, recipe
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -21,14 +25,14 @@ def main(arguments=None):
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks about missing GPUs
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks once it is loaded
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"zoo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("zoo: interrupted; finetune, without --restart, goes on from here", file=sys.stderr)
+        print(f"zoo: interrupted; {options.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -49,10 +53,16 @@ def _parser():
     )
     add("--data-dir", metavar="OUT", required=True, help="TensorFlow Datasets folder to write to")
     add("--force", action="store_true", help="prepare again what is there already")
-    command.set_defaults(run=_prepare)
+    command.set_defaults(
+        run=_prepare,
+        interrupted="prepare, without --force, goes on with the tasks that are not there yet",
+    )
 
     command = commands.add_parser(
-        "finetune", help="train a model on a task with model.fit; resumes an interrupted run"
+        "finetune",
+        help="train a model on a task with model.fit; resumes an interrupted run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_recipes(),
     )
     add = command.add_argument
     add(
@@ -67,27 +77,82 @@ def _parser():
     add("--data-dir", metavar="DIR", help="TensorFlow Datasets folder, see prepare")
     add("--output", metavar="DIR", help="default: runs/<task>-<model>-<backend>-seed<seed>")
     add("--restart", action="store_true", help="throw an earlier run in the output folder away")
+    add("--epochs", type=int, metavar="N", help="passes over the training data; see below")
+    add("--batch-size", type=int, metavar="N", help="examples per step; see below")
+    add("--learning-rate", type=float, metavar="RATE", help="peak of the schedule; see below")
+    add("--max-length", type=int, metavar="N", help="tokens per example; default: 64, at most 512")
+    add("--max-examples", type=int, metavar="N", help="only so many training examples")
+    add("--seed", type=int, metavar="N", help="of weights, dropout and order; default: 0")
+    add = command.add_argument_group(
+        "models built from scratch (a preset brings its own)"
+    ).add_argument
     add("--size", help="mini (default), small or base")
-    add("--num-experts", type=int, metavar="N", help="experts per sparse block (8)")
-    add("--epochs", type=int, metavar="N", help="passes over the training data")
-    add("--batch-size", type=int, metavar="N", help="examples per step")
-    add("--learning-rate", type=float, metavar="RATE", help="peak of the schedule")
-    add("--dropout", type=float, metavar="RATE", help="of everything but the experts")
+    add("--num-experts", type=int, metavar="N", help="experts per sparse block; default: 8")
+    add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")
     add(
         "--expert-dropout", type=float, metavar="RATE", help="of the experts; default: as --dropout"
     )
-    add("--max-length", type=int, metavar="N", help="tokens per example (64)")
-    add("--max-examples", type=int, metavar="N", help="only so many training examples")
-    add("--seed", type=int, metavar="N", help="of weights, dropout and order (0)")
-    command.set_defaults(run=_finetune)
+    command.set_defaults(
+        run=_finetune, interrupted="finetune, without --restart, goes on from here"
+    )
     return parser
+
+
+def _recipes():
+    """The tasks and the defaults of each, as a table."""
+    lines = ["tasks, and the defaults for each:"]
+    lines.append(f"  {'':14}{'epochs':>7}{'batch size':>12}{'learning rate':>15}{'dropout':>9}")
+    for task in TASKS:
+        epochs, batch_size, learning_rate, dropout = recipe(task).values()
+        lines.append(f"  {task:14}{epochs:7}{batch_size:12}{learning_rate:15}{dropout:9}")
+    return "\n".join(lines)
+
+
+# Drops the lines that tell of nothing wrong, and what TensorFlow's log says about itself.
+_FILTER = r"""
+import re, sys
+for line in sys.stdin.buffer:
+    if not re.match(rb"I\d{4} |WARNING: All log messages before absl::InitializeLog", line):
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+"""
+
+
+@contextlib.contextmanager
+def _without_remarks():
+    """Keeps what TensorFlow remarks while it is loaded out of stderr; all else passes.
+
+    No setting does: TensorFlow 2.21 reads TF_CPP_MIN_LOG_LEVEL when it sets its log up, and these
+    lines are written to the file descriptor before that, while its libraries are loaded. The filter
+    is a process of its own, so that the last words before a crash pass, too.
+    """
+    stderr = os.dup(2)
+    command = [sys.executable, "-I", "-S", "-c", _FILTER]
+    # In a session of its own, Ctrl-C does not reach it.
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True
+    ) as process:
+        os.dup2(process.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _prepare(options):
     from zoo.tasks.prepare import prepare, tasks_in
 
-    for task in options.tasks or tasks_in(options.source):
+    tasks, left_out = options.tasks, {}
+    if not tasks:
+        tasks, left_out = tasks_in(options.source)
+    with _without_remarks(), contextlib.suppress(ImportError):
+        import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
+    for task in tasks:
         print(prepare(task, options.source, options.data_dir, force=options.force))
+    for task, file in left_out.items():
+        print(f"left out: {task} (no {file})")
 
 
 def _finetune(options):
@@ -102,12 +167,13 @@ def _finetune(options):
             "brings it, and `--backend` chooses another."
         )
     os.environ["KERAS_BACKEND"] = backend
-    from zoo.training import finetune
+    with _without_remarks():
+        from zoo.training import finetune
 
     settings = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("run", "backend") and value is not None
+        if name not in ("run", "interrupted", "backend") and value is not None
     }
     if options.task == "acceptability":
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")

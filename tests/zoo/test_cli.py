@@ -1,11 +1,15 @@
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.zoo.tasks import raw_glue
 from zoo import cli
+from zoo.tasks.task import TASKS, recipe
 
 
 def test_prepare_bad_folder(tmp_path, capsys):
@@ -16,6 +20,27 @@ def test_prepare_bad_folder(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_prepare_says_what_it_left_out(tmp_path, capsys):
+    for task in raw_glue.GLUE[:2]:
+        raw_glue.make(tmp_path / "raw", task)
+    (tmp_path / "raw" / raw_glue.FOLDERS["glue/sst2"] / "train.tsv").unlink()
+    arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("glue/cola: prepared in ")
+    assert "left out: glue/sst2 (no SST-2/train.tsv)" in lines
+    assert lines[-1] == "left out: glue/wnli (no WNLI/train.tsv)"
+
+
+def test_prepare_into_a_file(tmp_path, capsys):
+    raw_glue.make(tmp_path / "raw", "glue/cola")
+    (tmp_path / "out").write_text("mine")
+    arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zoo: `data_dir` must be a folder") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -23,6 +48,12 @@ def test_prepare_bad_folder(tmp_path, capsys):
         (["--model", "no/such/folder"], "`model` must be one of"),
         (["--size", "huge"], "`size` must be one of"),
         (["--epochs", "0"], "`epochs` must be a positive integer"),
+        (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
+        (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
+        (["--model", os.curdir, "--size", "base"], "`size` must be left out"),
+        (["--model", os.curdir, "--num-experts", "4"], "`num_experts` must be left out"),
+        (["--model", os.curdir, "--dropout", "0.5"], "`dropout` must be left out"),
+        (["--model", os.curdir, "--expert-dropout", "0"], "`expert_dropout` must be left out"),
     ],
 )
 def test_finetune_bad_input(tmp_path, capsys, arguments, message):
@@ -53,15 +84,69 @@ def test_missing_backend(capsys, monkeypatch):
     assert "pip install 'keras-moe[" in capsys.readouterr().err
 
 
-def test_interrupt(capsys, monkeypatch):
+def test_interrupt(tmp_path, capsys, monkeypatch):
     import zoo.training
 
-    def interrupted(**_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zoo.training, "finetune", interrupted)
+    monkeypatch.setattr(importlib.import_module("zoo.tasks.prepare"), "prepare", interrupted)
     assert cli.main(["finetune"]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    expected = "zoo: interrupted; finetune, without --restart, goes on from here\n"
+    assert capsys.readouterr().err == expected
+    folder = str(tmp_path)
+    assert cli.main(["prepare", "glue/rte", "--from", folder, "--data-dir", folder]) == 130
+    expected = "zoo: interrupted; prepare, without --force, goes on with the tasks that are not"
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for task in TASKS:
+        (line,) = (line for line in lines if re.match(rf"  {task} +\d", line))
+        assert [float(figure) for figure in line.split()[1:]] == list(recipe(task).values())
+
+
+def say(lines, then=""):
+    """A program that, without remarks, writes lines to the descriptor that TensorFlow writes to."""
+    text = "".join(f"{line}\n" for line in lines)
+    return (
+        "import os\nfrom zoo import cli\n"
+        f"with cli._without_remarks():\n    os.write(2, {text.encode()!r})\n    {then or 'pass'}\n"
+        "os.write(2, b'after\\n')\n"
+    )
+
+
+REMARKS = [
+    "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+    "I0000 00:00:1.2    7955 port.cc:153] oneDNN custom operations are on.",
+    "I0000 00:00:1.2    7955 cudart_stub.cc:31] Could not find cuda drivers on your machine.",
+]
+TROUBLE = [
+    "W0000 00:00:1.2    7955 file.cc:1] a warning",
+    "E0000 00:00:1.2    7955 file.cc:1] an error",
+    "It is 5 o'clock.",
+]
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "last"),
+    [
+        ("", 0, "after"),
+        ("raise ImportError('broken')", 1, "ImportError: broken"),
+        ("os.abort()", -6, TROUBLE[-1]),
+    ],
+)
+def test_remarks_are_dropped_and_trouble_is_not(then, code, last):
+    program = say([*REMARKS, *TROUBLE], then)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert lines[:3] == TROUBLE and lines[-1] == last
+    assert done.stdout == ""
 
 
 def test_unknown_command_and_backend_exit_with_2():
@@ -72,8 +157,9 @@ def test_unknown_command_and_backend_exit_with_2():
 
 
 def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_path):
-    """The whole path in a process of its own, without KERAS_BACKEND."""
-    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    """The whole path in a process of its own, without what Keras and JAX set here."""
+    ours = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     command = [sys.executable, "-m", "zoo", "finetune", "--backend", backend, "--epochs", "1"]
     command += ["--max-examples", "64", "--max-length", "16", "--output", str(tmp_path)]
@@ -81,4 +167,5 @@ def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_p
     assert done.returncode == 0, done.stderr
     assert "generated from the project's own grammar" in done.stdout
     assert "best epoch 1 of 1: val_matthews" in done.stdout
+    assert done.stderr == ""
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["backend"] == backend

@@ -1,13 +1,14 @@
 """Examples of a task's split: generated, or through plain `tfds.load`."""
 
 import socket
+import sys
 import urllib.request
 from typing import NamedTuple
 
 import numpy as np
 
 from zoo.tasks import acceptability
-from zoo.tasks.extras import require
+from zoo.tasks.extras import quiet_datasets, require
 from zoo.tasks.task import get
 
 _GLUE_HOST = "dl.fbaipublicfiles.com"
@@ -63,9 +64,10 @@ def _table(task, split, data_dir):
     tfds = require("tensorflow_datasets")
 
     def through_tfds(download):
-        return tfds.load(
-            task.name, split=split, data_dir=data_dir, download=download, batch_size=-1
-        )
+        with quiet_datasets(bars=sys.stderr.isatty()):  # a download may take minutes
+            return tfds.load(
+                task.name, split=split, data_dir=data_dir, download=download, batch_size=-1
+            )
 
     try:
         return through_tfds(download=False)

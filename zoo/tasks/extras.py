@@ -1,6 +1,8 @@
 """Optional packages, imported where they are used."""
 
+import contextlib
 import importlib
+import logging
 
 
 def require(module):
@@ -18,8 +20,31 @@ def require(module):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        # Not always the module itself: scikit-learn stands on SciPy.
+        package = (error.name or module).partition(".")[0]
         raise ImportError(
             f"GLUE tasks and metrics need the package {package!r}, which "
             "`pip install 'keras-moe[glue]'` installs."
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_datasets(bars=False):
+    """Keeps TensorFlow Datasets from warning of folders that are not there yet.
+
+    Args:
+        bars: Whether its progress bars, which show where it builds, stay.
+
+    Raises:
+        ImportError: If TensorFlow Datasets is not installed.
+    """
+    tqdm = require("tensorflow_datasets.core.utils.tqdm_utils")
+    log = logging.getLogger("absl")
+    level, active = log.level, tqdm._active
+    log.setLevel(logging.ERROR)
+    tqdm.display_progress_bar(active and bars)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        tqdm.display_progress_bar(active)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zoo.tasks import raw
-from zoo.tasks.extras import require
+from zoo.tasks.extras import quiet_datasets, require
 from zoo.tasks.task import TASKS, get
 
 
@@ -56,6 +56,7 @@ class _LocalFiles:
         return {name: str(self._scratch / name) for name in urls}
 
 
+@quiet_datasets()
 def prepare(task, source, data_dir, force=False):
     """Prepares a GLUE task from its official raw files.
 
@@ -72,7 +73,8 @@ def prepare(task, source, data_dir, force=False):
         A `Prepared`.
 
     Raises:
-        ValueError: If the task has no raw files, or they are not as in the official ones.
+        ValueError: If the task has no raw files, or they are not as in the official ones, or
+            `data_dir` cannot be written to.
         ImportError: If TensorFlow Datasets is not installed.
     """
     task = get(task)
@@ -87,6 +89,7 @@ def prepare(task, source, data_dir, force=False):
     if present.is_prepared() and not force:
         rows = {split: info.num_examples for split, info in present.info.splits.items()}
         return _prepared(task, present.data_dir, rows, fresh=False)
+    _check_folder(data_dir)
     source = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         rows = raw.check(present.builder_config, source, scratch)
@@ -97,32 +100,46 @@ def prepare(task, source, data_dir, force=False):
     return _prepared(task, present.data_dir, rows, fresh=True)
 
 
+@quiet_datasets()
 def tasks_in(source):
-    """The GLUE tasks that a folder has training data of.
+    """The GLUE tasks that a folder has training data of, and those that it has not.
 
     Args:
         source: The folder that holds the official raw files as `CoLA/train.tsv` and so on.
 
     Returns:
-        List of names.
+        Tuple of the list of those that it has, and a dict from the name of each other one to the
+        file that is missing.
 
     Raises:
         ValueError: If there are none.
         ImportError: If TensorFlow Datasets is not installed.
     """
     tfds = require("tensorflow_datasets")
-    found = []
+    found, left_out = [], {}
     for name in TASKS:
         if name != "acceptability":
-            folder = Path(source).expanduser() / tfds.builder(name).builder_config.data_dir
-            if any((folder / file).is_file() for file in raw.TRAINING_FILES):
+            folder = tfds.builder(name).builder_config.data_dir
+            paths = [Path(source).expanduser() / folder / file for file in raw.TRAINING_FILES]
+            if any(path.is_file() for path in paths):
                 found.append(name)
+            else:
+                left_out[name] = f"{folder}/{raw.TRAINING_FILES[0]}"
     if not found:
         raise ValueError(
             "`source` must hold official GLUE files such as CoLA/train.tsv. "
             f"Received: source={str(source)!r}"
         )
-    return found
+    return found, left_out
+
+
+def _check_folder(data_dir):
+    there = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(
+            "`data_dir` must be a folder that can be written to. "
+            f"Received: data_dir={str(data_dir)!r}"
+        )
 
 
 def _prepared(task, directory, rows, fresh):

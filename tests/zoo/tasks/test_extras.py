@@ -1,9 +1,11 @@
+import contextlib
+import logging
 import sys
 
 import pytest
 
 from zoo.tasks import evaluate, load, prepare
-from zoo.tasks.extras import require
+from zoo.tasks.extras import quiet_datasets, require
 
 
 @pytest.fixture
@@ -39,3 +41,25 @@ def test_a_missing_package_names_the_extra(missing, tmp_path, package, module, c
     with pytest.raises(ImportError, match=r"keras-moe\[glue\]") as error:
         call(tmp_path)
     assert f"the package {package!r}" in str(error.value)
+
+
+def test_a_missing_package_that_another_needs_is_the_one_named(missing, tmp_path, monkeypatch):
+    (tmp_path / "stands_on_scipy.py").write_text("import scipy")
+    monkeypatch.syspath_prepend(tmp_path)
+    missing("scipy")
+    with pytest.raises(ImportError, match="the package 'scipy'"):
+        require("stands_on_scipy")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_quiet_datasets_changes_nothing_for_good(error):
+    tqdm = pytest.importorskip("tensorflow_datasets.core.utils.tqdm_utils")
+    log = logging.getLogger("absl")
+    before = log.level
+    with contextlib.suppress(RuntimeError), quiet_datasets():
+        assert log.level == logging.ERROR and not tqdm._active
+        if error:
+            raise error
+    assert log.level == before and tqdm._active
+    with quiet_datasets(bars=True):
+        assert tqdm._active

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.zoo.tasks import raw_glue
 from zoo.tasks import TASKS, load, prepare
+from zoo.tasks.prepare import tasks_in
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -46,6 +47,46 @@ def test_what_tfds_load_reads_is_what_the_files_say(tmp_path, task):
         rows = sorted(tfds.as_numpy(table), key=lambda row: row["idx"])
         found = [([row[k].decode() for k in TASKS[task].inputs], row["label"]) for row in rows]
         assert found == raw_glue.examples(task, split)
+
+
+def test_nothing_is_said(tmp_path, capfd, caplog):
+    """No bars, and no warnings of folders that are not there yet."""
+    raw_glue.make(tmp_path / "raw", "glue/wnli")
+    prepare("glue/wnli", tmp_path / "raw", tmp_path / "out")
+    load("glue/wnli", "train", tmp_path / "out")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert not any(word in err for word in ("Generating", "Shuffling", "Variant folder"))
+    assert not [record for record in caplog.records if record.name == "absl"]
+
+
+def test_tasks_in_a_folder(tmp_path):
+    for task in raw_glue.GLUE:
+        raw_glue.make(tmp_path, task)
+    assert tasks_in(tmp_path) == (raw_glue.GLUE, {})
+    (tmp_path / "QNLI" / "train.tsv").unlink()
+    (tmp_path / "MRPC" / "train.tsv").rename(tmp_path / "MRPC" / "msr_paraphrase_train.txt")
+    found, left_out = tasks_in(tmp_path)
+    assert found == [task for task in raw_glue.GLUE if task != "glue/qnli"]
+    assert left_out == {"glue/qnli": "QNLI/train.tsv"}
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_output(tmp_path, out):
+    raw_glue.make(tmp_path / "raw", "glue/wnli")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"^`data_dir` must be a folder .*{out}'$"):
+        prepare("glue/wnli", tmp_path / "raw", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_written_to(tmp_path, monkeypatch):
+    raw_glue.make(tmp_path / "raw", "glue/wnli")
+    prepare("glue/wnli", tmp_path / "raw", tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="`data_dir` must be a folder that can be written to"):
+        prepare("glue/wnli", tmp_path / "raw", tmp_path / "out", force=True)
+    assert not prepare("glue/wnli", tmp_path / "raw", tmp_path / "out").fresh  # nothing to write
 
 
 def test_only_the_finished_directory_is_left(tmp_path):
