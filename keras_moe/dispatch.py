@@ -33,7 +33,7 @@ def dispatch(inputs, routing):
     _, rows, slots = ops.shape(routing.token_index)
     to_slots, to_tokens = _moves(routing, groups * tokens)
     x_TD = ops.reshape(inputs, (groups * tokens, dim))
-    x_MD = with_gradient(to_slots, to_tokens)(x_TD)
+    x_MD = with_gradient(to_slots, lambda upstream, _: to_tokens(upstream))(x_TD)
     return ops.reshape(x_MD, (rows, -1, dim))
 
 
@@ -53,7 +53,7 @@ def combine(outputs, routing, groups, tokens):
     to_slots, to_tokens = _moves(routing, groups * tokens)
     weight_M1 = ops.reshape(ops.transpose(routing.weight, (1, 0, 2)), (-1, 1))
     y_MD = ops.reshape(outputs, (-1, dim)) * ops.cast(weight_M1, outputs.dtype)
-    y_TD = with_gradient(to_tokens, to_slots)(y_MD)
+    y_TD = with_gradient(to_tokens, lambda upstream, _: to_slots(upstream))(y_MD)
     return ops.reshape(y_TD, (groups, tokens, dim))
 
 

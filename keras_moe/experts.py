@@ -1,13 +1,14 @@
 """Banks of experts: networks from slots to slots. They know neither tokens nor routers.
 
-R rows of slots, C slots per row, D width, E experts, F hidden. With capacity row `e` is expert
-`e`'s; without, a row is a block of one expert's slots and `row_expert` says whose.
+R rows of slots, C slots per row, D width, E experts, F hidden. Either row `e` is expert `e`'s, or
+`row_expert` says whose each row is. A bank with `compact = True` would rather have that: an expert
+then gets as few rows as its tokens need, none if it has none.
 """
 
 import keras
 from keras import ops
 
-from keras_moe.ops import call_by_row, dropout, expert_product
+from keras_moe.ops import IMPLEMENTATIONS, call_by_row, dropout, expert_product
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -35,11 +36,14 @@ class FeedForwardExperts(keras.layers.Layer):
         init_scale: every kernel is drawn per expert from a truncated normal of variance
             `init_scale / fan_in`, the fan being that of one expert's `[in, out]` matrix. Switch
             Transformers use 0.1 (section 2.4, Table 3).
+        implementation: how the products are made: "auto", "batched", "loop" or "grouped", which
+            differ in speed alone, see `keras_moe.ops.expert_product`.
         seed: integer, seed of the initial weights and the dropout.
 
     Call arguments:
         inputs: `[rows, slots, dim]` tensor.
-        row_expert: `[rows]` integers; `None` when row `e` is expert `e`'s.
+        row_expert: `[rows]` integers, ascending; `num_experts` marks rows that are nobody's;
+            `None` when row `e` is expert `e`'s.
         training: boolean.
 
     Returns:
@@ -58,6 +62,7 @@ class FeedForwardExperts(keras.layers.Layer):
         use_bias=False,
         dropout=0.0,
         init_scale=1.0,
+        implementation="auto",
         seed=None,
         **kwargs,
     ):
@@ -67,6 +72,11 @@ class FeedForwardExperts(keras.layers.Layer):
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}. "
+                f"Received: implementation={implementation!r}"
+            )
         if init_scale <= 0:
             raise ValueError(
                 f"`init_scale` must be a positive number. Received: init_scale={init_scale}"
@@ -78,6 +88,8 @@ class FeedForwardExperts(keras.layers.Layer):
         self.use_bias = use_bias
         self.dropout = dropout
         self.init_scale = init_scale
+        self.implementation = implementation
+        self.compact = implementation != "batched"
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -107,24 +119,28 @@ class FeedForwardExperts(keras.layers.Layer):
         return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
 
     def call(self, inputs, row_expert=None, training=False):
-        hidden_RCF = expert_product(inputs, self.kernel_in, row_expert)
+        hidden_RCF = self._product(inputs, self.kernel_in, row_expert)
         if self.use_bias:
             hidden_RCF = hidden_RCF + self._of_rows(self.bias_in, row_expert)
         if self.gated:
-            gate_RCF = expert_product(inputs, self.kernel_gate, row_expert)
+            gate_RCF = self._product(inputs, self.kernel_gate, row_expert)
             hidden_RCF = self.activation(gate_RCF) * hidden_RCF
         else:
             hidden_RCF = self.activation(hidden_RCF)
         if training and self.dropout > 0:
             hidden_RCF = dropout(hidden_RCF, self.dropout, self.seed_generator)
-        outputs_RCD = expert_product(hidden_RCF, self.kernel_out, row_expert)
+        outputs_RCD = self._product(hidden_RCF, self.kernel_out, row_expert)
         if self.use_bias:
             outputs_RCD = outputs_RCD + self._of_rows(self.bias_out, row_expert)
         return outputs_RCD
 
+    def _product(self, x_RCD, kernel_EDF, row_expert):
+        return expert_product(x_RCD, kernel_EDF, row_expert, self.implementation)
+
     def _of_rows(self, bias_ED, row_expert):
-        bias_RD = bias_ED if row_expert is None else ops.take(bias_ED, row_expert, axis=0)
-        return ops.expand_dims(bias_RD, axis=1)
+        if row_expert is not None:
+            bias_ED = ops.take(bias_ED, ops.minimum(row_expert, self.num_experts - 1), axis=0)
+        return ops.expand_dims(bias_ED, axis=1)
 
     def compute_output_shape(self, input_shape, row_expert=None):
         return tuple(input_shape)
@@ -139,6 +155,7 @@ class FeedForwardExperts(keras.layers.Layer):
             "use_bias": self.use_bias,
             "dropout": self.dropout,
             "init_scale": self.init_scale,
+            "implementation": self.implementation,
             "seed": self.seed,
         }
 
@@ -149,8 +166,8 @@ class LayerExperts(keras.layers.Layer):
 
     They may differ in everything but the width of their outputs. Each sees `[slots, dim]`, like a
     batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts them.
-    Without capacity a layer is called once per block of its slots; losses that it adds itself
-    (regularizers of its outputs) are then not supported.
+    Without capacity a layer is called once per row of its slots (on PyTorch once for all of them,
+    none empty); losses that it adds itself (regularizers of its outputs) are then not supported.
 
     Example:
 
@@ -165,7 +182,8 @@ class LayerExperts(keras.layers.Layer):
 
     Call arguments:
         inputs: `[rows, slots, dim]` tensor.
-        row_expert: `[rows]` integers; `None` when row `e` is expert `e`'s.
+        row_expert: `[rows]` integers, ascending; `num_experts` marks rows that are nobody's;
+            `None` when row `e` is expert `e`'s.
         training: boolean.
 
     Returns:

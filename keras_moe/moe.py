@@ -103,7 +103,8 @@ class MixtureOfExperts(keras.layers.Layer):
     def call(self, inputs, mask=None, training=False):
         x_GSD, mask_GS = self._split(inputs, mask)
         groups, tokens, _ = ops.shape(x_GSD)
-        routing = self.router(x_GSD, mask=mask_GS, training=training)
+        compact = getattr(self.experts, "compact", False)
+        routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact)
         slots_RCD = dispatch(x_GSD, routing)
         slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
         y_GSD = combine(slots_RCD, routing, groups, tokens)

@@ -21,29 +21,31 @@ class Routing(NamedTuple):
     token_index: Any  # [G, R, C] the token in each slot, counted within its group; S where empty
     weight: Any  # [G, R, C] float32, what the slot's output is multiplied by; 0 where empty
     slot_index: Any  # [G, S, K] the slot r*C + c of each choice; R*C dropped; None: experts chose
-    row_expert: Any  # [R] the expert of each row; None when row e is expert e's
+    row_expert: Any  # [R] the expert of each row, E: nobody's; None when row e is expert e's
     expert_index: Any  # [G, S, K] the chosen experts, before dropping; E for padding; None as above
     logits: Any  # [G, S, E] float32
     probabilities: Any  # [G, S, E] float32
     mask: Any  # [G, S] booleans, False for padding; None when there is none
 
 
-def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None):
+def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compact=False):
     """Seats the tokens' choices: the first four fields of a `Routing`.
 
     Args:
         expert_index_GSK: `[groups, tokens, k]` integers; `num_experts` marks padding.
         weight_GSK: `[groups, tokens, k]` float32 weights.
         num_experts: integer.
-        capacity: slots per expert and group; `None` seats every choice, and pools the groups.
+        capacity: slots per expert and group; `None` seats every choice.
+        compact: whether experts get as many rows as they need, the groups pooled, with a capacity
+            too; without one they always do.
 
     Returns:
         Tuple `(token_index, weight, slot_index, row_expert)`.
     """
     groups, tokens, k = ops.shape(expert_index_GSK)
     expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
-    if capacity is None:
-        table = slots.by_blocks(expert_index_GN, num_experts)
+    if capacity is None or compact:
+        table = slots.by_rows(expert_index_GN, num_experts, capacity)
         weight_GN = ops.reshape(weight_GSK, (1, groups * tokens * k))
     else:
         table = slots.by_capacity(expert_index_GN, num_experts, capacity)
@@ -168,8 +170,7 @@ class TopKRouter(Router):
     With a capacity, slots are filled in token order, all `k` choices of a token before the next
     token's, so that within a group a later token never takes an earlier one's place (GShard, which
     fills all first choices first, lets it). Without one (the default, as in Mixtral and OLMoE)
-    no token is dropped; blocks of slots are then multiplied by copies of their experts' kernels,
-    which takes memory for up to about five times the experts' kernels while there are many tokens.
+    no token is dropped.
 
     Sources: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 3 and 5; GShard
     (https://arxiv.org/abs/2006.16668), Algorithm 1; Mixtral (https://arxiv.org/abs/2401.04088).
@@ -194,6 +195,8 @@ class TopKRouter(Router):
         inputs: `[groups, tokens, dim]` tensor.
         mask: `[groups, tokens]` booleans, `False` for padding.
         training: boolean.
+        compact: boolean, whether experts may have any number of rows of slots each, where a row of
+            the capacity's length for every expert would leave many empty.
 
     Returns:
         A `Routing`.
@@ -248,22 +251,34 @@ class TopKRouter(Router):
             )
         super().set_num_experts(num_experts)
 
-    def call(self, inputs, mask=None, training=False):
+    def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, training)
         weight_GSK, expert_index_GSK = top_k(probabilities_GSE, self.k)
         if self.normalize and self.k > 1:
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
         if mask is not None:
             expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
-        factor = self.capacity_factor if training else self.eval_capacity_factor
-        capacity = None
-        if factor is not None:
-            tokens = ops.shape(inputs)[1]
-            capacity = slots.capacity(
-                tokens, self.num_experts, factor, self.k, minimum=self.min_capacity
-            )
-        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity)
+        tokens = ops.shape(inputs)[1]
+        capacity, slack = self._capacity(tokens, training)
+        if compact and slack >= 1.5:
+            roomy = isinstance(tokens, int) and capacity >= tokens
+            capacity = None if roomy else capacity
+        else:
+            compact = False
+        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
         return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
+
+    def _capacity(self, tokens, training):
+        """Slots per expert and group, and how many slots there are at least per choice."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None, 1.0
+        capacity = slots.capacity(
+            tokens, self.num_experts, factor, self.k, minimum=self.min_capacity
+        )
+        if not isinstance(tokens, int):
+            return capacity, factor
+        return capacity, self.num_experts * capacity / (tokens * self.k)
 
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)
@@ -371,6 +386,8 @@ class ExpertChoiceRouter(Router):
         inputs: `[groups, tokens, dim]` tensor.
         mask: `[groups, tokens]` booleans, `False` for padding.
         training: boolean.
+        compact: boolean, whether experts may have any number of rows of slots each, where a row of
+            the capacity's length for every expert would leave many empty.
 
     Returns:
         A `Routing`.
@@ -436,7 +453,7 @@ class ExpertChoiceRouter(Router):
                 trainable=False,
             )
 
-    def call(self, inputs, mask=None, training=False):
+    def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, training)
         if self.inference == "threshold" and not training:
             return self._route_by_threshold(logits_GSE, probabilities_GSE, mask)

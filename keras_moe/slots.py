@@ -1,9 +1,9 @@
 """Who sits where: tables of slots, filled from tokens' choices or from experts' choices.
 
 G groups, S tokens per group, K experts per token, N = S*K assignments per group, E experts,
-R rows of slots, C slots per row. Every row belongs to one expert. With capacity there is one row
-per expert (R = E) and an assignment that finds its expert's row full is dropped; without capacity
-an expert has as many rows as its assignments need, and nothing is dropped.
+R rows of slots, C slots per row. Every row belongs to one expert. Either there is one row of the
+capacity's length per expert (R = E) and an assignment that finds its expert's row full is dropped;
+or an expert has as many rows as its assignments need.
 
 Selection has no gradient: all of this file is integers, except the scores that experts choose by.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_moe.ops import take_rows, top_k
+from keras_moe.ops import row_size, take_rows, top_k
 
 
 class Slots(NamedTuple):
@@ -21,7 +21,7 @@ class Slots(NamedTuple):
 
     assignment_index: Any  # [G, R, C] the assignment in each slot; N where the slot is empty
     slot_index: Any  # [G, N] the slot r*C + c of each assignment; R*C where it was dropped
-    row_expert: Any  # [R] the expert of each row; None when row e is expert e's
+    row_expert: Any  # [R] expert of each row, E: nobody's; None when row e is expert e's
 
 
 def capacity(tokens, num_experts, factor, k=1, minimum=1):
@@ -60,14 +60,15 @@ def by_capacity(expert_index_GN, num_experts, capacity):
         `Slots` with `R = num_experts` rows of `capacity` slots.
     """
     row_E = ops.arange(num_experts, dtype="int32")
-    one_row_E = ops.ones_like(row_E)
-    return Slots(
-        *_seat(expert_index_GN, num_experts, one_row_E[None], row_E[None], row_E, capacity), None
-    )
+    rank_GN, order_GN, count_GE = _rank(expert_index_GN, num_experts)
+    assignment_GEC = _seated(order_GN, count_GE, row_E, row_E, capacity)
+    kept_GN = (rank_GN < capacity) & (expert_index_GN < num_experts)
+    slot_GN = expert_index_GN * capacity + rank_GN
+    return Slots(assignment_GEC, ops.where(kept_GN, slot_GN, num_experts * capacity), None)
 
 
-def by_blocks(expert_index_GN, num_experts):
-    """Seats every assignment: sorted by expert, each expert's share padded to whole rows.
+def by_rows(expert_index_GN, num_experts, capacity=None):
+    """Seats assignments sorted by expert, each expert in as many rows as it needs.
 
     The shapes do not depend on the routing, so that it compiles: `m` experts with `N` assignments
     among them need at most `(N - m) // C + m` rows of `C` slots.
@@ -75,30 +76,36 @@ def by_blocks(expert_index_GN, num_experts):
     Args:
         expert_index_GN: `[groups, assignments]` integers; `num_experts` marks padding.
         num_experts: integer.
+        capacity: slots per expert and group, in assignment order; `None` drops nothing.
 
     Returns:
         `Slots` of one group (the groups share their rows), so `assignment_index` is `[1, R, C]`
-        and `slot_index` `[1, G*N]`.
+        and `slot_index` `[1, G*N]`. Rows that are left over are of expert `num_experts`.
     """
+    if capacity is not None:
+        rank_GN, *_ = _rank(expert_index_GN, num_experts)
+        expert_index_GN = ops.where(rank_GN < capacity, expert_index_GN, num_experts)
     expert_index_1N = ops.reshape(expert_index_GN, (1, -1))
     assignments = ops.shape(expert_index_1N)[1]
-    size = _block_size(assignments, num_experts)
+    size = row_size(assignments, num_experts)
     if isinstance(assignments, int):
         busy = min(num_experts, assignments)
     else:
         busy = ops.minimum(num_experts, assignments)
     num_rows = (assignments - busy) // size + busy
 
-    rows_E = (_count(expert_index_1N, num_experts)[0] + size - 1) // size
+    rank_1N, order_1N, count_1E = _rank(expert_index_1N, num_experts)
+    rows_E = (count_1E[0] + size - 1) // size
     row_end_E = ops.cumsum(rows_E)
-    row_R = ops.arange(num_rows, dtype="int32")
-    row_expert_R = ops.sum(ops.cast(row_end_E <= row_R[:, None], "int32"), axis=1)
-    row_expert_R = ops.minimum(row_expert_R, num_experts - 1)  # rows left over: the last expert's
     row_start_E = row_end_E - rows_E
-    seated = _seat(
-        expert_index_1N, num_experts, rows_E[None], row_start_E[None], row_expert_R, size
-    )
-    return Slots(*seated, row_expert_R)
+    row_expert_R = ops.searchsorted(row_end_E, ops.arange(num_rows, dtype="int32"), side="right")
+    row_expert_R = ops.cast(row_expert_R, "int32")
+    assignment_1RC = _seated(order_1N, count_1E, row_expert_R, row_start_E, size)
+
+    start_1N = ops.take(row_start_E, ops.minimum(expert_index_1N, num_experts - 1))
+    slot_1N = start_1N * size + rank_1N
+    slot_1N = ops.where(expert_index_1N < num_experts, slot_1N, num_rows * size)
+    return Slots(assignment_1RC, slot_1N, row_expert_R)
 
 
 def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
@@ -159,51 +166,46 @@ def look_up(value_GN, assignment_index_GRC):
     return take_rows(ops.reshape(value_GN, (-1, 1)), index_GRC)[..., 0]
 
 
-def _seat(expert_index_GN, num_experts, rows_GE, row_start_GE, row_expert_R, size):
-    """Seats the c-th assignment of an expert in slot c of its rows; past the last it is dropped."""
-    groups, assignments = ops.shape(expert_index_GN)
-    num_rows = ops.shape(row_expert_R)[0]
-    count_GE = _count(expert_index_GN, num_experts)
-    first_GE = ops.cumsum(count_GE, axis=1) - count_GE  # where an expert starts in the sorted order
-    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in token order
+def _rank(expert_index_GN, num_experts):
+    """How many earlier assignments of its group went to the same expert.
 
-    # Slot -> assignment: which rank among its expert's a slot holds, looked up in the order.
-    row_GR = ops.arange(num_rows, dtype="int32") - ops.take(row_start_GE, row_expert_R, axis=1)
-    rank_GRC = row_GR[:, :, None] * size + ops.arange(size, dtype="int32")
-    filled_GRC = rank_GRC < ops.take(count_GE, row_expert_R, axis=1)[:, :, None]
-    sorted_GRC = ops.take(first_GE, row_expert_R, axis=1)[:, :, None] + rank_GRC
+    Returns:
+        Tuple of the rank `[G, N]`, the assignments in order of their experts `[G, N]`, and their
+        number per expert `[G, E]`; int32 each.
+    """
+    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in token order
+    sorted_at_GN = ops.cast(ops.argsort(order_GN, axis=1), "int32")
+    chosen_GNE = expert_index_GN[:, :, None] == ops.arange(num_experts, dtype="int32")
+    count_GE = ops.sum(ops.cast(chosen_GNE, "int32"), axis=1)
+    first_GE = ops.cumsum(count_GE, axis=1) - count_GE
+    expert_GN = ops.minimum(expert_index_GN, num_experts - 1)
+    rank_GN = sorted_at_GN - ops.take_along_axis(first_GE, expert_GN, axis=1)
+    return rank_GN, order_GN, count_GE
+
+
+def _seated(order_GN, count_GE, row_expert_R, row_start_E, size):
+    """The assignment in each slot, `[G, R, C]`: slot c of an expert's i-th row has its (iC+c)-th.
+
+    Args:
+        order_GN: the assignments in order of their experts.
+        count_GE: assignments per expert.
+        row_expert_R: the expert of each row; E where it is nobody's.
+        row_start_E: the first row of each expert.
+        size: slots per row, C.
+    """
+    groups, assignments = ops.shape(order_GN)
+    num_experts, num_rows = ops.shape(row_start_E)[0], ops.shape(row_expert_R)[0]
+    first_GE = ops.cumsum(count_GE, axis=1) - count_GE
+    expert_R = ops.minimum(row_expert_R, num_experts - 1)
+    row_R = ops.arange(num_rows, dtype="int32") - ops.take(row_start_E, expert_R)
+    rank_RC = row_R[:, None] * size + ops.arange(size, dtype="int32")
+    taken_GR = ops.where(row_expert_R < num_experts, ops.take(count_GE, expert_R, axis=1), 0)
+    filled_GRC = rank_RC < taken_GR[:, :, None]
+    sorted_GRC = ops.take(first_GE, expert_R, axis=1)[:, :, None] + rank_RC
     sorted_GM = ops.reshape(ops.where(filled_GRC, sorted_GRC, 0), (groups, num_rows * size))
     assignment_GM = ops.take_along_axis(order_GN, sorted_GM, axis=1)
     assignment_GRC = ops.reshape(assignment_GM, (groups, num_rows, size))
-    assignment_GRC = ops.where(filled_GRC, assignment_GRC, assignments)
-
-    # Assignment -> slot: its rank among its expert's, counted on from that expert's first row.
-    expert_GN = ops.minimum(expert_index_GN, num_experts - 1)
-    sorted_at_GN = ops.cast(ops.argsort(order_GN, axis=1), "int32")
-    rank_GN = sorted_at_GN - ops.take_along_axis(first_GE, expert_GN, axis=1)
-    start_GN = ops.take_along_axis(
-        ops.broadcast_to(row_start_GE, ops.shape(count_GE)), expert_GN, axis=1
-    )
-    seats_GN = (
-        ops.take_along_axis(ops.broadcast_to(rows_GE, ops.shape(count_GE)), expert_GN, axis=1)
-        * size
-    )
-    kept_GN = (rank_GN < seats_GN) & (expert_index_GN < num_experts)
-    return assignment_GRC, ops.where(kept_GN, start_GN * size + rank_GN, num_rows * size)
-
-
-def _count(expert_index_GN, num_experts):
-    """Assignments per group and expert, `[G, E]`."""
-    chosen_GNE = expert_index_GN[:, :, None] == ops.arange(num_experts, dtype="int32")
-    return ops.sum(ops.cast(chosen_GNE, "int32"), axis=1)
-
-
-def _block_size(assignments, num_experts):
-    """Slots per row without capacity: a power of two that leaves about an eighth of them empty."""
-    if not isinstance(assignments, int):
-        return 32  # not known before run time
-    share = max(1, assignments // (4 * num_experts))
-    return min(256, 1 << (share.bit_length() - 1))
+    return ops.where(filled_GRC, assignment_GRC, assignments)
 
 
 _ROUNDS = 8

@@ -80,74 +80,104 @@ def cost(layer, x, cotangent, **call):
 
     Returns:
         Tuple of the number of entries of the largest tensor that is made on the way (the compiler
-        may yet fuse some away), and the multiplications of all matrix products.
+        may yet fuse some away), and the multiplications of all matrix products that are run, every
+        turn of a loop counted.
     """
     function, arguments = _differentiated(layer, x, cotangent, call)
-    backend = keras.backend.backend()
-    steps = {"jax": _jax_steps, "tensorflow": _tensorflow_steps, "torch": _torch_steps}[backend]
-    sizes, products = zip(*steps(function, arguments), strict=True)
+    measure = {"jax": _jax_cost, "tensorflow": _tensorflow_cost, "torch": _torch_cost}
+    return measure[keras.backend.backend()](function, arguments)
+
+
+def _jax_cost(function, arguments):
+    import jax
+    from jax.extend.core import Literal
+
+    sizes, products = [], []
+
+    def evaluate(jaxpr, constants, *values):
+        """Runs a program step by step, so that a loop's turns can be counted."""
+        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *values), strict=True))
+
+        def read(v):
+            return v.val if isinstance(v, Literal) else known[v]
+
+        for step in jaxpr.eqns:
+            inputs, params = [read(v) for v in step.invars], step.params
+            inner = params.get("jaxpr") or params.get("call_jaxpr")
+            if step.primitive.name == "while":
+                outputs = repeat(params, inputs)
+            elif inner is not None and step.primitive.name != "scan":
+                closed = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+                outputs = evaluate(*closed, *inputs)
+            else:
+                outputs = step.primitive.bind(*inputs, **params)
+                outputs = outputs if step.primitive.multiple_results else [outputs]
+            if step.primitive.name == "dot_general":
+                (contracted, _), _ = params["dimension_numbers"]
+                shape = inputs[0].shape
+                products.append(outputs[0].size * math.prod(shape[i] for i in contracted))
+            sizes.extend(made.size for made in outputs)
+            known.update(zip(step.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def repeat(params, inputs):
+        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        ask, work, carried = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+        condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+        while evaluate(condition.jaxpr, condition.consts, *ask, *carried)[0]:
+            carried = evaluate(body.jaxpr, body.consts, *work, *carried)
+        return carried
+
+    program = jax.make_jaxpr(function)(*arguments)
+    evaluate(program.jaxpr, program.consts, *jax.tree.leaves(arguments))
     return max(sizes), sum(products)
 
 
-def _jax_steps(function, arguments):
-    import jax
-
-    def walk(jaxpr):
-        for step in jaxpr.eqns:
-            for parameter in jax.tree.leaves(
-                list(step.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-            ):
-                parameter = getattr(parameter, "jaxpr", parameter)
-                if hasattr(parameter, "eqns"):
-                    yield from walk(parameter)
-            product = 0
-            if step.primitive.name == "dot_general":
-                (contracted, _), _ = step.params["dimension_numbers"]
-                shape = step.invars[0].aval.shape
-                product = step.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-            for made in step.outvars:
-                yield made.aval.size, product
-                product = 0
-
-    return list(walk(jax.make_jaxpr(function)(*arguments).jaxpr))
-
-
-def _tensorflow_steps(function, arguments):
+def _tensorflow_cost(function, arguments):
     import tensorflow as tf
+    from tensorflow.python.framework import op_callbacks
 
-    steps = []
-    for step in tf.function(function).get_concrete_function(*arguments).graph.get_operations():
-        product = 0
-        if "MatMul" in step.type:
-            transposed = step.get_attr("adj_x" if "Batch" in step.type else "transpose_a")
-            contracted = step.inputs[0].shape[-2 if transposed else -1]
-            product = step.outputs[0].shape.num_elements() * contracted
-        steps += [(made.shape.num_elements() or 0, 0) for made in step.outputs]
-        steps.append((0, product))
-    return steps
+    graph = tf.function(function).get_concrete_function(*arguments).graph
+    largest = max(
+        made.shape.num_elements() or 0 for step in graph.get_operations() for made in step.outputs
+    )
+
+    products = []
+
+    def count(op_type, inputs, attributes, outputs, op_name=None, graph=None):
+        if "MatMul" in str(op_type):
+            attributes = dict(zip(attributes[::2], attributes[1::2], strict=True))
+            transposed = attributes["adj_x" if "Batch" in str(op_type) else "transpose_a"]
+            contracted = inputs[0].shape[-2 if transposed else -1]
+            products.append(outputs[0].shape.num_elements() * contracted)
+
+    op_callbacks.add_op_callback(count)
+    try:
+        function(*arguments)
+    finally:
+        op_callbacks.remove_op_callback(count)
+    return largest, sum(products)
 
 
-def _torch_steps(function, arguments):
+def _torch_cost(function, arguments):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    steps = []
+    sizes, products = [], []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             result = operation(*args, **(kwargs or {}))
-            product = 0
             if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
-                product = result.numel() * args[0].shape[-1]
+                products.append(result.numel() * args[0].shape[-1])
             for made in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(made, torch.Tensor):
-                    steps.append((made.untyped_storage().nbytes() // made.element_size(), product))
-                    product = 0
+                    sizes.append(made.untyped_storage().nbytes() // made.element_size())
             return result
 
     with Recorder():
         function(*arguments)
-    return steps
+    return max(sizes), sum(products)
 
 
 def compiled(function):

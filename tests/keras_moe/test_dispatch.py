@@ -50,7 +50,7 @@ class TestTokenChoice:
     def test_dropless(self):
         routing = token_choice(CHOICES, WEIGHTS, num_experts=2, capacity=None)
         filled = numpy(dispatch(tensor(X), routing))
-        scale = np.array([10.0, 100.0], "float32")[numpy(routing.row_expert)]
+        scale = np.array([10.0, 100.0, 0.0], "float32")[numpy(routing.row_expert)]
         y = numpy(combine(tensor(filled * scale[:, None, None]), routing, 2, 3))
         # As above, and token 2 of group 0 is served: 3 * (.5 * 10 + .5 * 100) = 165
         assert y[..., 0].tolist() == [[32.5, 110, 165], [210, 0, 630]]

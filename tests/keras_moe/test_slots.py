@@ -49,11 +49,11 @@ def test_by_capacity_keeps_exactly_the_capacity_in_order():
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_by_blocks_seats_every_assignment_once_with_its_expert(data):
+def test_by_rows_seats_every_assignment_once_with_its_expert(data):
     num_experts = data.draw(st.sampled_from([1, 5]))
     length = data.draw(st.sampled_from([1, 48]))  # few shapes: JAX compiles for each
     index = data.draw(st.lists(st.integers(0, num_experts), min_size=length, max_size=length))
-    table = numpy(slots.by_blocks(tensor([index], "int32"), num_experts))
+    table = numpy(slots.by_rows(tensor([index], "int32"), num_experts))
     (assignment_RC,), (slot_N,), row_expert_R = table
     rows, size = assignment_RC.shape
     for n, expert in enumerate(index):
@@ -70,9 +70,9 @@ def test_by_blocks_seats_every_assignment_once_with_its_expert(data):
 
 
 @pytest.mark.parametrize("assignments", [1, 2, 16, 1000, 8192])
-def test_by_blocks_wastes_little(assignments):
+def test_by_rows_wastes_little(assignments):
     """Rows are the work to be done: few tokens touch few experts, many waste at most half."""
-    table = slots.by_blocks(ops.zeros((1, assignments), "int32"), 8)
+    table = slots.by_rows(ops.zeros((1, assignments), "int32"), 8)
     _, rows, size = ops.shape(table.assignment_index)
     assert rows * size <= assignments if assignments <= 8 else rows * size <= 1.5 * assignments
 
@@ -133,7 +133,7 @@ def test_look_up_and_pool_groups():
 
 def test_tables_compile():
     index = tensor(np.random.default_rng(0).integers(0, 5, (3, 20)).astype("int32"))
-    for table, arguments in ((slots.by_capacity, (4, 6)), (slots.by_blocks, (4,))):
+    for table, arguments in ((slots.by_capacity, (4, 6)), (slots.by_rows, (4,))):
 
         def indices(index, table=table, arguments=arguments):
             return tuple(table(index, *arguments)[:2])

@@ -1,0 +1,42 @@
+"""Random numbers, quickly on every backend."""
+
+import keras
+from keras import ops
+
+
+def uniform(shape, minval, maxval, seed_generator):
+    """Uniform float32 noise from `[minval, maxval)`.
+
+    TensorFlow leaves the generator to XLA, whose choice on CPUs is 80 times slower than Philox
+    (2 million numbers: 940 ms against 11), so there Philox is asked for by name.
+
+    Args:
+        shape: of the noise.
+        minval: lower bound.
+        maxval: upper bound.
+        seed_generator: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor of `shape`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        seed = tf.bitcast(ops.cast(seed_generator.next(), "uint32"), "int32")
+        return tf.random.stateless_uniform(shape, seed, minval, maxval, alg="philox")
+    return keras.random.uniform(shape, minval, maxval, dtype="float32", seed=seed_generator)
+
+
+def dropout(x, rate, seed_generator):
+    """Zeroes a share `rate` of the entries and scales the others up, with the noise of `uniform`.
+
+    Args:
+        x: tensor.
+        rate: in `[0, 1)`.
+        seed_generator: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor like `x`.
+    """
+    kept = uniform(ops.shape(x), 0.0, 1.0, seed_generator) >= rate
+    return x * ops.cast(ops.cast(kept, "float32") / (1.0 - rate), x.dtype)

@@ -1,0 +1,370 @@
+"""Products of rows of slots with the kernels of their experts.
+
+R rows of slots, C slots per row, D width, E experts, F hidden.
+"""
+
+import keras
+from keras import ops
+
+from keras_moe.ops.rows import with_gradient
+
+IMPLEMENTATIONS = ("auto", "batched", "loop", "grouped")
+
+
+def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
+    """Multiplies every row of slots by the kernel of its expert.
+
+    The implementations differ in speed alone:
+
+    * `"batched"`: one batched product; one row per expert only, since a kernel would have to be
+      copied for every row.
+    * `"loop"`: expert after expert. An expert without rows costs nothing, its kernel is not read.
+    * `"grouped"`: the backend's own product of sorted rows, `torch.nn.functional.grouped_mm` or
+      `jax.lax.ragged_dot`; TensorFlow has none. Made for accelerators: on a CPU PyTorch's is a
+      loop and JAX's multiplies every row by every kernel.
+    * `"auto"`: the fastest on this backend and device, see `benchmarks/README.md`.
+
+    Args:
+        x_RCD: `[rows, slots, in]` tensor.
+        kernel_EDF: `[experts, in, out]` tensor or variable.
+        row_expert: `[rows]` integers, the expert of each row, in ascending order; a row of number
+            `experts` is nobody's, and what comes out of it is finite but not defined. `None` when
+            row `e` is expert `e`.
+        implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+        `[rows, slots, out]` tensor.
+
+    Raises:
+        ValueError: if there is no such implementation here.
+    """
+    kernel_EDF = ops.convert_to_tensor(kernel_EDF)
+    if implementation == "auto":
+        implementation = _fastest(row_expert is not None, x_RCD.shape[1], kernel_EDF)
+    if implementation == "batched":
+        if row_expert is not None:
+            raise ValueError(
+                "`implementation='batched'` must have one row of slots per expert, as with a "
+                "capacity. Received: as many rows as an expert needs; use 'auto' or 'loop'"
+            )
+        return ops.matmul(x_RCD, kernel_EDF)
+    if row_expert is None:
+        row_expert = ops.arange(kernel_EDF.shape[0], dtype="int32")
+    return (_loop if implementation == "loop" else _grouped)(x_RCD, kernel_EDF, row_expert)
+
+
+def row_size(assignments, num_experts):
+    """Slots per row that suit the products, where an expert has as many rows as it needs.
+
+    Long rows make better products, short rows leave fewer slots empty at an expert's end.
+
+    Args:
+        assignments: integer; a scalar tensor where it is not known before run time.
+        num_experts: integer.
+
+    Returns:
+        Integer, or a scalar tensor where `assignments` is one.
+    """
+    if _fastest(many_rows=True) == "grouped":
+        return 8  # rows that begin at multiples of 16 bytes, whichever way they are read
+    if keras.backend.backend() == "torch":
+        return 1  # its loop joins an expert's rows
+    quarter = assignments // (4 * num_experts)  # of a fair share: an eighth of the slots is empty
+    return ops.clip(quarter, 1, 128) if ops.is_tensor(quarter) else min(max(quarter, 1), 128)
+
+
+def _fastest(many_rows, slots=None, kernel_EDF=None):
+    """What "auto" stands for; `python -m benchmarks.layer` measures it."""
+    backend = keras.backend.backend()
+    on_cpu = _on_cpu(backend)
+    if many_rows:
+        if on_cpu or backend == "tensorflow":
+            return "loop"
+        return "grouped" if backend == "jax" or _is_aligned(kernel_EDF) else "loop"
+    if backend == "torch" or not on_cpu:
+        return "batched"
+    # XLA's batched products are slow where rows are short, and in TensorFlow everywhere.
+    short = isinstance(slots, int) and slots < 128
+    return "loop" if short or backend == "tensorflow" else "batched"
+
+
+def _on_cpu(backend):
+    if backend == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.config.list_physical_devices("GPU")
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _is_aligned(kernel_EDF):
+    """Whether PyTorch's grouped product takes the kernel: its rows are multiples of 16 bytes."""
+    return kernel_EDF is None or all(
+        dim * kernel_EDF.element_size() % 16 == 0 for dim in kernel_EDF.shape[1:]
+    )
+
+
+def _grouped(x_RCD, kernel_EDF, row_expert):
+    rows, slots, dim = x_RCD.shape
+    num_experts, _, hidden = kernel_EDF.shape
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        raise ValueError(
+            "`implementation='grouped'` must be used on JAX or PyTorch; TensorFlow has no grouped "
+            "product. Received: implementation='grouped'; use 'auto' or 'loop'"
+        )
+    # The last expert also takes the rows that are nobody's, so that all of them are defined.
+    start_E, end_E = _spans(row_expert, num_experts)
+    end_E = ops.concatenate([end_E[:-1], ops.full((1,), rows, dtype="int32")])
+    x_MD = ops.reshape(x_RCD, (rows * slots, dim))
+    if backend == "jax":
+        import jax
+
+        y_MF = jax.lax.ragged_dot(x_MD, kernel_EDF, (end_E - start_E) * slots)
+    else:
+        import torch
+
+        y_MF = torch.nn.functional.grouped_mm(x_MD, kernel_EDF, offs=end_E * slots)
+    return ops.reshape(y_MF, (rows, slots, hidden))
+
+
+def _loop(x_RCD, kernel_EDF, row_expert):
+    """The products one after another, with a gradient that is such a loop too."""
+    times_kernel, times_rows = {
+        "jax": (_jax_times_kernel, _jax_times_rows),
+        "tensorflow": (_tensorflow_times_kernel, _tensorflow_times_rows),
+        "torch": (_torch_times_kernel, _torch_times_rows),
+    }[keras.backend.backend()]
+    spans = _spans(row_expert, kernel_EDF.shape[0])
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kernel_EDF = tf.convert_to_tensor(kernel_EDF)  # Keras leaves a variable as it is
+
+    def forward(x_RCD, kernel_EDF):
+        return times_kernel(x_RCD, kernel_EDF, spans)
+
+    def backward(upstream_RCF, x_RCD, kernel_EDF):
+        by_x_RCD = times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True)
+        return by_x_RCD, times_rows(x_RCD, upstream_RCF, spans)
+
+    return with_gradient(forward, backward)(x_RCD, kernel_EDF)
+
+
+def _spans(row_expert, num_experts):
+    """The first row of each expert and the row after its last, `[experts]` int32 each."""
+    expert_E = ops.arange(num_experts, dtype=row_expert.dtype)
+    start_E = ops.searchsorted(row_expert, expert_E, side="left")
+    end_E = ops.searchsorted(row_expert, expert_E, side="right")
+    return ops.cast(start_E, "int32"), ops.cast(end_E, "int32")
+
+
+def _busy(spans):
+    """The experts that have rows, first, and how many they are."""
+    start_E, end_E = spans
+    idle_E = ops.cast(start_E == end_E, "int32")
+    return ops.cast(ops.argsort(idle_E), "int32"), ops.sum(1 - idle_E)
+
+
+def _jax_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+    from jax import lax
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+    rows, slots, _ = x_RCD.shape
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def of_expert(i, y_RCF):
+        expert = order_E[i]
+        kernel_DF = kernel_EDF[expert]
+
+        def of_row(row, y_RCF):
+            y_CF = lax.dot_general(x_RCD[row], kernel_DF, contract)
+            return lax.dynamic_update_index_in_dim(y_RCF, y_CF, row, 0)
+
+        return lax.fori_loop(start_E[expert], end_E[expert], of_row, y_RCF)
+
+    y_RCF = ops.zeros((rows, slots, kernel_EDF.shape[1 if transposed else 2]), x_RCD.dtype)
+    return lax.fori_loop(0, busy, of_expert, y_RCF)
+
+
+def _jax_times_rows(x_RCD, y_RCF, spans):
+    from jax import lax
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+
+    def of_row(row):
+        contract = (((0,), (0,)), ((), ()))
+        return lax.dot_general(x_RCD[row], y_RCF[row], contract, preferred_element_type="float32")
+
+    def of_expert(i, result_EDF):
+        expert = order_E[i]
+        first = start_E[expert]
+        sum_DF = lax.fori_loop(
+            first + 1, end_E[expert], lambda row, sum_DF: sum_DF + of_row(row), of_row(first)
+        )
+        return lax.dynamic_update_index_in_dim(result_EDF, sum_DF.astype(x_RCD.dtype), expert, 0)
+
+    shape = (start_E.shape[0], x_RCD.shape[2], y_RCF.shape[2])
+    return lax.fori_loop(0, busy, of_expert, ops.zeros(shape, x_RCD.dtype))
+
+
+def _tensorflow_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+    import tensorflow as tf
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+    rows, slots, _ = ops.shape(x_RCD)
+
+    def of_expert(i, y_RCF):
+        expert = order_E[i]
+        kernel_DF = kernel_EDF[expert]
+
+        def of_row(row, y_RCF):
+            y_CF = tf.matmul(x_RCD[row], kernel_DF, transpose_b=transposed)
+            return row + 1, tf.raw_ops.TensorListSetItem(input_handle=y_RCF, index=row, item=y_CF)
+
+        _, y_RCF = tf.while_loop(
+            lambda row, _: row < end_E[expert], of_row, (start_E[expert], y_RCF)
+        )
+        return i + 1, y_RCF
+
+    shape_CF = (slots, kernel_EDF.shape[1 if transposed else 2])
+    return _tensorflow_list(of_expert, busy, rows, shape_CF, x_RCD.dtype)
+
+
+def _tensorflow_times_rows(x_RCD, y_RCF, spans):
+    import tensorflow as tf
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+
+    def of_row(row):
+        return tf.cast(tf.matmul(x_RCD[row], y_RCF[row], transpose_a=True), "float32")
+
+    def of_expert(i, result_EDF):
+        expert = order_E[i]
+        first = start_E[expert]
+        _, sum_DF = tf.while_loop(
+            lambda row, _: row < end_E[expert],
+            lambda row, sum_DF: (row + 1, sum_DF + of_row(row)),
+            (first + 1, of_row(first)),
+        )
+        return i + 1, tf.raw_ops.TensorListSetItem(
+            input_handle=result_EDF, index=expert, item=tf.cast(sum_DF, x_RCD.dtype)
+        )
+
+    shape_DF = (x_RCD.shape[2], y_RCF.shape[2])
+    return _tensorflow_list(of_expert, busy, start_E.shape[0], shape_DF, x_RCD.dtype)
+
+
+def _tensorflow_list(fill, count, length, shape, dtype):
+    """Stacks what `fill` puts into a list of zeros; a tensor would be copied at every step."""
+    import tensorflow as tf
+
+    items = tf.raw_ops.TensorListReserve(
+        element_shape=shape, num_elements=length, element_dtype=dtype
+    )
+    _, items = tf.while_loop(lambda i, _: i < count, fill, (0, items))
+    return tf.raw_ops.TensorListStack(input_handle=items, element_shape=shape, element_dtype=dtype)
+
+
+def _torch_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+    import torch
+
+    rows, slots, dim = x_RCD.shape
+    kernel_EDF = kernel_EDF.mT if transposed else kernel_EDF
+    x_MD = x_RCD.reshape(-1, dim)
+    y_MF = x_MD.new_empty((len(x_MD), kernel_EDF.shape[2]))
+    end = 0
+    for expert, start, end in _torch_spans(spans, slots):
+        torch.mm(x_MD[start:end], kernel_EDF[expert], out=y_MF[start:end])
+    y_MF[end:] = 0.0  # nobody's
+    return y_MF.reshape(rows, slots, -1)
+
+
+def _torch_times_rows(x_RCD, y_RCF, spans):
+    import torch
+
+    _, slots, dim = x_RCD.shape
+    x_MD, y_MF = x_RCD.reshape(-1, dim), y_RCF.reshape(-1, y_RCF.shape[2])
+    result_EDF = x_MD.new_empty((len(spans[0]), dim, y_MF.shape[1]))
+    for expert, start, end in _torch_spans(spans, slots, busy=False):
+        torch.mm(x_MD[start:end].T, y_MF[start:end], out=result_EDF[expert])
+    return result_EDF
+
+
+def _torch_spans(spans, slots, busy=True):
+    """Every expert, or every busy one, and its span of slots."""
+    pairs = enumerate(zip(*(span.tolist() for span in spans), strict=True))
+    return [(e, i * slots, j * slots) for e, (i, j) in pairs if i < j or not busy]
+
+
+def call_by_row(layers, x_RCD, row_expert=None):
+    """Calls every row's layer on that row of slots.
+
+    Args:
+        layers: list of Keras layers from `[slots, in]` to `[slots, out]`.
+        x_RCD: `[rows, slots, in]` tensor.
+        row_expert: `[rows]` integers, the layer of each row, in ascending order; a row of number
+            `len(layers)` is nobody's. `None` when row `e` is layer `e`'s.
+
+    Returns:
+        `[rows, slots, out]` tensor.
+    """
+    if row_expert is None:
+        return ops.stack([layer(x_RCD[row]) for row, layer in enumerate(layers)])
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return _torch_call_by_span(layers, x_RCD, row_expert)
+    if backend == "jax":
+        return _scan_rows(layers, x_RCD, row_expert)
+    branches = [lambda x_CD, layer=layer: layer(x_CD) for layer in layers]
+    return ops.map(lambda row: ops.switch(row[0], branches, row[1]), (row_expert, x_RCD))
+
+
+def _torch_call_by_span(layers, x_RCD, row_expert):
+    """`call_by_row` in PyTorch, which knows at run time what is whose: one call per busy layer."""
+    import torch
+
+    rows, slots, dim = x_RCD.shape
+    x_MD = x_RCD.reshape(-1, dim)
+    spans = _torch_spans(_spans(row_expert, len(layers)), slots)
+    outputs = [layers[expert](x_MD[start:end]) for expert, start, end in spans]
+    y_MF = torch.cat(outputs or [layers[0](x_MD[:0])])
+    nobodys = y_MF.new_zeros((len(x_MD) - len(y_MF), y_MF.shape[1]))
+    return torch.cat([y_MF, nobodys]).reshape(rows, slots, -1)
+
+
+def _scan_rows(layers, x_RCD, row_expert):
+    """`call_by_row` in JAX: what the layers keep (seeds, statistics) is carried from row to row."""
+
+    def branch(number, layer):
+        def call(state, x_CD):
+            # Not `stateless_call`: it would not tell the layer whether it is training.
+            values = [(v, ops.convert_to_tensor(v)) for v in layer.trainable_variables]
+            values += zip(layer.non_trainable_variables, state[number], strict=True)
+            with keras.StatelessScope(state_mapping=values) as scope:
+                y_CD = layer(x_CD)
+            updated = [scope.get_current_value(v) for v in layer.non_trainable_variables]
+            return (*state[:number], updated, *state[number + 1 :]), y_CD
+
+        return call
+
+    branches = [branch(number, layer) for number, layer in enumerate(layers)]
+    state = tuple(
+        [ops.convert_to_tensor(v) for v in layer.non_trainable_variables] for layer in layers
+    )
+    state, y_RCD = ops.scan(
+        lambda state, row: ops.switch(row[0], branches, state, row[1]), state, (row_expert, x_RCD)
+    )
+    for layer, updated in zip(layers, state, strict=True):
+        for variable, value in zip(layer.non_trainable_variables, updated, strict=True):
+            variable.assign(value)
+    return y_RCD

@@ -1,0 +1,33 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import ops as moe_ops
+from tests.backend import numpy
+
+
+class TestNoise:
+    def test_uniform_fills_its_range(self):
+        noise = numpy(moe_ops.uniform((10_000,), 2.0, 4.0, keras.random.SeedGenerator(1)))
+        assert noise.dtype == "float32"
+        assert noise.min() >= 2 and noise.max() < 4
+        # Mean 3 and standard deviation 2 / sqrt(12) = .577; the error of the mean is .0058.
+        assert noise.mean() == pytest.approx(3, abs=0.03)
+        assert noise.std() == pytest.approx(2 / np.sqrt(12), abs=0.02)
+
+    def test_uniform_is_seeded_and_new_at_every_call(self):
+        one, two = keras.random.SeedGenerator(1), keras.random.SeedGenerator(1)
+        first = numpy(moe_ops.uniform((8,), 0.0, 1.0, one))
+        np.testing.assert_array_equal(first, numpy(moe_ops.uniform((8,), 0.0, 1.0, two)))
+        assert (first != numpy(moe_ops.uniform((8,), 0.0, 1.0, one))).any()
+
+    def test_dropout_keeps_the_mean(self):
+        x = ops.ones((10_000,))
+        y = numpy(moe_ops.dropout(x, 0.25, keras.random.SeedGenerator(1)))
+        assert set(np.round(y, 5)) == {0, np.round(np.float32(1 / 0.75), 5)}
+        assert np.mean(y == 0) == pytest.approx(0.25, abs=0.03)
+
+    def test_dropout_keeps_the_dtype(self):
+        y = moe_ops.dropout(ops.ones((8,), "bfloat16"), 0.5, keras.random.SeedGenerator(1))
+        assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"

@@ -1,0 +1,146 @@
+"""Every implementation against one product per row, outputs and gradients."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import ops as moe_ops
+from tests.backend import cost, gradients, numpy, run
+
+tensor = ops.convert_to_tensor
+BACKEND = keras.backend.backend()
+
+
+class Product(keras.layers.Layer):
+    """`expert_product` with a kernel to differentiate by."""
+
+    def __init__(self, kernel, row_expert, implementation, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel = self.add_weight(shape=kernel.shape, initializer="zeros")
+        self.kernel.assign(kernel)
+        self.row_expert = row_expert
+        self.implementation = implementation
+        self.built = True
+
+    def call(self, inputs):
+        row_expert = None if self.row_expert is None else tensor(self.row_expert, "int32")
+        return moe_ops.expert_product(inputs, self.kernel, row_expert, self.implementation)
+
+
+# The expert of each row, of 4; 4 is nobody's.
+ROWS = {
+    "one each": None,
+    "several each": [0, 1, 1, 1, 2, 3, 3],
+    "idle experts": [1, 1, 3, 3, 3],
+    "nobody's rows": [0, 2, 2, 4, 4],
+    "one row": [2],
+    "nothing but nobody's": [4, 4],
+}
+
+
+def implementations(row_expert):
+    return [
+        name
+        for name in moe_ops.IMPLEMENTATIONS
+        if not (name == "batched" and row_expert is not None)
+        and not (name == "grouped" and BACKEND == "tensorflow")
+    ]
+
+
+CASES = [(rows, name) for rows in ROWS for name in implementations(ROWS[rows])]
+
+
+def by_hand(x, kernel, cotangent, row_expert):
+    """Output and gradients, one row after another, in float64."""
+    row_expert = range(len(kernel)) if row_expert is None else row_expert
+    y = np.zeros((*x.shape[:2], kernel.shape[2]))
+    by_x, by_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+    for row, expert in enumerate(row_expert):
+        if expert < len(kernel):
+            y[row] = x[row] @ kernel[expert]
+            by_x[row] = cotangent[row] @ kernel[expert].T
+            by_kernel[expert] += x[row].T @ cotangent[row]
+    return y, by_x, by_kernel
+
+
+@pytest.mark.parametrize(("rows", "implementation"), CASES)
+def test_is_one_product_per_row(rows, implementation):
+    row_expert = ROWS[rows]
+    mine = np.array([expert < 4 for expert in row_expert or range(4)])
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(len(mine), 3, 8))
+    kernel = rng.normal(size=(4, 8, 12))
+    cotangent = rng.normal(size=(len(mine), 3, 12))
+    x[~mine] = cotangent[~mine] = 0.0  # as in a layer
+    expected = by_hand(x, kernel, cotangent, row_expert)
+
+    layer = Product(kernel, row_expert, implementation)
+    y, _, by_x, (by_kernel,) = run(layer, x, cotangent)
+    assert np.isfinite(y).all()
+    for given, wanted in zip((y, by_x, by_kernel), expected, strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", implementations([0]))
+def test_bfloat16_sums_rows_in_float32(implementation):
+    # 600 rows of 1 and a gradient of 1: bfloat16 has no number between 256 and 258, and would
+    # stay at 256 if it added up row after row.
+    layer = Product(np.ones((1, 8, 8)), [0] * 600, implementation, dtype="bfloat16")
+    x = ops.ones((600, 1, 8), "bfloat16")
+    kernel = layer.kernel
+
+    def sums(x):
+        return ops.cast(layer(x), "float32")
+
+    outer = keras.layers.Lambda(lambda x: sums(ops.cast(x, "bfloat16")))
+    outer._trainable_variables = [kernel]
+    outer.build(x.shape)
+    _, (by_kernel,) = gradients(outer, np.ones((600, 1, 8)), np.ones((600, 1, 8)))
+    assert by_kernel.astype("float32") == pytest.approx(600, rel=2**-8)
+
+
+@pytest.mark.parametrize("implementation", implementations([0])[1:2])
+def test_loop_computes_busy_experts_only(implementation):
+    x = np.ones((2, 1, 8))
+    few, many = (
+        cost(Product(np.ones((experts, 8, 8)), [0, 1], implementation), x, x)[1]
+        for experts in (2, 64)
+    )
+    assert few == many
+
+
+def test_batched_is_for_one_row_per_expert():
+    with pytest.raises(ValueError, match="'batched'.* must have one row of slots per expert"):
+        moe_ops.expert_product(ops.ones((3, 2, 1)), ops.ones((3, 1, 1)), ops.arange(3), "batched")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others have a grouped product")
+def test_tensorflow_has_no_grouped_product():
+    with pytest.raises(ValueError, match="'grouped'.* must be used on JAX or PyTorch"):
+        moe_ops.expert_product(ops.ones((3, 2, 1)), ops.ones((3, 1, 1)), None, "grouped")
+
+
+class TestCallByRow:
+    @pytest.fixture
+    def layers(self):
+        layers = [keras.layers.Rescaling(scale) for scale in (10.0, 100.0)]
+        for layer in layers:
+            layer.build((None, 1))
+        return layers
+
+    def test_row_e_is_layer_e(self, layers):
+        y = moe_ops.call_by_row(layers, tensor([[[1.0]], [[2.0]]]))
+        assert numpy(y)[..., 0].tolist() == [[10], [200]]
+
+    def test_as_many_rows_as_a_layer_needs(self, layers):
+        x, row_expert = tensor([[[1.0]], [[2.0]], [[3.0]]]), tensor([0, 1, 1], "int32")
+        y = moe_ops.call_by_row(layers, x, row_expert)
+        assert numpy(y)[..., 0].tolist() == [[10], [200], [300]]
+
+    def test_nobodys_rows(self, layers):
+        x, row_expert = tensor([[[1.0]], [[0.0]]]), tensor([1, 2], "int32")
+        y = moe_ops.call_by_row(layers, x, row_expert)
+        assert numpy(y)[..., 0].tolist() == [[100], [0]]
+        y = moe_ops.call_by_row(layers, ops.zeros((2, 1, 1)), tensor([2, 2], "int32"))
+        assert numpy(y)[..., 0].tolist() == [[0], [0]]

@@ -1,0 +1,74 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import ops as moe_ops
+from tests.backend import compiled, gradients, numpy
+
+tensor = ops.convert_to_tensor
+
+
+class TestTopK:
+    # 7 stands first and third, 5 second and last; equal entries in order of position.
+    X = [[7.0, 5.0, 7.0, 1.0, 5.0]]
+
+    @pytest.mark.parametrize("k", [1, 2, 3, 5])
+    def test_in_descending_order_ties_by_position(self, k):
+        values, index = moe_ops.top_k(tensor(self.X), k)
+        assert numpy(values).tolist() == [[7, 7, 5, 5, 1][:k]]
+        assert numpy(index).tolist() == [[0, 2, 1, 4, 3][:k]]
+        assert keras.backend.standardize_dtype(index.dtype) == "int32"
+
+    def test_many_ties(self):
+        _, index = moe_ops.top_k(ops.zeros((2, 100)), 40)
+        assert numpy(index).tolist() == [list(range(40))] * 2
+
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_gradient_goes_to_the_chosen(self, k):
+        layer = keras.layers.Lambda(lambda x: moe_ops.top_k(x, k)[0])
+        layer.build((1, 3))
+        by_x, _ = gradients(layer, [[1.0, 5.0, 3.0]], np.arange(1.0, k + 1)[None])
+        assert by_x.tolist() == [[0, 1, 2 if k == 2 else 0]]
+
+
+class TestRows:
+    X = [[1.0, 2.0], [3.0, 4.0]]
+
+    def test_take_rows_past_the_last_is_zeros(self):
+        rows = moe_ops.take_rows(tensor(self.X), tensor([[1, 2], [0, 1]], "int32"))
+        assert numpy(rows).tolist() == [[[3, 4], [0, 0]], [[1, 2], [3, 4]]]
+
+    def test_add_rows_past_the_last_is_thrown_away(self):
+        rows = tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+        summed = moe_ops.add_rows(rows, tensor([2, 3, 2], "int32"), 3)
+        assert numpy(summed).tolist() == [[0, 0], [0, 0], [101, 202]]
+
+    def test_compile(self):
+        x, index = tensor(self.X), tensor([1, 2, 0], "int32")
+        taken = compiled(moe_ops.take_rows)(x, index)
+        assert numpy(taken).tolist() == [[3, 4], [0, 0], [1, 2]]
+        summed = compiled(lambda x: moe_ops.add_rows(x, index[:2], 2))(x)
+        assert numpy(summed).tolist() == [[0, 0], [1, 2]]
+
+
+def test_with_gradient_uses_the_gradient_it_is_given():
+    double_and_claim_seven = moe_ops.with_gradient(
+        lambda x: 2 * x, lambda upstream, x: 7 * upstream
+    )
+    layer = keras.layers.Lambda(double_and_claim_seven)
+    layer.build((2,))
+    assert numpy(layer(tensor([1.0, 2.0]))).tolist() == [2, 4]
+    by_x, _ = gradients(layer, [1.0, 2.0], [1.0, 10.0])
+    assert by_x.tolist() == [7, 70]
+
+
+def test_with_gradient_of_two_inputs_may_use_both():
+    # x * y, with the gradients upstream * y and upstream * x.
+    product = moe_ops.with_gradient(
+        lambda x, y: x * y, lambda upstream, x, y: (upstream * y, upstream * x)
+    )
+    layer = keras.layers.Lambda(lambda x: product(x, 3 * x))
+    layer.build((2,))
+    by_x, _ = gradients(layer, [1.0, 2.0], [1.0, 10.0])
+    assert by_x.tolist() == [6, 120]  # of 3 x^2: 6 x
