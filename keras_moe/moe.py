@@ -121,6 +121,8 @@ class MixtureOfExperts(keras.layers.Layer):
         if mask is not None:
             self._check_mask(mask, inputs)
             mask = ops.cast(mask, "bool")
+        if 0 in tuple(inputs.shape[:-1]):  # no tokens: one that is padding stands in
+            return ops.zeros((1, 1, dim), inputs.dtype), ops.zeros((1, 1), "bool")
         if len(inputs.shape) == 3 and self.group == "sequence":
             return inputs, mask
         x_TD = ops.reshape(inputs, (-1, dim))
@@ -140,7 +142,7 @@ class MixtureOfExperts(keras.layers.Layer):
     def _join(self, y_GSD, inputs):
         y_TD = ops.reshape(y_GSD, (-1, y_GSD.shape[-1]))
         leading = ops.shape(inputs)[:-1]
-        if isinstance(self.group, int):
+        if isinstance(self.group, int) or 0 in tuple(inputs.shape[:-1]):
             y_TD = y_TD[: math.prod(leading)]
         y = ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
         return ops.cast(y, self.compute_dtype)

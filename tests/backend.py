@@ -7,13 +7,14 @@ import numpy as np
 from keras import ops
 
 
-def run(layer, x, cotangent, **call):
+def run(layer, x, cotangent, jit=True, **call):
     """One differentiated call of a layer, compiled where a backend can.
 
     Args:
         layer: a built Keras layer.
         x: its inputs.
         cotangent: array like its outputs.
+        jit: whether it is compiled.
         **call: the other arguments of the call.
 
     Returns:
@@ -22,7 +23,7 @@ def run(layer, x, cotangent, **call):
         `layer.trainable_variables`.
     """
     function, arguments = _differentiated(layer, x, cotangent, call)
-    y, loss, by_x, by_weight = compiled(function)(*arguments)
+    y, loss, by_x, by_weight = (compiled(function) if jit else function)(*arguments)
     by_weight = [ops.convert_to_numpy(gradient) for gradient in by_weight]
     return ops.convert_to_numpy(y), float(loss), ops.convert_to_numpy(by_x), by_weight
 

@@ -67,8 +67,8 @@ def row_size(assignments, num_experts):
     """
     if _fastest(many_rows=True) == "grouped":
         return 8  # rows that begin at multiples of 16 bytes, whichever way they are read
-    if keras.backend.backend() == "torch":
-        return 1  # its loop joins an expert's rows
+    if not _compiles():
+        return 1  # the loop joins an expert's rows
     quarter = assignments // (4 * num_experts)  # of a fair share: an eighth of the slots is empty
     return ops.clip(quarter, 1, 128) if ops.is_tensor(quarter) else min(max(quarter, 1), 128)
 
@@ -83,9 +83,8 @@ def _fastest(many_rows, slots=None, kernel_EDF=None):
         return "grouped" if backend == "jax" or _is_aligned(kernel_EDF) else "loop"
     if backend == "torch" or not on_cpu:
         return "batched"
-    # XLA's batched products are slow where rows are short, and in TensorFlow everywhere.
-    short = isinstance(slots, int) and slots < 128
-    return "loop" if short or backend == "tensorflow" else "batched"
+    # On a CPU XLA's batched products are slow where rows are short.
+    return "loop" if _compiles() and isinstance(slots, int) and slots < 128 else "batched"
 
 
 def _on_cpu(backend):
@@ -100,6 +99,17 @@ def _on_cpu(backend):
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _compiles():
+    """Whether this is for XLA, so that shapes must not depend on the routing."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.ops import control_flow_util
+
+        return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    return backend == "jax"
 
 
 def _is_aligned(kernel_EDF):
@@ -137,7 +147,9 @@ def _loop(x_RCD, kernel_EDF, row_expert):
     """The products one after another, with a gradient that is such a loop too."""
     times_kernel, times_rows = {
         "jax": (_jax_times_kernel, _jax_times_rows),
-        "tensorflow": (_tensorflow_times_kernel, _tensorflow_times_rows),
+        "tensorflow": (_xla_times_kernel, _xla_times_rows)
+        if _compiles()
+        else (_tensorflow_times_kernel, _tensorflow_times_rows),
         "torch": (_torch_times_kernel, _torch_times_rows),
     }[keras.backend.backend()]
     spans = _spans(row_expert, kernel_EDF.shape[0])
@@ -215,7 +227,7 @@ def _jax_times_rows(x_RCD, y_RCF, spans):
     return lax.fori_loop(0, busy, of_expert, ops.zeros(shape, x_RCD.dtype))
 
 
-def _tensorflow_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+def _xla_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
     import tensorflow as tf
 
     start_E, end_E = spans
@@ -223,36 +235,36 @@ def _tensorflow_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
     rows, slots, _ = ops.shape(x_RCD)
 
     def of_expert(i, y_RCF):
-        expert = order_E[i]
-        kernel_DF = kernel_EDF[expert]
+        expert = _item(order_E, i)
+        kernel_DF = _item(kernel_EDF, expert)
 
         def of_row(row, y_RCF):
-            y_CF = tf.matmul(x_RCD[row], kernel_DF, transpose_b=transposed)
+            y_CF = tf.matmul(_item(x_RCD, row), kernel_DF, transpose_b=transposed)
             return row + 1, tf.raw_ops.TensorListSetItem(input_handle=y_RCF, index=row, item=y_CF)
 
         _, y_RCF = tf.while_loop(
-            lambda row, _: row < end_E[expert], of_row, (start_E[expert], y_RCF)
+            lambda row, _: row < _item(end_E, expert), of_row, (_item(start_E, expert), y_RCF)
         )
         return i + 1, y_RCF
 
     shape_CF = (slots, kernel_EDF.shape[1 if transposed else 2])
-    return _tensorflow_list(of_expert, busy, rows, shape_CF, x_RCD.dtype)
+    return _xla_list(of_expert, busy, rows, shape_CF, x_RCD.dtype)
 
 
-def _tensorflow_times_rows(x_RCD, y_RCF, spans):
+def _xla_times_rows(x_RCD, y_RCF, spans):
     import tensorflow as tf
 
     start_E, end_E = spans
     order_E, busy = _busy(spans)
 
     def of_row(row):
-        return tf.cast(tf.matmul(x_RCD[row], y_RCF[row], transpose_a=True), "float32")
+        return tf.cast(tf.matmul(_item(x_RCD, row), _item(y_RCF, row), transpose_a=True), "float32")
 
     def of_expert(i, result_EDF):
-        expert = order_E[i]
-        first = start_E[expert]
+        expert = _item(order_E, i)
+        first = _item(start_E, expert)
         _, sum_DF = tf.while_loop(
-            lambda row, _: row < end_E[expert],
+            lambda row, _: row < _item(end_E, expert),
             lambda row, sum_DF: (row + 1, sum_DF + of_row(row)),
             (first + 1, of_row(first)),
         )
@@ -261,10 +273,17 @@ def _tensorflow_times_rows(x_RCD, y_RCF, spans):
         )
 
     shape_DF = (x_RCD.shape[2], y_RCF.shape[2])
-    return _tensorflow_list(of_expert, busy, start_E.shape[0], shape_DF, x_RCD.dtype)
+    return _xla_list(of_expert, busy, start_E.shape[0], shape_DF, x_RCD.dtype)
 
 
-def _tensorflow_list(fill, count, length, shape, dtype):
+def _item(x, index):
+    """`x[index]`, which XLA would want to know when it compiles, and compile anew at every step."""
+    import tensorflow as tf
+
+    return tf.gather(x, index)
+
+
+def _xla_list(fill, count, length, shape, dtype):
     """Stacks what `fill` puts into a list of zeros; a tensor would be copied at every step."""
     import tensorflow as tf
 
@@ -273,6 +292,45 @@ def _tensorflow_list(fill, count, length, shape, dtype):
     )
     _, items = tf.while_loop(lambda i, _: i < count, fill, (0, items))
     return tf.raw_ops.TensorListStack(input_handle=items, element_shape=shape, element_dtype=dtype)
+
+
+def _tensorflow_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+    import tensorflow as tf
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+    rows, slots, dim = ops.shape(x_RCD)
+    hidden = kernel_EDF.shape[1 if transposed else 2]
+
+    def of_expert(i, items):
+        expert = order_E[i]
+        x_MD = tf.reshape(x_RCD[start_E[expert] : end_E[expert]], (-1, dim))
+        y_MF = tf.matmul(x_MD, kernel_EDF[expert], transpose_b=transposed)
+        return i + 1, items.write(i, y_MF)
+
+    items = tf.TensorArray(x_RCD.dtype, busy + 1, element_shape=(None, hidden), infer_shape=False)
+    _, items = tf.while_loop(lambda i, _: i < busy, of_expert, (0, items))
+    nobodys = (rows - tf.reduce_max(end_E)) * slots
+    y_MF = items.write(busy, tf.zeros((nobodys, hidden), x_RCD.dtype)).concat()
+    return tf.reshape(y_MF, (rows, slots, hidden))
+
+
+def _tensorflow_times_rows(x_RCD, y_RCF, spans):
+    import tensorflow as tf
+
+    start_E, end_E = spans
+    order_E, busy = _busy(spans)
+    dim, hidden = x_RCD.shape[2], y_RCF.shape[2]
+
+    def of_expert(i, items):
+        expert = order_E[i]
+        span = slice(start_E[expert], end_E[expert])
+        x_MD, y_MF = tf.reshape(x_RCD[span], (-1, dim)), tf.reshape(y_RCF[span], (-1, hidden))
+        return i + 1, items.write(expert, tf.matmul(x_MD, y_MF, transpose_a=True))
+
+    items = tf.TensorArray(x_RCD.dtype, start_E.shape[0], element_shape=(dim, hidden))
+    _, items = tf.while_loop(lambda i, _: i < busy, of_expert, (0, items))
+    return items.stack()  # zeros where nothing was written
 
 
 def _torch_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):

@@ -219,6 +219,49 @@ class TestPadding:
         assert (y == 0).all() and losses == [0.0]
 
 
+class TestCompact:
+    """Few tokens, many experts: a capacity must not make experts run that nobody chose."""
+
+    @pytest.mark.parametrize("tokens", [1, 6])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_drops_what_the_capacity_drops(self, tokens, training):
+        # min_capacity makes 32 slots for 6 choices. Every token is the same and wants expert 5, of
+        # which each of the two groups has 2 slots.
+        router = TopKRouter(1, capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=2)
+        layer = MixtureOfExperts(FeedForwardExperts(16, 4, "linear"), router)
+        layer.build((None, None, D))
+        router.kernel.assign(np.eye(16)[5] * np.ones((D, 1)))
+        x = np.ones((2, tokens, D), "float32")
+        routing = router(tensor(x), training=training, compact=True)
+        assert set(numpy(routing.row_expert)) <= {5, 16}
+        y = numpy(layer(tensor(x), training=training))
+        served = min(tokens, 2)
+        assert (y[:, :served] != 0).any(axis=-1).all() and (y[:, served:] == 0).all()
+        table = router(tensor(x), training=training)
+        assert table.row_expert is None
+        kept = numpy(routing.slot_index) < np.prod(routing.token_index.shape[1:])
+        np.testing.assert_array_equal(kept, numpy(table.slot_index) < 16 * 2)
+
+    def test_few_tokens_cost_the_same_with_many_experts(self):
+        def products(experts):
+            layer = MixtureOfExperts(FeedForwardExperts(experts, 4), SwitchRouter())
+            layer.build((None, None, D))
+            x = np.ones((2, 1, D))
+            return cost(layer, x, x)[1] - 3 * 2 * D * experts  # but for the router's own
+
+        assert products(4) == products(64)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D), (0, D)])
+@pytest.mark.parametrize("group", ["sequence", "batch", 4])
+@ROUTERS
+def test_no_tokens(router, group, shape):
+    layer = MixtureOfExperts(FeedForwardExperts(E, 4), router(), group)
+    layer.build((None, None, D))
+    y = numpy(layer(ops.zeros(shape), training=True))
+    assert y.shape == shape and np.isfinite([float(loss) for loss in layer.losses]).all()
+
+
 class TestLeaks:
     """With groups of one sequence each, tokens that come later must not matter."""
 

@@ -64,8 +64,12 @@ def by_hand(x, kernel, cotangent, row_expert):
     return y, by_x, by_kernel
 
 
+JIT = [True, False] if BACKEND == "tensorflow" else [True]  # its loops differ
+
+
+@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize(("rows", "implementation"), CASES)
-def test_is_one_product_per_row(rows, implementation):
+def test_is_one_product_per_row(rows, implementation, jit):
     row_expert = ROWS[rows]
     mine = np.array([expert < 4 for expert in row_expert or range(4)])
     rng = np.random.default_rng(0)
@@ -76,7 +80,7 @@ def test_is_one_product_per_row(rows, implementation):
     expected = by_hand(x, kernel, cotangent, row_expert)
 
     layer = Product(kernel, row_expert, implementation)
-    y, _, by_x, (by_kernel,) = run(layer, x, cotangent)
+    y, _, by_x, (by_kernel,) = run(layer, x, cotangent, jit)
     assert np.isfinite(y).all()
     for given, wanted in zip((y, by_x, by_kernel), expected, strict=True):
         np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-5)
@@ -108,6 +112,24 @@ def test_loop_computes_busy_experts_only(implementation):
         for experts in (2, 64)
     )
     assert few == many
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="is about TensorFlow's way to XLA")
+def test_compiles_once_whatever_the_rows():
+    """What XLA takes for a constant is no parameter of the program, and compiles anew for each."""
+    import tensorflow as tf
+
+    x, kernel = ops.ones((5, 2, 8)), ops.ones((4, 8, 8))
+
+    @tf.function(jit_compile=True)
+    def step(row_expert):
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            y = moe_ops.expert_product(x, kernel, row_expert, "loop")
+            return tape.gradient(y, kernel)
+
+    program = step.experimental_get_compiler_ir(tensor([0, 1, 1, 2, 3], "int32"))(stage="hlo")
+    assert "s32[5]{0} parameter(" in program
 
 
 def test_batched_is_for_one_row_per_expert():
