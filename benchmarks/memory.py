@@ -1,0 +1,100 @@
+"""Peak memory of a training step: a MoE layer beside the dense layer of the same active FLOPs.
+
+    python -m benchmarks.memory                 three backends, about 3 minutes on 2 cores
+
+A few steps of `model.fit` with Adam, each model in a process of its own; the peak of the resident
+memory, less what the process held before the model was made. A sparse layer must hold its experts'
+weights, gradients and two moments; "beyond" is what it takes on top of those, relative to what the
+dense layer takes on top of its own. Writes `results/memory.json`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+
+from benchmarks.layer import BACKENDS, RESULTS
+
+CONTESTANTS = ("dense", "switch", "expert choice", "dense of top-2", "top-2")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: one after another")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--measure", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return
+    results = {}
+    for backend in [options.backend] if options.backend else BACKENDS:
+        results[backend] = {}
+        for name in CONTESTANTS:
+            command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--measure", name]
+            environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+            ).stdout
+            results[backend][name] = json.loads(output.splitlines()[-1])
+        print_table(backend, results[backend])
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(options):
+    """MiB at the peak, and of the weights with their gradients and moments."""
+    import keras
+    import numpy as np
+
+    import keras_moe
+    from benchmarks import contestants as c
+
+    x = np.random.default_rng(0).normal(size=(options.tokens // 64, 64, options.width))
+    x = x.astype("float32")
+    experts, hidden = options.experts, options.hidden
+    layer = {
+        "dense": lambda: c.Dense(hidden, False),
+        "dense of top-2": lambda: c.Dense(2 * hidden, False),
+        "switch": lambda: c.moe(
+            keras_moe.SwitchRouter(capacity_factor=1.0), experts, hidden, False
+        ),
+        "expert choice": lambda: c.moe(
+            keras_moe.ExpertChoiceRouter(capacity_factor=1.0), experts, hidden, False
+        ),
+        "top-2": lambda: c.moe(keras_moe.TopKRouter(2), experts, hidden, False),
+    }[options.measure]()
+    warm = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    warm.compile("adam", "mse")
+    warm.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)  # the backend's own buffers
+    before = peak()
+    inputs = keras.Input(x.shape[1:])
+    model = keras.Model(inputs, layer(keras.layers.RMSNormalization()(inputs)))
+    model.compile("adam", "mse")
+    model.fit(np.concatenate([x, x]), np.concatenate([x, x]), len(x), verbose=0)
+    weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    return {"peak": peak() - before, "weights": 4 * 4 * weights / 2**20}
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_table(backend, results):
+    print(f"\n{backend}: MiB at the peak of a training step")
+    print("| | peak | weights, gradients, moments | beyond, relative to dense |")
+    print("|---|---|---|---|")
+    for name, figures in results.items():
+        base = results["dense of top-2" if "top-2" in name else "dense"]
+        beyond = (figures["peak"] - figures["weights"]) / (base["peak"] - base["weights"])
+        print(f"| {name} | {figures['peak']:.0f} | {figures['weights']:.0f} | {beyond:.2f} |")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
