@@ -8,7 +8,7 @@ then gets as few rows as its tokens need, none if it has none.
 import keras
 from keras import ops
 
-from keras_moe.ops import IMPLEMENTATIONS, call_by_row, dropout, expert_product
+from keras_moe.ops import IMPLEMENTATIONS, call_by_row, drop, expert_product, uniform
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -119,6 +119,30 @@ class FeedForwardExperts(keras.layers.Layer):
         return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
 
     def call(self, inputs, row_expert=None, training=False):
+        return self._compute(inputs, row_expert, self._kept(inputs, training))
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """The call in a `keras.RematScope`: computed again, but with the same random numbers."""
+        rematerialized = super().rematerialized_call
+
+        def call(inputs, row_expert=None, training=False):
+            kept_RCF = self._kept(inputs, training)
+
+            def compute(inputs):
+                return self._compute(inputs, row_expert, kept_RCF)
+
+            return rematerialized(compute, inputs)(inputs)
+
+        return call
+
+    def _kept(self, inputs, training):
+        """Which hidden units dropout keeps, `[rows, slots, hidden_dim]`; `None`: all."""
+        if not training or self.dropout == 0:
+            return None
+        shape_RCF = (*ops.shape(inputs)[:2], self.hidden_dim)
+        return uniform(shape_RCF, 0.0, 1.0, self.seed_generator) >= self.dropout
+
+    def _compute(self, inputs, row_expert, kept_RCF):
         hidden_RCF = self._product(inputs, self.kernel_in, row_expert)
         if self.use_bias:
             hidden_RCF = hidden_RCF + self._of_rows(self.bias_in, row_expert)
@@ -127,8 +151,8 @@ class FeedForwardExperts(keras.layers.Layer):
             hidden_RCF = self.activation(gate_RCF) * hidden_RCF
         else:
             hidden_RCF = self.activation(hidden_RCF)
-        if training and self.dropout > 0:
-            hidden_RCF = dropout(hidden_RCF, self.dropout, self.seed_generator)
+        if kept_RCF is not None:
+            hidden_RCF = drop(hidden_RCF, kept_RCF, self.dropout)
         outputs_RCD = self._product(hidden_RCF, self.kernel_out, row_expert)
         if self.use_bias:
             outputs_RCD = outputs_RCD + self._of_rows(self.bias_out, row_expert)
@@ -166,8 +190,9 @@ class LayerExperts(keras.layers.Layer):
 
     They may differ in everything but the width of their outputs. Each sees `[slots, dim]`, like a
     batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts them.
-    Without capacity a layer is called once per row of its slots (on PyTorch once for all of them,
-    none empty); losses that it adds itself (regularizers of its outputs) are then not supported.
+    Without capacity a layer is called once for all of its tokens, or, where XLA compiles, once per
+    row of its slots; losses that it adds itself (regularizers of its outputs) are then not
+    supported.
 
     Example:
 
@@ -218,6 +243,10 @@ class LayerExperts(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape, row_expert=None):
         return (*input_shape[:-1], self._widths(input_shape[-1])[0])
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Plain: layers made in a `keras.RematScope` see to it themselves."""
+        return layer_call
 
     def _widths(self, dim):
         """Output width of each layer; a symbolic call asks, and builds, layers of every kind."""

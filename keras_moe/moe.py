@@ -115,6 +115,10 @@ class MixtureOfExperts(keras.layers.Layer):
             variable.assign_add(ops.stop_gradient(value))
         return self._join(y_GSD, inputs)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Plain: the experts, made in the same `keras.RematScope`, are what is computed again."""
+        return layer_call
+
     def _split(self, inputs, mask):
         """Tokens in groups: `[groups, tokens, dim]` and their mask `[groups, tokens]`."""
         dim = inputs.shape[-1]

@@ -144,6 +144,10 @@ class Router(keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)
         return logits, ops.softmax(logits, axis=-1)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Plain: in a `keras.RematScope` a router has little to compute again, and its noise."""
+        return layer_call
+
     def auxiliary_losses(self, routing):
         """The router's own losses, each times its weight: a list of scalars."""
         if self.router_z_weight == 0:

@@ -1,6 +1,6 @@
 """What `keras.ops` lacks, or does slowly. The only folder that names a backend."""
 
-from keras_moe.ops.noise import dropout, uniform
+from keras_moe.ops.noise import drop, dropout, uniform
 from keras_moe.ops.products import IMPLEMENTATIONS, call_by_row, expert_product, row_size
 from keras_moe.ops.rows import add_rows, take_rows, top_k, with_gradient
 
@@ -8,6 +8,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "add_rows",
     "call_by_row",
+    "drop",
     "dropout",
     "expert_product",
     "row_size",

@@ -38,5 +38,9 @@ def dropout(x, rate, seed_generator):
     Returns:
         Tensor like `x`.
     """
-    kept = uniform(ops.shape(x), 0.0, 1.0, seed_generator) >= rate
+    return drop(x, uniform(ops.shape(x), 0.0, 1.0, seed_generator) >= rate, rate)
+
+
+def drop(x, kept, rate):
+    """`dropout` with the entries to keep given, booleans like `x`."""
     return x * ops.cast(ops.cast(kept, "float32") / (1.0 - rate), x.dtype)

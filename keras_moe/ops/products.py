@@ -4,6 +4,7 @@ R rows of slots, C slots per row, D width, E experts, F hidden.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.ops.rows import with_gradient
@@ -49,7 +50,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
             )
         return ops.matmul(x_RCD, kernel_EDF)
     if row_expert is None:
-        row_expert = ops.arange(kernel_EDF.shape[0], dtype="int32")
+        row_expert = np.arange(kernel_EDF.shape[0], dtype="int32")
     return (_loop if implementation == "loop" else _grouped)(x_RCD, kernel_EDF, row_expert)
 
 
@@ -152,16 +153,18 @@ def _loop(x_RCD, kernel_EDF, row_expert):
         else (_tensorflow_times_kernel, _tensorflow_times_rows),
         "torch": (_torch_times_kernel, _torch_times_rows),
     }[keras.backend.backend()]
-    spans = _spans(row_expert, kernel_EDF.shape[0])
+    num_experts = kernel_EDF.shape[0]
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         kernel_EDF = tf.convert_to_tensor(kernel_EDF)  # Keras leaves a variable as it is
 
+    # The spans are found twice: JAX may not carry them from one to the other when rematerialising.
     def forward(x_RCD, kernel_EDF):
-        return times_kernel(x_RCD, kernel_EDF, spans)
+        return times_kernel(x_RCD, kernel_EDF, _spans(row_expert, num_experts))
 
     def backward(upstream_RCF, x_RCD, kernel_EDF):
+        spans = _spans(row_expert, num_experts)
         by_x_RCD = times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True)
         return by_x_RCD, times_rows(x_RCD, upstream_RCF, spans)
 
@@ -170,7 +173,8 @@ def _loop(x_RCD, kernel_EDF, row_expert):
 
 def _spans(row_expert, num_experts):
     """The first row of each expert and the row after its last, `[experts]` int32 each."""
-    expert_E = ops.arange(num_experts, dtype=row_expert.dtype)
+    row_expert = ops.cast(row_expert, "int32")
+    expert_E = ops.arange(num_experts, dtype="int32")
     start_E = ops.searchsorted(row_expert, expert_E, side="left")
     end_E = ops.searchsorted(row_expert, expert_E, side="right")
     return ops.cast(start_E, "int32"), ops.cast(end_E, "int32")
@@ -383,6 +387,8 @@ def call_by_row(layers, x_RCD, row_expert=None):
         return _torch_call_by_span(layers, x_RCD, row_expert)
     if backend == "jax":
         return _scan_rows(layers, x_RCD, row_expert)
+    if not _compiles():
+        return _tensorflow_call_by_span(layers, x_RCD, row_expert)
     branches = [lambda x_CD, layer=layer: layer(x_CD) for layer in layers]
     return ops.map(lambda row: ops.switch(row[0], branches, row[1]), (row_expert, x_RCD))
 
@@ -398,6 +404,30 @@ def _torch_call_by_span(layers, x_RCD, row_expert):
     y_MF = torch.cat(outputs or [layers[0](x_MD[:0])])
     nobodys = y_MF.new_zeros((len(x_MD) - len(y_MF), y_MF.shape[1]))
     return torch.cat([y_MF, nobodys]).reshape(rows, slots, -1)
+
+
+def _tensorflow_call_by_span(layers, x_RCD, row_expert):
+    """`call_by_row` in TensorFlow without XLA, which takes any shape: one call per busy layer."""
+    import tensorflow as tf
+
+    rows, slots, dim = ops.shape(x_RCD)
+    x_MD = tf.reshape(x_RCD, (-1, dim))
+    symbolic = layers[0](keras.KerasTensor((None, x_RCD.shape[2]), x_RCD.dtype))
+    width, dtype = symbolic.shape[-1], symbolic.dtype
+
+    def call(layer, start, end):
+        y_MF = tf.cond(
+            start < end,
+            lambda: layer(x_MD[start * slots : end * slots]),
+            lambda: tf.zeros((0, width), dtype),
+        )
+        return tf.ensure_shape(y_MF, (None, width))
+
+    start_E, end_E = _spans(row_expert, len(layers))
+    outputs = [call(layer, start_E[e], end_E[e]) for e, layer in enumerate(layers)]
+    nobodys = (rows - tf.reduce_max(end_E)) * slots
+    outputs.append(tf.zeros((nobodys, width), dtype))
+    return tf.reshape(tf.concat(outputs, axis=0), (rows, slots, width))
 
 
 def _scan_rows(layers, x_RCD, row_expert):

@@ -268,9 +268,9 @@ class TestLayerExperts:
         layers = [keras.layers.BatchNormalization(momentum=0.0) for _ in range(2)]
         layer = MixtureOfExperts(LayerExperts(layers), SwitchRouter(capacity_factor=None, jitter=0))
         layer.build((None, None, 1))
-        # Dropless with 3 assignments and 2 experts: rows of one slot. On PyTorch an expert's rows
-        # are one batch; elsewhere each is, so that the last one has the last word.
-        first = -2 if keras.backend.backend() == "torch" else -3
+        # Dropless with 3 assignments and 2 experts: rows of one slot. Where XLA compiles, each
+        # is a batch, so that the last one has the last word; elsewhere an expert's rows are one.
+        first = -3 if keras.backend.backend() == "jax" else -2
         layer.router.kernel.assign([[-1.0, 1.0]])
         layer(np.array([[[-1.0], [-3.0], [10.0]]], "float32"), training=True)
         assert [float(numpy(one.moving_mean)[0]) for one in layers] == [first, 10]

@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 import math
 
@@ -217,6 +218,44 @@ class TestPadding:
     def test_nothing_but_padding(self):
         y, losses, _ = call(built(EVERY["k=2"]()), X, mask=np.zeros((2, 6), bool))
         assert (y == 0).all() and losses == [0.0]
+
+
+class TestRematerialisation:
+    @pytest.mark.parametrize(
+        "router",
+        [
+            lambda: SwitchRouter(capacity_factor=1.0, seed=2),
+            lambda: TopKRouter(2),
+            lambda: ExpertChoiceRouter(inference="threshold"),
+        ],
+        ids=["switch", "dropless", "expert choice"],
+    )
+    def test_trains_the_same(self, router):
+        def losses(scope):
+            with scope:
+                experts = FeedForwardExperts(E, 16, dropout=0.5, seed=1)
+                layer = MixtureOfExperts(experts, router())
+            inputs = keras.Input((6, D))
+            model = keras.Model(inputs, inputs + layer(inputs))
+            rng = np.random.default_rng(0)
+            layer.router.kernel.assign(rng.normal(size=(D, E)))
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            x = rng.normal(size=(8, 6, D)).astype("float32")
+            return model.fit(x, np.sin(x), 4, 2, verbose=0, shuffle=False).history["loss"]
+
+        plain, remat = losses(contextlib.nullcontext()), losses(keras.RematScope("full"))
+        assert plain[0] != plain[1]
+        assert remat == pytest.approx(plain, rel=1e-6)
+
+    def test_computes_the_hidden_units_again(self):
+        def multiplications(scope):
+            with scope:
+                layer = MixtureOfExperts(FeedForwardExperts(E, 16), TopKRouter(2))
+            layer.build((None, None, D))
+            return cost(layer, X, np.ones_like(X), training=True)[1]
+
+        plain = multiplications(contextlib.nullcontext())
+        assert multiplications(keras.RematScope("full")) > plain
 
 
 class TestCompact:
