@@ -132,14 +132,21 @@ def test_look_up_and_pool_groups():
 
 
 def test_tables_compile():
+    """XLA may choose longer rows, but the same assignments sit in the same order."""
     index = tensor(np.random.default_rng(0).integers(0, 5, (3, 20)).astype("int32"))
     for table, arguments in ((slots.by_capacity, (4, 6)), (slots.by_rows, (4,))):
+
+        def seated(indices):
+            assignment_index, slot_index = (t.reshape(len(t), -1) for t in numpy(indices))
+            for held, slot in zip(assignment_index, slot_index, strict=True):
+                kept = slot < len(held)
+                np.testing.assert_array_equal(held[slot[kept]], np.flatnonzero(kept))
+            return [held[held < slot_index.shape[1]].tolist() for held in assignment_index]
 
         def indices(index, table=table, arguments=arguments):
             return tuple(table(index, *arguments)[:2])
 
-        for a, b in zip(numpy(indices(index)), numpy(compiled(indices)(index)), strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert seated(indices(index)) == seated(compiled(indices)(index))
 
 
 def test_selection_has_no_gradient_but_scores_do():
