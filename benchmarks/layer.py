@@ -15,13 +15,11 @@ a round, with their quartiles. Each suite prints a table and writes `results/<su
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-BACKENDS = ("tensorflow", "jax", "torch")
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.processes import BACKENDS, RESULTS, measured
+
 # The sizes of each suite: tokens, width, hidden, experts, experts per token.
 SUITES = {
     "step": {"tokens": 8192, "width": 512, "hidden": 2048, "experts": [8, 32, 128]},
@@ -64,14 +62,10 @@ def run_suite(suite, options):
     results = {"sizes": sizes, "rounds": options.rounds, "seconds": {}}
     backends = ("jax", "torch") if suite == "gpu" else BACKENDS
     for backend in [options.backend] if options.backend else backends:
-        command = [sys.executable, "-m", "benchmarks.layer", suite, "--measure"]
+        arguments = [suite, "--measure"]
         for name, value in {**sizes, "rounds": options.rounds}.items():
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        ).stdout
-        results["seconds"][backend] = json.loads(output.splitlines()[-1])
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        results["seconds"][backend] = measured("layer", backend, arguments)
         print_table(suite, backend, results["seconds"][backend])
     folder = Path(options.into)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,10 @@ dense layer takes on top of its own. Writes `results/memory.json`.
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 
-from benchmarks.layer import BACKENDS, RESULTS
+from benchmarks.processes import BACKENDS, RESULTS, measured
 
 CONTESTANTS = ("dense", "switch", "expert choice", "dense of top-2", "top-2")
 
@@ -36,12 +34,8 @@ def main():
     for backend in [options.backend] if options.backend else BACKENDS:
         results[backend] = {}
         for name in CONTESTANTS:
-            command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--measure", name]
-            environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-            output = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-            ).stdout
-            results[backend][name] = json.loads(output.splitlines()[-1])
+            arguments = [*sys.argv[1:], "--measure", name]
+            results[backend][name] = measured("memory", backend, arguments)
         print_table(backend, results[backend])
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps(results, indent=1) + "\n")

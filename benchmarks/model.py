@@ -8,12 +8,10 @@ of 8 experts. Medians of ratios within a round, with quartiles; writes `results/
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 
-from benchmarks.layer import BACKENDS, RESULTS
+from benchmarks.processes import BACKENDS, RESULTS, measured
 from benchmarks.timing import StepTimes, interleaved, ratio
 
 
@@ -32,12 +30,7 @@ def main():
         return
     results = {}
     for backend in [options.backend] if options.backend else BACKENDS:
-        command = [sys.executable, "-m", "benchmarks.model", *sys.argv[1:], "--measure"]
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        ).stdout
-        results[backend] = json.loads(output.splitlines()[-1])
+        results[backend] = measured("model", backend, [*sys.argv[1:], "--measure"])
         print(f"\n{backend}: relative to the dense twin")
         for what in ("step", "inference"):
             for name in ("switch", "expert_choice"):
