@@ -12,6 +12,9 @@ G groups, S tokens per group, T = G*S tokens, D width, K slots per token, R rows
 expert axis), C slots per row, M = R*G*C slots in all.
 """
 
+from typing import Any, NamedTuple
+
+import keras
 from keras import ops
 
 from keras_moe.ops import add_rows, take_rows, with_gradient
@@ -31,9 +34,13 @@ def dispatch(inputs, routing):
     """
     groups, tokens, dim = ops.shape(inputs)
     _, rows, slots = ops.shape(routing.token_index)
-    to_slots, to_tokens = _moves(routing, groups * tokens)
+    seats = _seats(routing, groups * tokens)
     x_TD = ops.reshape(inputs, (groups * tokens, dim))
-    x_MD = with_gradient(to_slots, lambda upstream, _: to_tokens(upstream))(x_TD)
+
+    def gradients(upstream_MD, _):
+        return [lambda: seats.to_tokens(upstream_MD)]
+
+    x_MD = with_gradient(seats.to_slots, gradients)(x_TD)
     return ops.reshape(x_MD, (rows, -1, dim))
 
 
@@ -50,34 +57,59 @@ def combine(outputs, routing, groups, tokens):
         `[groups, tokens, dim]` tensor.
     """
     dim = ops.shape(outputs)[-1]
-    to_slots, to_tokens = _moves(routing, groups * tokens)
-    weight_M1 = ops.reshape(ops.transpose(routing.weight, (1, 0, 2)), (-1, 1))
-    y_MD = ops.reshape(outputs, (-1, dim)) * ops.cast(weight_M1, outputs.dtype)
-    y_TD = with_gradient(to_tokens, lambda upstream, _: to_slots(upstream))(y_MD)
+    seats = _seats(routing, groups * tokens)
+
+    def gradients(upstream_TD, y_MD, weight_M):
+        upstream_MD = seats.to_slots(upstream_TD)
+        return (
+            lambda: upstream_MD * ops.cast(weight_M[:, None], upstream_MD.dtype),
+            lambda: ops.cast(ops.sum(upstream_MD * y_MD, axis=-1), weight_M.dtype),
+        )
+
+    weight_M = ops.reshape(ops.transpose(routing.weight, (1, 0, 2)), (-1,))
+    y_MD = ops.reshape(outputs, (-1, dim))
+    y_TD = with_gradient(seats.to_tokens, gradients)(y_MD, weight_M)
     return ops.reshape(y_TD, (groups, tokens, dim))
 
 
-def _moves(routing, num_tokens):
-    """The two linear maps between tokens `[T, D]` and slots `[M, D]`."""
+class _Seats(NamedTuple):
+    """Who sits where, all groups laid end to end: the two linear maps of the file's heading."""
+
+    token_M: Any  # the token in each slot; T where it is empty
+    slot_TK: Any  # the slot of each choice; M where it was dropped; None: experts chose
+    num_tokens: Any
+
+    def to_slots(self, x_TD):
+        return take_rows(x_TD, self.token_M)
+
+    def to_tokens(self, x_MD, weight_M=None):
+        """Sums each token's slots, in float32 where they may be many."""
+        if self.slot_TK is None:
+            if weight_M is not None:
+                x_MD = x_MD * ops.cast(weight_M[:, None], x_MD.dtype)
+            return add_rows(x_MD, self.token_M, self.num_tokens)
+        k = self.slot_TK.shape[1]
+        dtype = x_MD.dtype if k == 1 else keras.backend.result_type(x_MD.dtype, "float32")
+        y_TD = None
+        for choice in range(k):
+            slot_T = self.slot_TK[:, choice]
+            taken_TD = ops.cast(take_rows(x_MD, slot_T), dtype)
+            if weight_M is not None:
+                taken_TD *= ops.cast(take_rows(weight_M[:, None], slot_T), dtype)
+            y_TD = taken_TD if y_TD is None else y_TD + taken_TD
+        return ops.cast(y_TD, x_MD.dtype)
+
+
+def _seats(routing, num_tokens):
     groups, rows, slots = ops.shape(routing.token_index)  # one group where the routing pooled them
     token_GRC = pool_groups(routing.token_index, num_tokens // groups)
     token_M = ops.reshape(ops.transpose(token_GRC, (1, 0, 2)), (-1,))
-
-    def to_slots(x_TD):
-        return take_rows(x_TD, token_M)
-
     if routing.slot_index is None:
-        return to_slots, lambda x_MD: add_rows(x_MD, token_M, num_tokens)
-
+        return _Seats(token_M, None, num_tokens)
     k = routing.slot_index.shape[-1]
     slot_GN = ops.reshape(routing.slot_index, (groups, -1))
     row_GN = slot_GN // slots
     group_G1 = ops.arange(groups, dtype="int32")[:, None]
     slot_in_M_GN = (row_GN * groups + group_G1) * slots + slot_GN % slots
     slot_in_M_GN = ops.where(row_GN == rows, rows * groups * slots, slot_in_M_GN)
-    slot_TK = ops.reshape(slot_in_M_GN, (num_tokens, k))
-
-    def to_tokens(x_MD):
-        return sum(take_rows(x_MD, slot_TK[:, choice]) for choice in range(k))
-
-    return to_slots, to_tokens
+    return _Seats(token_M, ops.reshape(slot_in_M_GN, (num_tokens, k)), num_tokens)

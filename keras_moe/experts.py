@@ -119,7 +119,8 @@ class FeedForwardExperts(keras.layers.Layer):
         return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
 
     def call(self, inputs, row_expert=None, training=False):
-        return self._compute(inputs, row_expert, self._kept(inputs, training))
+        kept_RCF = self._kept(inputs, training)
+        return self._compute(inputs, self._weights(), row_expert, kept_RCF)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """The call in a `keras.RematScope`: computed again, but with the same random numbers."""
@@ -127,11 +128,12 @@ class FeedForwardExperts(keras.layers.Layer):
 
         def call(inputs, row_expert=None, training=False):
             kept_RCF = self._kept(inputs, training)
+            weights = self._weights()  # here, since Keras casts them in the first pass alone
 
-            def compute(inputs):
-                return self._compute(inputs, row_expert, kept_RCF)
+            def compute(inputs, weights):
+                return self._compute(inputs, weights, row_expert, kept_RCF)
 
-            return rematerialized(compute, inputs)(inputs)
+            return rematerialized(compute, inputs, weights)(inputs, weights)
 
         return call
 
@@ -142,24 +144,30 @@ class FeedForwardExperts(keras.layers.Layer):
         shape_RCF = (*ops.shape(inputs)[:2], self.hidden_dim)
         return uniform(shape_RCF, 0.0, 1.0, self.seed_generator) >= self.dropout
 
-    def _compute(self, inputs, row_expert, kept_RCF):
-        hidden_RCF = self._product(inputs, self.kernel_in, row_expert)
-        if self.use_bias:
-            hidden_RCF = hidden_RCF + self._of_rows(self.bias_in, row_expert)
+    def _weights(self):
+        names = ("kernel_in", "kernel_gate", "kernel_out", "bias_in", "bias_out")
+        return {
+            name: ops.cast(getattr(self, name), self.compute_dtype)
+            for name in names
+            if hasattr(self, name)
+        }
+
+    def _compute(self, inputs, weights, row_expert, kept_RCF):
+        def product(x_RCD, name):
+            y_RCF = expert_product(
+                x_RCD, weights[f"kernel_{name}"], row_expert, self.implementation
+            )
+            bias_EF = weights.get(f"bias_{name}")
+            return y_RCF if bias_EF is None else y_RCF + self._of_rows(bias_EF, row_expert)
+
+        hidden_RCF = product(inputs, "in")
         if self.gated:
-            gate_RCF = self._product(inputs, self.kernel_gate, row_expert)
-            hidden_RCF = self.activation(gate_RCF) * hidden_RCF
+            hidden_RCF = self.activation(product(inputs, "gate")) * hidden_RCF
         else:
             hidden_RCF = self.activation(hidden_RCF)
         if kept_RCF is not None:
             hidden_RCF = drop(hidden_RCF, kept_RCF, self.dropout)
-        outputs_RCD = self._product(hidden_RCF, self.kernel_out, row_expert)
-        if self.use_bias:
-            outputs_RCD = outputs_RCD + self._of_rows(self.bias_out, row_expert)
-        return outputs_RCD
-
-    def _product(self, x_RCD, kernel_EDF, row_expert):
-        return expert_product(x_RCD, kernel_EDF, row_expert, self.implementation)
+        return product(hidden_RCF, "out")
 
     def _of_rows(self, bias_ED, row_expert):
         if row_expert is not None:

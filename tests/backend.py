@@ -59,7 +59,7 @@ def _differentiated(layer, x, cotangent, call):
                 tape.watch(x)
                 y = layer(x, **call)
                 losses = sum(layer.losses, tf.zeros(()))
-                loss = tf.reduce_sum(y * cotangent) + losses
+                loss = tf.reduce_sum(tf.cast(y, tf.float32) * cotangent) + losses
             by_x, *by_weight = tape.gradient(loss, [x, *weights])
             return y, losses, by_x, by_weight
 

@@ -8,7 +8,8 @@ def uniform(shape, minval, maxval, seed_generator):
     """Uniform float32 noise from `[minval, maxval)`.
 
     TensorFlow leaves the generator to XLA, whose choice on CPUs is 80 times slower than Philox
-    (2 million numbers: 940 ms against 11), so there Philox is asked for by name.
+    (2 million numbers: 940 ms against 11), so there Philox is asked for by name. On PyTorch Keras
+    writes the numbers three times, here they are drawn in their range.
 
     Args:
         shape: of the noise.
@@ -24,6 +25,10 @@ def uniform(shape, minval, maxval, seed_generator):
 
         seed = tf.bitcast(ops.cast(seed_generator.next(), "uint32"), "int32")
         return tf.random.stateless_uniform(shape, seed, minval, maxval, alg="philox")
+    if keras.backend.backend() == "torch":
+        from keras_moe.ops.torch_only import uniform
+
+        return uniform(shape, minval, maxval, seed_generator.next())
     return keras.random.uniform(shape, minval, maxval, dtype="float32", seed=seed_generator)
 
 
@@ -43,4 +48,4 @@ def dropout(x, rate, seed_generator):
 
 def drop(x, kept, rate):
     """`dropout` with the entries to keep given, booleans like `x`."""
-    return x * ops.cast(ops.cast(kept, "float32") / (1.0 - rate), x.dtype)
+    return ops.where(kept, x * ops.cast(1.0 / (1.0 - rate), x.dtype), ops.zeros((), x.dtype))

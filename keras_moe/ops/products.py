@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.ops.rows import with_gradient
+from keras_moe.ops.gradients import with_gradient
 
 IMPLEMENTATIONS = ("auto", "batched", "loop", "grouped")
 
@@ -165,8 +165,10 @@ def _loop(x_RCD, kernel_EDF, row_expert):
 
     def backward(upstream_RCF, x_RCD, kernel_EDF):
         spans = _spans(row_expert, num_experts)
-        by_x_RCD = times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True)
-        return by_x_RCD, times_rows(x_RCD, upstream_RCF, spans)
+        return (
+            lambda: times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True),
+            lambda: times_rows(x_RCD, upstream_RCF, spans),
+        )
 
     return with_gradient(forward, backward)(x_RCD, kernel_EDF)
 
@@ -364,7 +366,9 @@ def _torch_times_rows(x_RCD, y_RCF, spans):
 
 def _torch_spans(spans, slots, busy=True):
     """Every expert, or every busy one, and its span of slots."""
-    pairs = enumerate(zip(*(span.tolist() for span in spans), strict=True))
+    import torch
+
+    pairs = enumerate(torch.stack(spans, dim=1).tolist())
     return [(e, i * slots, j * slots) for e, (i, j) in pairs if i < j or not busy]
 
 

@@ -41,13 +41,18 @@ def take_rows(x_MD, index):
     """
     num_rows = ops.shape(x_MD)[0]
     taken = ops.take(x_MD, ops.minimum(index, num_rows - 1), axis=0)
-    if keras.backend.backend() == "torch":  # in place: eager PyTorch would write all rows twice
-        return taken.masked_fill_((index >= num_rows)[..., None], 0.0)
-    return ops.where((index < num_rows)[..., None], taken, ops.zeros((), dtype=taken.dtype))
+    past = index >= num_rows
+    if keras.backend.backend() != "torch":
+        return ops.where(past[..., None], ops.zeros((), dtype=taken.dtype), taken)
+    # In place, or eager PyTorch would write all rows twice.
+    if taken.device.type != "cpu":  # where the number of rows past the last one is not at hand
+        return taken.masked_fill_(past[..., None], 0.0)
+    taken.view(-1, taken.shape[-1]).index_fill_(0, past.flatten().nonzero()[:, 0], 0.0)
+    return taken
 
 
 def add_rows(x_MD, index_M, num_rows):
-    """Sums rows into `num_rows` places; a place past the last one is thrown away.
+    """Sums rows into `num_rows` places, in float32 at least; one past the last is thrown away.
 
     Args:
         x_MD: `[M, D]` tensor.
@@ -55,32 +60,13 @@ def add_rows(x_MD, index_M, num_rows):
         num_rows: integer.
 
     Returns:
-        `[num_rows, D]` tensor; a place that no row goes to is zero.
+        `[num_rows, D]` tensor like `x_MD`; a place that no row goes to is zero.
     """
+    dtype = x_MD.dtype
+    x_MD = ops.cast(x_MD, keras.backend.result_type(dtype, "float32"))
     if keras.backend.backend() == "torch":
         # Keras' segment_sum is a scatter of single numbers on PyTorch; index_add adds whole rows.
-        return x_MD.new_zeros((num_rows + 1, x_MD.shape[1])).index_add(0, index_M, x_MD)[:num_rows]
-    return ops.segment_sum(x_MD, index_M, num_segments=num_rows + 1)[:num_rows]
-
-
-def with_gradient(forward, backward):
-    """A function of one or more tensors with a gradient of your own.
-
-    Args:
-        forward: function of the inputs.
-        backward: function of the gradient of the output and of the inputs; returns the gradient of
-            every input, a tuple where there are several.
-
-    Returns:
-        The function `forward`, differentiated by `backward`.
-    """
-
-    @ops.custom_gradient
-    def function(*inputs):
-        def gradient(*args, upstream=None):
-            # PyTorch passes the saved inputs and `upstream=`; the others the gradient alone.
-            return backward(args[0], *inputs) if upstream is None else backward(upstream, *args)
-
-        return forward(*inputs), gradient
-
-    return function
+        sums_ND = x_MD.new_zeros((num_rows + 1, x_MD.shape[1])).index_add_(0, index_M, x_MD)
+    else:
+        sums_ND = ops.segment_sum(x_MD, index_M, num_segments=num_rows + 1)
+    return ops.cast(sums_ND[:num_rows], dtype)

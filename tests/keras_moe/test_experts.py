@@ -1,4 +1,6 @@
+import contextlib
 import inspect
+import weakref
 
 import keras
 import numpy as np
@@ -122,6 +124,18 @@ class TestFeedForwardExperts:
         y = experts(np.ones((2, 3, 5), "float32"), training=True)
         assert ops.dtype(y) == "bfloat16"
 
+    @pytest.mark.parametrize("implementation", ["batched", "loop"])
+    def test_implementation_is_the_one_that_is_asked_for(self, implementation, monkeypatch):
+        asked = []
+
+        def product(x_RCD, kernel_EDF, row_expert, implementation):
+            asked.append(implementation)
+            return ops.matmul(x_RCD, kernel_EDF)
+
+        monkeypatch.setattr("keras_moe.experts.expert_product", product)
+        FeedForwardExperts(2, 3, implementation=implementation)(ops.ones((2, 1, 4)))
+        assert set(asked) == {implementation}
+
     def test_compute_output_shape(self):
         assert FeedForwardExperts(2, 4).compute_output_shape((None, None, 5)) == (None, None, 5)
 
@@ -162,6 +176,51 @@ class TestFeedForwardExperts:
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             FeedForwardExperts(**{"num_experts": 2, "hidden_dim": 4, **arguments})
+
+
+class TestRematerialisation:
+    """In a `keras.RematScope`; whole layers are tested in `test_moe.py`."""
+
+    # Compiled anew, the program may round to bfloat16 (2^-8) elsewhere.
+    @pytest.mark.parametrize(("policy", "rtol"), [("float32", 1e-6), ("mixed_bfloat16", 2**-7)])
+    @pytest.mark.parametrize("row_expert", [None, [0, 0, 1, 2, 2]], ids=["capacity", "dropless"])
+    def test_gradients_are_the_plain_ones(self, row_expert, policy, rtol):
+        def of(scope):
+            with scope:
+                experts = FeedForwardExperts(3, 4, gated=True, use_bias=True, dtype=policy, seed=1)
+            experts.build((None, None, 3))
+            random_weights(experts)
+            rows = None if row_expert is None else tensor(row_expert, "int32")
+            return run(experts, x, cotangent, row_expert=rows)
+
+        x, cotangent = np.random.default_rng(1).normal(
+            size=(2, 3 if row_expert is None else 5, 2, 3)
+        )
+        plain, remat = of(contextlib.nullcontext()), of(keras.RematScope("full"))
+        np.testing.assert_allclose(remat[0], plain[0], rtol=rtol)
+        for ours, expected in zip([remat[2], *remat[3]], [plain[2], *plain[3]], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=rtol)
+
+    @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others compile")
+    @pytest.mark.parametrize("row_expert", [None, [0, 0, 1, 2, 2]], ids=["capacity", "dropless"])
+    def test_hidden_units_do_not_stay_in_memory(self, row_expert):
+        def stay(scope):
+            made = []
+
+            def activation(x):
+                made.append(weakref.ref(hidden := ops.relu(x)))
+                return hidden
+
+            with scope:
+                experts = FeedForwardExperts(3, 4, activation)
+            outputs = experts(
+                ops.ones((3 if row_expert is None else 5, 2, 3)), row_expert=row_expert
+            )
+            assert outputs.requires_grad
+            return made[-1]() is not None
+
+        assert stay(contextlib.nullcontext())
+        assert not stay(keras.RematScope("full"))
 
 
 def dense():

@@ -22,6 +22,13 @@ class TestNoise:
         np.testing.assert_array_equal(first, numpy(moe_ops.uniform((8,), 0.0, 1.0, two)))
         assert (first != numpy(moe_ops.uniform((8,), 0.0, 1.0, one))).any()
 
+    def test_neighbouring_seeds_share_no_numbers(self):
+        def three_draws(seed):
+            generator = keras.random.SeedGenerator(seed)
+            return {float(moe_ops.uniform((1,), 0.0, 1.0, generator)[0]) for _ in range(3)}
+
+        assert len(three_draws(1) | three_draws(2)) == 6
+
     def test_dropout_keeps_the_mean(self):
         x = ops.ones((10_000,))
         y = numpy(moe_ops.dropout(x, 0.25, keras.random.SeedGenerator(1)))
