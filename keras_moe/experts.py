@@ -13,7 +13,7 @@ from keras_moe.ops import IMPLEMENTATIONS, call_by_row, drop, expert_product, un
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class FeedForwardExperts(keras.layers.Layer):
-    """`num_experts` two-layer networks as one batched product per kernel.
+    """`num_experts` two-layer networks whose kernels lie in one tensor per layer.
 
     Plain, `act(x kernel_in) kernel_out`, or gated (GLU, https://arxiv.org/abs/2002.05202),
     `(act(x kernel_gate) * x kernel_in) kernel_out`.

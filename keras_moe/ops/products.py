@@ -23,7 +23,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
     * `"grouped"`: the backend's own product of sorted rows, `torch.nn.functional.grouped_mm` or
       `jax.lax.ragged_dot`; TensorFlow has none. Made for accelerators: on a CPU PyTorch's is a
       loop and JAX's multiplies every row by every kernel.
-    * `"auto"`: the fastest on this backend and device, see `benchmarks/README.md`.
+    * `"auto"`: the fastest on this backend and kind of device, see `benchmarks/README.md`.
 
     Args:
         x_RCD: `[rows, slots, in]` tensor.
@@ -37,11 +37,19 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
         `[rows, slots, out]` tensor.
 
     Raises:
-        ValueError: if there is no such implementation here.
+        ValueError: if there is no such implementation, or none on this backend or for such rows.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}. "
+            f"Received: implementation={implementation!r}"
+        )
     kernel_EDF = ops.convert_to_tensor(kernel_EDF)
     if implementation == "auto":
-        implementation = _fastest(row_expert is not None, x_RCD.shape[1], kernel_EDF)
+        as_needed = row_expert is not None
+        implementation = (
+            _fastest_as_needed(kernel_EDF) if as_needed else _fastest_of_one_each(x_RCD.shape[1])
+        )
     if implementation == "batched":
         if row_expert is not None:
             raise ValueError(
@@ -66,7 +74,7 @@ def row_size(assignments, num_experts):
     Returns:
         Integer, or a scalar tensor where `assignments` is one.
     """
-    if _fastest(many_rows=True) == "grouped":
+    if _fastest_as_needed() == "grouped":
         return 8  # rows that begin at multiples of 16 bytes, whichever way they are read
     if not _compiles():
         return 1  # the loop joins an expert's rows
@@ -74,18 +82,21 @@ def row_size(assignments, num_experts):
     return ops.clip(quarter, 1, 128) if ops.is_tensor(quarter) else min(max(quarter, 1), 128)
 
 
-def _fastest(many_rows, slots=None, kernel_EDF=None):
-    """What "auto" stands for; `python -m benchmarks.layer` measures it."""
+def _fastest_of_one_each(slots):
+    """What "auto" stands for where every expert has one row; `python -m benchmarks.layer` tells."""
     backend = keras.backend.backend()
-    on_cpu = _on_cpu(backend)
-    if many_rows:
-        if on_cpu or backend == "tensorflow":
-            return "loop"
-        return "grouped" if backend == "jax" or _is_aligned(kernel_EDF) else "loop"
-    if backend == "torch" or not on_cpu:
+    if backend == "torch" or not _on_cpu(backend):
         return "batched"
     # On a CPU XLA's batched products are slow where rows are short.
     return "loop" if _compiles() and isinstance(slots, int) and slots < 128 else "batched"
+
+
+def _fastest_as_needed(kernel_EDF=None):
+    """What "auto" stands for where an expert has the rows it needs; for most kernels if `None`."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow" or _on_cpu(backend):
+        return "loop"
+    return "grouped" if backend == "jax" or _is_aligned(kernel_EDF) else "loop"
 
 
 def _on_cpu(backend):

@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 import keras_hub
 import numpy as np
@@ -158,6 +160,22 @@ def test_bfloat16(policy):
     assert ops.dtype(y) == "bfloat16"
     assert np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))).all()
     assert model.get_layer("block_2").feed_forward.router.kernel.dtype == "float32"
+
+
+def test_with_experts_rematerialised_it_trains_the_same():
+    def losses(scope):
+        keras.utils.set_random_seed(0)
+        with scope:
+            backbone = encoder("switch", dropout=0.5, expert_dropout=0.5)
+        model = keras.Model(backbone.input, keras.layers.Dense(1)(backbone.output))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        history = model.fit(x, np.ones((3, 9, 1)), batch_size=3, epochs=3, verbose=0, shuffle=False)
+        return history.history["loss"]
+
+    x, experts = inputs(), keras.RematScope("list_of_layers", layer_names=["experts"])
+    plain, remat = losses(contextlib.nullcontext()), losses(experts)
+    assert len(set(plain)) == 3
+    assert remat == pytest.approx(plain, rel=1e-5)
 
 
 def classifier(num_classes=2, **options):
