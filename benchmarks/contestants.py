@@ -1,13 +1,13 @@
 """The layers that are timed against each other, all from `[batch, length, width]` to the same.
 
-E experts, k experts per token; "active" is how many times the hidden width of one expert a token
-sees, and so the width of the dense layer of the same active FLOPs.
+The dense layer of the same active FLOPs is as wide as all experts of one token together.
 """
 
 import keras
 from keras import ops
 
 import keras_moe
+from keras_moe.metrics import statistics
 
 
 class TokenLayer(keras.layers.Layer):
@@ -47,19 +47,20 @@ def experts(num_experts, hidden, gated):
     return keras_moe.FeedForwardExperts(num_experts, hidden, activation=activation, gated=gated)
 
 
+def mixture(bank, router):
+    return keras_moe.MixtureOfExperts(bank, router, group="batch", name="moe")
+
+
 def moe(router, num_experts, hidden, gated):
-    return keras_moe.MixtureOfExperts(
-        experts(num_experts, hidden, gated), router, group="batch", name="moe"
-    )
+    return mixture(experts(num_experts, hidden, gated), router)
 
 
 class Bare(TokenLayer):
-    """The floor: the experts' products alone, on tokens that lie in their slots already."""
+    """The floor: the experts' products alone, on as many tokens as there are slots."""
 
-    def __init__(self, num_experts, hidden, gated, k, dropless, **kwargs):
+    def __init__(self, num_experts, hidden, gated, dropless, **kwargs):
         super().__init__(**kwargs)
         self.experts = experts(num_experts, hidden, gated)
-        self.k = k
         self.dropless = dropless
 
     def build(self, input_shape):
@@ -67,19 +68,58 @@ class Bare(TokenLayer):
 
     def call(self, inputs):
         num_experts, width = self.experts.num_experts, inputs.shape[-1]
-        x = ops.reshape(inputs, (-1, width))
-        if self.k > 1:
-            x = ops.concatenate([x] * self.k)
         if not self.dropless:
-            y = self.experts(ops.reshape(x, (num_experts, -1, width)))
+            y = self.experts(ops.reshape(inputs, (num_experts, -1, width)))
         else:
-            assignments = ops.shape(x)[0]
-            size = keras_moe.ops.row_size(assignments, num_experts)
-            x = ops.reshape(x, (-1, size, width))
-            rows = ops.arange(ops.shape(x)[0], dtype="int32")
-            y = self.experts(x, row_expert=rows * num_experts // ops.shape(x)[0])
-        y = ops.reshape(y, (self.k, -1, width))
-        return ops.reshape(ops.sum(y, axis=0), ops.shape(inputs))
+            slots = ops.shape(inputs)[0] * ops.shape(inputs)[1]
+            size = keras_moe.ops.row_size(slots, num_experts)
+            x = ops.reshape(inputs, (-1, size, width))
+            rows = ops.shape(x)[0]
+            row_expert = ops.arange(rows, dtype="int32") * num_experts // rows
+            y = self.experts(x, row_expert=row_expert)
+        return ops.reshape(y, ops.shape(inputs))
+
+
+class Routing(TokenLayer):
+    """The router and its losses, with or without the metrics; the tokens stay where they are."""
+
+    def __init__(self, router, num_experts, with_metrics, **kwargs):
+        super().__init__(**kwargs)
+        router.set_num_experts(num_experts)
+        self.router = router
+        self.with_metrics = with_metrics
+
+    def build(self, input_shape):
+        self.router.build((None, None, input_shape[-1]))
+
+    def call(self, inputs, training=False):
+        x = ops.reshape(inputs, (1, -1, inputs.shape[-1]))
+        routing = self.router(x, training=training, compact=True)
+        for loss in self.router.auxiliary_losses(routing):
+            self.add_loss(loss)
+        made = [routing.weight, routing.token_index, routing.slot_index]
+        if self.with_metrics:
+            made += statistics(routing)
+        for each in made:  # or a compiler would leave them out
+            self.add_loss(1e-9 * ops.mean(ops.cast(each, "float32")))
+        return inputs
+
+
+class NoExperts(TokenLayer):
+    """Experts that return their slots: what a layer costs but for the products."""
+
+    compact = True
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+
+    def call(self, inputs, row_expert=None, training=False):
+        if keras.backend.backend() == "jax":  # or XLA would join dispatch and combine
+            import jax
+
+            return jax.lax.optimization_barrier(inputs)
+        return inputs
 
 
 class OneHot(TokenLayer):

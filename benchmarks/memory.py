@@ -12,33 +12,33 @@ import argparse
 import json
 import resource
 import sys
+from pathlib import Path
 
-from benchmarks.processes import BACKENDS, RESULTS, measured
+from benchmarks.processes import BACKENDS, RESULTS, measured, save
 
+SIZES = {"tokens": 8192, "width": 512, "hidden": 2048, "experts": 32}
 CONTESTANTS = ("dense", "switch", "expert choice", "dense of top-2", "top-2")
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.add_argument("--backend", choices=BACKENDS, help="default: one after another")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--experts", type=int, default=32)
+    for size, default in SIZES.items():
+        parser.add_argument(f"--{size}", type=int, default=default)
+    parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--measure", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    results = {}
+    sizes = {name: getattr(options, name) for name in SIZES}
     for backend in [options.backend] if options.backend else BACKENDS:
-        results[backend] = {}
-        for name in CONTESTANTS:
-            arguments = [*sys.argv[1:], "--measure", name]
-            results[backend][name] = measured("memory", backend, arguments)
-        print_table(backend, results[backend])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(results, indent=1) + "\n")
+        mebibytes = {
+            name: measured("memory", backend, [*sys.argv[1:], "--measure", name])
+            for name in CONTESTANTS
+        }
+        print_table(backend, mebibytes)
+        save(options.into / "memory.json", sizes, backend, {"mebibytes": mebibytes})
 
 
 def measure(options):
@@ -48,9 +48,8 @@ def measure(options):
 
     import keras_moe
     from benchmarks import contestants as c
+    from benchmarks.timing import framed, token_numbers, token_table
 
-    x = np.random.default_rng(0).normal(size=(options.tokens // 64, 64, options.width))
-    x = x.astype("float32")
     experts, hidden = options.experts, options.hidden
     layer = {
         "dense": lambda: c.Dense(hidden, False),
@@ -66,11 +65,12 @@ def measure(options):
     warm = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
     warm.compile("adam", "mse")
     warm.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)  # the backend's own buffers
+    numbers = np.concatenate([token_numbers(options.tokens)] * 2)
+    targets, table = np.ones(numbers.shape, "float32"), token_table(options.width)
     before = peak()
-    inputs = keras.Input(x.shape[1:])
-    model = keras.Model(inputs, layer(keras.layers.RMSNormalization()(inputs)))
+    model = framed(layer, table, numbers.shape[1])
     model.compile("adam", "mse")
-    model.fit(np.concatenate([x, x]), np.concatenate([x, x]), len(x), verbose=0)
+    model.fit(numbers, targets, len(numbers) // 2, verbose=0)
     weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     return {"peak": peak() - before, "weights": 4 * 4 * weights / 2**20}
 

@@ -10,40 +10,46 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
-from benchmarks.processes import BACKENDS, RESULTS, measured
-from benchmarks.timing import StepTimes, interleaved, ratio
+from benchmarks.processes import BACKENDS, RESULTS, measured, save
+from benchmarks.tables import cell, ratio
+
+SIZES = {"experts": 8, "batch": 32, "length": 128}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model")
     parser.add_argument("--backend", choices=BACKENDS, help="default: one after another")
     parser.add_argument("--size", default="mini")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
+    for size, default in SIZES.items():
+        parser.add_argument(f"--{size}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    results = {}
+    sizes = {name: getattr(options, name) for name in ("size", *SIZES)}
     for backend in [options.backend] if options.backend else BACKENDS:
-        results[backend] = measured("model", backend, [*sys.argv[1:], "--measure"])
-        print(f"\n{backend}: relative to the dense twin")
-        for what in ("step", "inference"):
-            for name in ("switch", "expert_choice"):
-                low, middle, high = ratio(results[backend], f"{name} {what}", f"dense {what}")
-                print(f"  {name:<14} {what:<10} {middle:.2f} ({low:.2f}-{high:.2f})", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "model.json").write_text(json.dumps(results, indent=1) + "\n")
+        seconds = measured("model", backend, [*sys.argv[1:], "--measure"])
+        print(f"\n{backend}: relative to the dense twin\n\n| | step | inference |\n|---|---|---|")
+        for name in ("switch", "expert_choice"):
+            cells = [
+                cell(ratio(seconds, f"{name} {what}", f"dense {what}"))
+                for what in ("step", "inference")
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        figures = {"rounds": options.rounds, "seconds": seconds}
+        save(options.into / "model.json", sizes, backend, figures)
 
 
 def measure(options):
     import numpy as np
 
     import zoo
+    from benchmarks.timing import interleaved
 
     rng = np.random.default_rng(0)
     shape = (options.batch, options.length)
@@ -66,8 +72,11 @@ def measure(options):
 
 
 def of_model(name, classifier, x, y, steps=3):
+    """Two functions that return seconds: the fastest step of a short `fit`, and one inference."""
     import keras
     import numpy as np
+
+    from benchmarks.timing import StepTimes
 
     model = keras.Model(classifier.input, classifier.output)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -1,9 +1,14 @@
-"""Steps of `model.fit` and `model.predict`, timed in turn, and the ratios between them."""
+"""Steps of `model.fit` and calls of a compiled layer, timed in turn."""
 
 import time
 
 import keras
 import numpy as np
+from keras import ops
+
+from keras_moe.callbacks import RoutingMetrics
+
+VOCABULARY = 8192
 
 
 class StepTimes(keras.callbacks.Callback):
@@ -17,57 +22,101 @@ class StepTimes(keras.callbacks.Callback):
         self.ends.append(time.perf_counter())
 
 
-def fit_step(layer, x, metrics=True):
-    """A function that runs a few steps of `model.fit` and returns the seconds of one.
+def token_table(width):
+    """A fixed random table that makes tokens of numbers: a step copies next to no data."""
+    table = keras.layers.Embedding(
+        VOCABULARY, width, embeddings_initializer="random_normal", trainable=False
+    )
+    table.build()
+    return table
 
-    The layer sits behind a norm, as in a Transformer, so that the gradient of its inputs is needed.
-    The optimizer is plain SGD, which reads and writes each weight once: what a costlier one adds
-    is the price of parameters, not of the layer.
+
+def token_numbers(tokens):
+    """`[sequences, length]` integers, as different as the table allows."""
+    return np.arange(tokens, dtype="int32").reshape(-1, min(64, tokens)) % VOCABULARY
+
+
+def framed(layer, table, length):
+    """A model of the layer between a table of tokens and a head that makes one figure of a token.
+
+    The layer sits behind a norm that learns, as in a Transformer, so that the gradient of its
+    inputs is needed. The head is a mean of squares: its gradient differs in every entry, or a
+    compiler might simplify the layer's own.
     """
-    from keras_moe.callbacks import RoutingMetrics
+    numbers = keras.Input((length,), dtype="int32")
+    outputs = layer(keras.layers.RMSNormalization()(table(numbers)))
+    return keras.Model(numbers, ops.mean(ops.square(outputs), axis=-1))
 
-    inputs = keras.Input(x.shape[1:])
-    outputs = layer(keras.layers.RMSNormalization()(inputs))
-    model = keras.Model(inputs, outputs)
+
+def fit_step(layer, tokens, width, steps=3):
+    """A function that runs a few steps of `model.fit` and returns the seconds of the fastest.
+
+    The first step is not counted: it has the start of the epoch in it. The optimizer is plain SGD,
+    which reads and writes each weight once: what a costlier one adds is the price of parameters,
+    not of the layer.
+    """
+    numbers = np.concatenate([token_numbers(tokens)] * steps)
+    model = framed(layer, token_table(width), numbers.shape[1])
     model.compile(keras.optimizers.SGD(1e-3), "mse")
-    times, steps = StepTimes(), 3
-    x = np.concatenate([x] * steps)
-    callbacks = [times, RoutingMetrics()] if metrics else [times]
+    targets, batch = np.ones(numbers.shape, "float32"), len(numbers) // steps
+    times = StepTimes()
 
     def run():
-        batch = len(x) // steps
-        model.fit(x, x, batch, verbose=0, shuffle=False, callbacks=callbacks)
+        callbacks = [times, RoutingMetrics()]
+        model.fit(numbers, targets, batch, verbose=0, shuffle=False, callbacks=callbacks)
         return float(np.min(np.diff(times.ends)))
 
     return run
 
 
-def predict_step(layer, x):
-    """A function that runs one compiled inference and returns its seconds."""
-    inputs = keras.Input(x.shape[1:])
-    model = keras.Model(inputs, layer(inputs))
-    model.compile(jit_compile=keras.backend.backend() != "torch")
+def inference_step(layer, x, times=20):
+    """A function that calls the layer a few times, without Keras around it: seconds of one call."""
+    layer.build(x.shape)
+    call = _inference(layer)
+    x = ops.convert_to_tensor(x)
 
-    def run(times=20):
+    def run():
         start = time.perf_counter()
         for _ in range(times):
-            model.predict_on_batch(x)
+            ops.convert_to_numpy(call(x))
         return (time.perf_counter() - start) / times
 
     return run
 
 
-def interleaved(steps, rounds):
-    """Seconds of every contestant in every round, after one round of warming up: name -> list."""
-    for step in steps.values():
-        step()
+def _inference(layer):
+    """The layer as a function of its inputs, compiled where `model.predict` would do it."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        @jax.jit
+        def call(trainable, others, x):
+            return layer.stateless_call(trainable, others, x)[0]
+
+        variables = [
+            [v.value for v in group]
+            for group in (layer.trainable_variables, layer.non_trainable_variables)
+        ]
+        return lambda x: call(*variables, x)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(layer)
+    import torch
+
+    return torch.no_grad()(layer)
+
+
+def interleaved(steps, rounds, slow=50):
+    """Seconds of every contestant in every round, after one round of warming up: name -> list.
+
+    A contestant that is over `slow` times slower than the first runs in two rounds only.
+    """
+    warm = {name: step() for name, step in steps.items()}
+    limit = slow * next(iter(warm.values()))
     seconds = {name: [] for name in steps}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(step())
+            if number < 2 or warm[name] <= limit:
+                seconds[name].append(step())
     return seconds
-
-
-def ratio(seconds, name, base):
-    """Quartiles of one contestant's time over another's, round by round."""
-    return np.percentile(np.array(seconds[name]) / np.array(seconds[base]), (25, 50, 75))
