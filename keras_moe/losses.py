@@ -42,8 +42,8 @@ def router_z(logits, mask=None):
     Returns:
         A scalar.
     """
-    squared = ops.square(ops.logsumexp(ops.cast(logits, "float32"), axis=-1, keepdims=True))
-    return _mean(squared, mask)[0]
+    logits = _without_padding(ops.cast(logits, "float32"), mask)
+    return _mean(ops.square(ops.logsumexp(logits, axis=-1, keepdims=True)), mask)[0]
 
 
 def _mean(x, mask):
@@ -51,5 +51,10 @@ def _mean(x, mask):
     axes = tuple(range(len(x.shape) - 1))
     if mask is None:
         return ops.mean(x, axis=axes)
-    mask = ops.cast(mask, x.dtype)[..., None]
-    return ops.sum(x * mask, axis=axes) / ops.maximum(ops.sum(mask), 1.0)
+    total = ops.sum(_without_padding(x, mask), axis=axes)
+    return total / ops.maximum(ops.sum(ops.cast(mask, x.dtype)), 1.0)
+
+
+def _without_padding(x, mask):
+    """Zeros at padding, whatever stood there: NaN times zero would still be NaN."""
+    return x if mask is None else ops.where(mask[..., None], x, 0.0)

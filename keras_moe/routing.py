@@ -134,9 +134,14 @@ class Router(keras.layers.Layer):
             initializer=self.kernel_initializer,
         )
 
-    def score(self, inputs, training=False):
-        """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""
+    def score(self, inputs, mask=None, training=False):
+        """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each.
+
+        Padding counts as zeros, for it may hold anything, NaN included.
+        """
         inputs = ops.cast(inputs, "float32")
+        if mask is not None:
+            inputs = ops.where(mask[..., None], inputs, 0.0)
         if training and self.jitter > 0:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
             noise = uniform(ops.shape(inputs), low, high, self.seed_generator)
@@ -256,7 +261,7 @@ class TopKRouter(Router):
         super().set_num_experts(num_experts)
 
     def call(self, inputs, mask=None, training=False, compact=False):
-        logits_GSE, probabilities_GSE = self.score(inputs, training)
+        logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
         weight_GSK, expert_index_GSK = top_k(probabilities_GSE, self.k)
         if self.normalize and self.k > 1:
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
@@ -458,7 +463,7 @@ class ExpertChoiceRouter(Router):
             )
 
     def call(self, inputs, mask=None, training=False, compact=False):
-        logits_GSE, probabilities_GSE = self.score(inputs, training)
+        logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
         if self.inference == "threshold" and not training:
             return self._route_by_threshold(logits_GSE, probabilities_GSE, mask)
         factor = self.capacity_factor

@@ -1,9 +1,11 @@
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_moe import losses
 from tests import oracle
+from tests.backend import run
 
 
 def value(loss):
@@ -43,6 +45,12 @@ class TestLoadBalancing:
             oracle.load_balancing(probabilities, chosen, mask), rel=1e-5
         )
 
+    def test_nan_in_padding(self):
+        probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]], "float32")
+        index, mask = np.array([[0], [1]], "int32"), np.array([True, False])
+        # f = (1, 0), P = (1/2, 1/2): 2 * 1 * 1/2
+        assert value(losses.load_balancing(probabilities, index, mask)) == 1.0
+
     def test_nothing_but_padding_is_zero(self):
         mask = np.zeros((3,), bool)
         loss = losses.load_balancing(
@@ -59,6 +67,14 @@ class TestRouterZ:
         assert value(losses.router_z(logits)) == pytest.approx(expected, rel=1e-6)
         mask = np.array([True, False])
         assert value(losses.router_z(logits, mask)) == pytest.approx(np.log(2) ** 2, rel=1e-6)
+
+    def test_nan_in_padding(self):
+        layer = keras.layers.Lambda(lambda x: losses.router_z(x, np.array([True, False])))
+        layer.build((2, 2))
+        z, _, by_logits, _ = run(layer, [[0.0, 0.0], [np.nan, np.inf]], 1.0)
+        assert z == pytest.approx(np.log(2) ** 2)
+        # 2 * logsumexp * softmax
+        np.testing.assert_allclose(by_logits, [[np.log(2)] * 2, [0, 0]], rtol=1e-6)
 
     def test_float32_and_finite_at_large_bfloat16_logits(self):
         loss = losses.router_z(ops.cast(np.full((4, 8), 300.0, "float32"), "bfloat16"))

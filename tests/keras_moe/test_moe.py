@@ -190,17 +190,33 @@ def set_threshold(layer):
 
 
 class TestPadding:
+    @pytest.mark.parametrize("content", [50.0, np.inf, np.nan])
     @pytest.mark.parametrize("group", ["sequence", "batch", 7])
     @ROUTERS
-    def test_its_content_changes_nothing(self, router, group):
+    def test_its_content_changes_nothing(self, router, group, content):
         layer = set_threshold(built(router(router_z_weight=0.5), group))
-        other = np.where(MASK[..., None], X, 50 * np.random.default_rng(3).normal(size=X.shape))
+        content = content * np.random.default_rng(3).normal(size=X.shape)
+        other = np.where(MASK[..., None], X, content)
         one, two = (call(layer, x, mask=MASK) for x in (X, other))
         np.testing.assert_allclose(one[0], two[0], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(one[1], two[1], rtol=1e-6)
         for a, b in zip(one[2], two[2], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
         assert (one[0][~MASK] == 0).all() and (one[0][MASK] != 0).any()
+
+    @ROUTERS
+    def test_its_content_changes_no_gradient(self, router):
+        layer = set_threshold(built(router(router_z_weight=0.5)))
+        zeros = np.where(MASK[..., None], X, 0.0)
+        other = zeros.copy()
+        other[1, 3], other[1, 5] = np.nan, np.inf
+        (*_, by_x, by_weight), (*_, by_other, by_its_weight) = (
+            run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other)
+        )
+        np.testing.assert_allclose(by_other, by_x, rtol=1e-6, atol=1e-6)
+        assert (by_other[~MASK] == 0).all()
+        for a, b in zip(by_weight, by_its_weight, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
     def test_mask_comes_with_the_inputs(self):
         """As `Embedding(mask_zero=True)` sends it, and goes on to the next layer."""
