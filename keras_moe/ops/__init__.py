@@ -1,8 +1,9 @@
 """What `keras.ops` lacks, or does slowly. The only folder that names a backend."""
 
+from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, uniform
-from keras_moe.ops.products import IMPLEMENTATIONS, call_by_row, expert_product, row_size
+from keras_moe.ops.products import IMPLEMENTATIONS, expert_product, row_size
 from keras_moe.ops.rows import add_rows, take_rows, top_k
 
 __all__ = [

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_moe import ops as moe_ops
-from tests.backend import cost, gradients, numpy, run
+from tests.backend import cost, gradients, run
 
 tensor = ops.convert_to_tensor
 BACKEND = keras.backend.backend()
@@ -141,28 +141,3 @@ def test_batched_is_for_one_row_per_expert():
 def test_tensorflow_has_no_grouped_product():
     with pytest.raises(ValueError, match="'grouped'.* must be used on JAX or PyTorch"):
         moe_ops.expert_product(ops.ones((3, 2, 1)), ops.ones((3, 1, 1)), None, "grouped")
-
-
-class TestCallByRow:
-    @pytest.fixture
-    def layers(self):
-        layers = [keras.layers.Rescaling(scale) for scale in (10.0, 100.0)]
-        for layer in layers:
-            layer.build((None, 1))
-        return layers
-
-    def test_row_e_is_layer_e(self, layers):
-        y = moe_ops.call_by_row(layers, tensor([[[1.0]], [[2.0]]]))
-        assert numpy(y)[..., 0].tolist() == [[10], [200]]
-
-    def test_as_many_rows_as_a_layer_needs(self, layers):
-        x, row_expert = tensor([[[1.0]], [[2.0]], [[3.0]]]), tensor([0, 1, 1], "int32")
-        y = moe_ops.call_by_row(layers, x, row_expert)
-        assert numpy(y)[..., 0].tolist() == [[10], [200], [300]]
-
-    def test_nobodys_rows(self, layers):
-        x, row_expert = tensor([[[1.0]], [[0.0]]]), tensor([1, 2], "int32")
-        y = moe_ops.call_by_row(layers, x, row_expert)
-        assert numpy(y)[..., 0].tolist() == [[100], [0]]
-        y = moe_ops.call_by_row(layers, ops.zeros((2, 1, 1)), tensor([2, 2], "int32"))
-        assert numpy(y)[..., 0].tolist() == [[0], [0]]
