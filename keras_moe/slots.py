@@ -29,7 +29,8 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
 
     Switch Transformers (https://arxiv.org/abs/2101.03961), Eq. 3; the paper leaves the rounding
     open, here it is always up. The factor is taken as the decimal that was written, not as its
-    binary neighbour: 100 tokens, 10 experts and 1.1 make 11 slots, not 12.
+    binary neighbour: 100 tokens, 10 experts and 1.1 make 11 slots, not 12; it counts to four
+    decimals.
 
     Args:
         tokens: tokens per group, padding included; an integer, or a scalar tensor where the shape
@@ -42,9 +43,13 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
     Returns:
         An integer, or a scalar tensor where `tokens` is one.
     """
-    factor = Fraction(str(factor))
+    factor = Fraction(str(factor)).limit_denominator(10**4)  # 4 / 3 has too many decimals
+    if not isinstance(tokens, int):
+        tokens = ops.cast(tokens, "int64")
     slots = -(-tokens * k * factor.numerator // (num_experts * factor.denominator))
-    return max(minimum, slots) if isinstance(slots, int) else ops.maximum(minimum, slots)
+    if isinstance(slots, int):
+        return max(minimum, slots)
+    return ops.cast(ops.maximum(minimum, slots), "int32")
 
 
 def by_capacity(expert_index_GN, num_experts, capacity):

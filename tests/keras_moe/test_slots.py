@@ -20,6 +20,7 @@ class TestCapacity:
             (65, 8, 1.0, 1, 9),  # 8.125, rounded up
             (100, 10, 1.1, 1, 11),  # 11.000000000000002 in binary, 11 on paper
             (64, 8, 2.0, 2, 32),
+            (96, 8, 4 / 3, 1, 16),
             (3, 8, 0.5, 1, 1),
         ],
     )
@@ -30,9 +31,16 @@ class TestCapacity:
         assert slots.capacity(8, 8, 1.0, minimum=4) == 4
         assert slots.capacity(80, 8, 1.0, minimum=4) == 10
 
-    def test_tensor_of_tokens(self):
-        result = slots.capacity(ops.convert_to_tensor(100), 10, 1.1, minimum=4)
-        assert int(result) == 11
+    @pytest.mark.parametrize(
+        ("tokens", "experts", "factor", "k"),
+        [(100, 10, 1.1, 1), (8, 8, 1.0, 1), (96, 8, 4 / 3, 1), (131_072, 8, 1.3333, 2)],
+    )
+    def test_tensor_of_tokens(self, tokens, experts, factor, k):
+        if keras.backend.backend() == "jax" and tokens * k * factor * 1e4 > 2**31:
+            pytest.skip("JAX knows every shape")
+        result = slots.capacity(tensor(tokens, "int32"), experts, factor, k, minimum=4)
+        assert ops.dtype(result) == "int32"
+        assert int(result) == slots.capacity(tokens, experts, factor, k, minimum=4)
 
 
 def test_by_capacity_keeps_exactly_the_capacity_in_order():
