@@ -40,11 +40,10 @@ def statistics(routing):
     experts_per_token_GS = ops.reshape(_experts_per_token(routing), (groups, tokens))
     expert_tokens_E = _expert_tokens(routing, num_experts)
     wanted = ops.sum(expert_tokens_E)
-    entropy_GS = -ops.sum(
-        routing.probabilities * ops.log(ops.maximum(routing.probabilities, 1e-30)), axis=-1
-    )
+    p_GSE = ops.stop_gradient(routing.probabilities)
+    entropy_GS = -ops.sum(p_GSE * ops.log(ops.maximum(p_GSE, 1e-30)), axis=-1)
     totals = {
-        "calls": ops.ones(()),
+        "calls": ops.cast(wanted > 0, "float32"),
         "tokens": ops.sum(valid_GS),
         "wanted": wanted,
         "kept": ops.sum(experts_per_token_GS),
@@ -84,10 +83,10 @@ def figures(totals, expert_tokens, expert_choice=False):
 
     Returns:
         Dictionary of floats. `dropped`: share of the choices that found their expert full, 0 to 1.
-        `max_share`: the most chosen expert's choices relative to a fair share, mean over batches,
-        1 to the number of experts. `dead`: share of experts that no token chose in all that time.
-        `entropy`: of the router's probabilities, mean over tokens, relative to its maximum.
-        With expert choice also `untaken`, the share of tokens that no expert took, and
+        `max_share`: the most chosen expert's choices relative to a fair share, mean over the calls
+        that chose any, 1 to the number of experts. `dead`: share of experts that no token chose in
+        all that time. `entropy`: of the router's probabilities, mean over tokens, relative to its
+        maximum. With expert choice also `untaken`, the share of tokens that no expert took, and
         `experts_per_token`, the mean over tokens. All are 0 when nothing was seen.
     """
     total = dict(zip(TOTALS, np.asarray(totals, "float64").tolist(), strict=True))
@@ -95,7 +94,7 @@ def figures(totals, expert_tokens, expert_choice=False):
     result = {
         "dropped": (total["wanted"] - total["kept"]) / wanted,
         "max_share": total["max_share"] / calls,
-        "dead": float(np.mean(np.asarray(expert_tokens) == 0)) if total["calls"] else 0.0,
+        "dead": float(np.mean(np.asarray(expert_tokens) == 0)) if total["tokens"] else 0.0,
         "entropy": total["entropy"] / tokens,
     }
     if expert_choice:
