@@ -1,4 +1,7 @@
-"""The mixture-of-experts layer: router -> dispatch -> experts -> combine."""
+"""The mixture-of-experts layer: router -> dispatch -> experts -> combine.
+
+G groups, S tokens per group, T tokens in all, D width, R rows of slots, C slots per row.
+"""
 
 import math
 
@@ -71,6 +74,12 @@ class MixtureOfExperts(keras.layers.Layer):
                 "`group` must be 'sequence', 'batch' or a positive number of tokens. "
                 f"Received: group={group!r}"
             )
+        batched = getattr(experts, "implementation", None) == "batched"
+        if batched and not router.one_row_per_expert:
+            raise ValueError(
+                "`experts` with implementation='batched' need a router with a capacity, in "
+                f"training and in inference. Received: router={router!r}"
+            )
         router.set_num_experts(experts.num_experts)
         self.experts = experts
         self.router = router
@@ -136,12 +145,12 @@ class MixtureOfExperts(keras.layers.Layer):
 
         num_tokens = ops.shape(x_TD)[0]
         padding = -num_tokens % self.group
-        if mask_T is None and not (isinstance(padding, int) and padding == 0):
-            mask_T = ops.ones((num_tokens,), dtype="bool")
-        x_TD = ops.pad(x_TD, ((0, padding), (0, 0)))
-        if mask_T is not None:
-            mask_T = ops.reshape(ops.pad(mask_T, ((0, padding),)), (-1, self.group))
-        return ops.reshape(x_TD, (-1, self.group, dim)), mask_T
+        if not (isinstance(padding, int) and padding == 0):
+            mask_T = ops.ones((num_tokens,), dtype="bool") if mask_T is None else mask_T
+            x_TD = ops.pad(x_TD, ((0, padding), (0, 0)))
+            mask_T = ops.pad(mask_T, ((0, padding),))
+        mask_GS = None if mask_T is None else ops.reshape(mask_T, (-1, self.group))
+        return ops.reshape(x_TD, (-1, self.group, dim)), mask_GS
 
     def _join(self, y_GSD, inputs):
         y_TD = ops.reshape(y_GSD, (-1, y_GSD.shape[-1]))

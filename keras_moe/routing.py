@@ -149,6 +149,11 @@ class Router(keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)
         return logits, ops.softmax(logits, axis=-1)
 
+    @property
+    def one_row_per_expert(self):
+        """Whether row `e` of the slots is expert `e`'s, in training and in inference."""
+        return True
+
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Plain: in a `keras.RematScope` a router has little to compute again, and its noise."""
         return layer_call
@@ -259,6 +264,10 @@ class TopKRouter(Router):
                 f"Received: k={self.k} for num_experts={num_experts}"
             )
         super().set_num_experts(num_experts)
+
+    @property
+    def one_row_per_expert(self):
+        return None not in (self.capacity_factor, self.eval_capacity_factor)
 
     def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
@@ -395,8 +404,8 @@ class ExpertChoiceRouter(Router):
         inputs: `[groups, tokens, dim]` tensor.
         mask: `[groups, tokens]` booleans, `False` for padding.
         training: boolean.
-        compact: boolean, whether experts may have any number of rows of slots each, where a row of
-            the capacity's length for every expert would leave many empty.
+        compact: boolean, of no effect: experts that choose fill one row each, and the threshold
+            makes as many rows as are needed.
 
     Returns:
         A `Routing`.
@@ -462,6 +471,10 @@ class ExpertChoiceRouter(Router):
                 trainable=False,
             )
 
+    @property
+    def one_row_per_expert(self):
+        return self.inference != "threshold"
+
     def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
         if self.inference == "threshold" and not training:
@@ -485,10 +498,14 @@ class ExpertChoiceRouter(Router):
 
     def _learn_threshold(self, token_index_GEC, weight_GEC, tokens):
         # An expert that could not fill its slots took every token there was: its cut-off is 0.
-        full_GE = ops.all(token_index_GEC < tokens, axis=-1)
+        taken_GEC = token_index_GEC < tokens
+        full_GE = ops.all(taken_GEC, axis=-1)
         cutoff_GE = ops.where(full_GE, ops.min(weight_GEC, axis=-1), 0.0)
-        cutoff_E = ops.stop_gradient(ops.mean(cutoff_GE, axis=0))
+        seen_G = ops.cast(ops.any(taken_GEC, axis=(1, 2)), "float32")  # not padding alone
+        cutoff_E = ops.sum(cutoff_GE, axis=0) / ops.maximum(ops.sum(seen_G), 1.0)
+        cutoff_E = ops.stop_gradient(cutoff_E)
         momentum = ops.where(self.threshold < 0, 0.0, self.threshold_momentum)
+        momentum = ops.where(ops.any(seen_G > 0), momentum, 1.0)
         self.threshold.assign(momentum * self.threshold + (1.0 - momentum) * cutoff_E)
 
     def _route_by_threshold(self, logits_GSE, probabilities_GSE, mask):

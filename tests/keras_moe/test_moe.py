@@ -606,6 +606,27 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             make(FeedForwardExperts(2, 4), SwitchRouter())
 
+    @pytest.mark.parametrize(
+        "router",
+        [
+            TopKRouter(2),
+            SwitchRouter(eval_capacity_factor=None),
+            SwitchRouter(capacity_factor=None),
+            ExpertChoiceRouter(inference="threshold"),
+        ],
+    )
+    def test_batched_experts_without_a_capacity(self, router):
+        """They would fail when they are called, some not before the first validation."""
+        experts = FeedForwardExperts(2, 4, implementation="batched")
+        with pytest.raises(ValueError, match="with implementation='batched' need a router with a"):
+            MixtureOfExperts(experts, router)
+
+    @pytest.mark.parametrize("router", [SwitchRouter, ExpertChoiceRouter])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_batched_experts_with_a_capacity(self, router, training):
+        layer = MixtureOfExperts(FeedForwardExperts(2, 4, implementation="batched"), router())
+        layer(np.ones((1, 3, D), "float32"), training=training)
+
     @pytest.mark.parametrize("shape", [(3,), (1, 2, 4, 3)])
     def test_rank_of_the_inputs(self, shape):
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())

@@ -182,6 +182,13 @@ class TestThreshold:
         router(np.concatenate([logits_of(P)] * 2), mask=mask, training=True)
         np.testing.assert_allclose(numpy(router.threshold), [0.25, 0.15, 0.1], rtol=1e-6)
 
+    def test_a_group_of_padding_alone_teaches_nothing(self):
+        router = self.router()
+        x = np.concatenate([logits_of(P)] * 2)
+        for valid in (True, False):  # the second batch is padding altogether
+            router(x, mask=np.array([[valid] * 4, [False] * 4]), training=True)
+            np.testing.assert_allclose(numpy(router.threshold), [0.5, 0.3, 0.2], rtol=1e-6)
+
     def test_inference_learns_nothing(self):
         router = self.router()
         router(logits_of(P))
