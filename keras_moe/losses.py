@@ -2,6 +2,8 @@
 
 from keras import ops
 
+from keras_moe import slots
+
 
 def load_balancing(probabilities, expert_index, mask=None):
     """Switch Transformers' load-balancing loss, `E * sum_e f_e * P_e`.
@@ -24,10 +26,15 @@ def load_balancing(probabilities, expert_index, mask=None):
     """
     num_experts = probabilities.shape[-1]
     probabilities = ops.cast(probabilities, "float32")
-    chosen = expert_index[..., None] == ops.arange(num_experts, dtype=expert_index.dtype)
-    chosen = ops.sum(ops.cast(chosen, "float32"), axis=-2)
-    share = _mean(chosen / expert_index.shape[-1], mask)
-    return num_experts * ops.sum(ops.stop_gradient(share) * _mean(probabilities, mask))
+    counted = (expert_index >= 0) & (expert_index < num_experts)
+    choices = ops.size(expert_index)
+    if mask is not None:
+        counted = counted & mask[..., None]
+        choices = ops.sum(ops.cast(mask, "int32")) * expert_index.shape[-1]
+    expert_index = ops.where(counted, ops.cast(expert_index, "int32"), num_experts)
+    count = slots.count(ops.reshape(expert_index, (1, -1)), num_experts)[0]
+    share = ops.cast(count, "float32") / ops.cast(ops.maximum(choices, 1), "float32")
+    return num_experts * ops.sum(share * _mean(probabilities, mask))
 
 
 def router_z(logits, mask=None):

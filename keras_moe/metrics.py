@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe.ops import add_rows
 from keras_moe.routing import ExpertChoiceRouter
-from keras_moe.slots import pool_groups
+from keras_moe.slots import count, pool_groups
 
 TOTALS = ("calls", "tokens", "wanted", "kept", "untaken", "entropy", "max_share")
 
@@ -69,8 +69,8 @@ def _expert_tokens(routing, num_experts):
     if routing.expert_index is None:
         taken_GEC = routing.token_index < ops.shape(routing.probabilities)[1]
         return ops.sum(ops.cast(taken_GEC, "float32"), axis=(0, 2))
-    chosen = routing.expert_index[..., None] == ops.arange(num_experts, dtype="int32")
-    return ops.sum(ops.cast(chosen, "float32"), axis=(0, 1, 2))
+    choices_1N = ops.reshape(routing.expert_index, (1, -1))
+    return ops.cast(count(choices_1N, num_experts)[0], "float32")
 
 
 def figures(totals, expert_tokens, expert_choice=False):

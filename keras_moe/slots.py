@@ -64,12 +64,12 @@ def by_capacity(expert_index_GN, num_experts, capacity):
     Returns:
         `Slots` with `R = num_experts` rows of `capacity` slots.
     """
-    row_E = ops.arange(num_experts, dtype="int32")
-    rank_GN, order_GN, count_GE = _rank(expert_index_GN, num_experts)
-    assignment_GEC = _seated(order_GN, count_GE, row_E, row_E, capacity)
+    groups = ops.shape(expert_index_GN)[0]
+    rank_GN, _ = _rank(expert_index_GN, num_experts)
     kept_GN = (rank_GN < capacity) & (expert_index_GN < num_experts)
-    slot_GN = expert_index_GN * capacity + rank_GN
-    return Slots(assignment_GEC, ops.where(kept_GN, slot_GN, num_experts * capacity), None)
+    slot_GN = ops.where(kept_GN, expert_index_GN * capacity + rank_GN, num_experts * capacity)
+    assignment_GM = _inverse(slot_GN, num_experts * capacity)
+    return Slots(ops.reshape(assignment_GM, (groups, num_experts, capacity)), slot_GN, None)
 
 
 def by_rows(expert_index_GN, num_experts, capacity=None):
@@ -87,11 +87,12 @@ def by_rows(expert_index_GN, num_experts, capacity=None):
         `Slots` of one group (the groups share their rows), so `assignment_index` is `[1, R, C]`
         and `slot_index` `[1, G*N]`. Rows that are left over are of expert `num_experts`.
     """
+    rank_GN, count_GE = _rank(expert_index_GN, num_experts)
     if capacity is not None:
-        rank_GN, *_ = _rank(expert_index_GN, num_experts)
         expert_index_GN = ops.where(rank_GN < capacity, expert_index_GN, num_experts)
-    expert_index_1N = ops.reshape(expert_index_GN, (1, -1))
-    assignments = ops.shape(expert_index_1N)[1]
+        count_GE = ops.minimum(count_GE, capacity)
+    groups, assignments = ops.shape(expert_index_GN)
+    assignments = groups * assignments
     size = row_size(assignments, num_experts)
     if isinstance(assignments, int):
         busy = min(num_experts, assignments)
@@ -99,18 +100,17 @@ def by_rows(expert_index_GN, num_experts, capacity=None):
         busy = ops.minimum(num_experts, assignments)
     num_rows = (assignments - busy) // size + busy
 
-    rank_1N, order_1N, count_1E = _rank(expert_index_1N, num_experts)
-    rows_E = (count_1E[0] + size - 1) // size
+    rows_E = (ops.sum(count_GE, axis=0) + size - 1) // size
     row_end_E = ops.cumsum(rows_E)
-    row_start_E = row_end_E - rows_E
     row_expert_R = ops.searchsorted(row_end_E, ops.arange(num_rows, dtype="int32"), side="right")
-    row_expert_R = ops.cast(row_expert_R, "int32")
-    assignment_1RC = _seated(order_1N, count_1E, row_expert_R, row_start_E, size)
 
-    start_1N = ops.take(row_start_E, ops.minimum(expert_index_1N, num_experts - 1))
-    slot_1N = start_1N * size + rank_1N
-    slot_1N = ops.where(expert_index_1N < num_experts, slot_1N, num_rows * size)
-    return Slots(assignment_1RC, slot_1N, row_expert_R)
+    earlier_GE = ops.cumsum(count_GE, axis=0) - count_GE  # of the groups before
+    start_GE = (row_end_E - rows_E) * size + earlier_GE
+    slot_GN = _of_experts(start_GE, expert_index_GN) + rank_GN
+    slot_GN = ops.where(expert_index_GN < num_experts, slot_GN, num_rows * size)
+    slot_1N = ops.reshape(slot_GN, (1, assignments))
+    assignment_1RC = ops.reshape(_inverse(slot_1N, num_rows * size), (1, num_rows, size))
+    return Slots(assignment_1RC, slot_1N, ops.cast(row_expert_R, "int32"))
 
 
 def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
@@ -171,46 +171,55 @@ def look_up(value_GN, assignment_index_GRC):
     return take_rows(ops.reshape(value_GN, (-1, 1)), index_GRC)[..., 0]
 
 
+def count(expert_index_GN, num_experts):
+    """Assignments of each expert in each group, `[groups, experts]` int32.
+
+    Args:
+        expert_index_GN: `[groups, assignments]` integers in `[0, num_experts]`; the last is nobody.
+        num_experts: integer.
+    """
+    groups = ops.shape(expert_index_GN)[0]
+    expert_M = ops.reshape(pool_groups(expert_index_GN, num_experts), (-1,))
+    count_M = ops.segment_sum(ops.ones_like(expert_M), expert_M, groups * num_experts + 1)
+    return ops.reshape(count_M[:-1], (groups, num_experts))
+
+
 def _rank(expert_index_GN, num_experts):
     """How many earlier assignments of its group went to the same expert.
 
     Returns:
-        Tuple of the rank `[G, N]`, the assignments in order of their experts `[G, N]`, and their
-        number per expert `[G, E]`; int32 each.
+        Tuple of the rank `[G, N]`, of no meaning for padding, and the assignments per expert
+        `[G, E]`; int32 each.
     """
     order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in token order
-    sorted_at_GN = ops.cast(ops.argsort(order_GN, axis=1), "int32")
-    chosen_GNE = expert_index_GN[:, :, None] == ops.arange(num_experts, dtype="int32")
-    count_GE = ops.sum(ops.cast(chosen_GNE, "int32"), axis=1)
+    sorted_at_GN = _inverse(order_GN, ops.shape(order_GN)[1])
+    count_GE = count(expert_index_GN, num_experts)
     first_GE = ops.cumsum(count_GE, axis=1) - count_GE
-    expert_GN = ops.minimum(expert_index_GN, num_experts - 1)
-    rank_GN = sorted_at_GN - ops.take_along_axis(first_GE, expert_GN, axis=1)
-    return rank_GN, order_GN, count_GE
+    return sorted_at_GN - _of_experts(first_GE, expert_index_GN), count_GE
 
 
-def _seated(order_GN, count_GE, row_expert_R, row_start_E, size):
-    """The assignment in each slot, `[G, R, C]`: slot c of an expert's i-th row has its (iC+c)-th.
+def _of_experts(value_GE, expert_index_GN):
+    """Each assignment's expert's value; any for padding."""
+    expert_GN = ops.minimum(expert_index_GN, value_GE.shape[1] - 1)
+    return ops.take_along_axis(value_GE, expert_GN, axis=1)
+
+
+def _inverse(place_GN, size):
+    """The entry in each place: `result[g, place_GN[g, n]] = n`, and N where there is none.
 
     Args:
-        order_GN: the assignments in order of their experts.
-        count_GE: assignments per expert.
-        row_expert_R: the expert of each row; E where it is nobody's.
-        row_start_E: the first row of each expert.
-        size: slots per row, C.
+        place_GN: `[groups, entries]` different integers in `[0, size)`, or `size`: nowhere.
+        size: places per group.
+
+    Returns:
+        `[groups, size]` int32.
     """
-    groups, assignments = ops.shape(order_GN)
-    num_experts, num_rows = ops.shape(row_start_E)[0], ops.shape(row_expert_R)[0]
-    first_GE = ops.cumsum(count_GE, axis=1) - count_GE
-    expert_R = ops.minimum(row_expert_R, num_experts - 1)
-    row_R = ops.arange(num_rows, dtype="int32") - ops.take(row_start_E, expert_R)
-    rank_RC = row_R[:, None] * size + ops.arange(size, dtype="int32")
-    taken_GR = ops.where(row_expert_R < num_experts, ops.take(count_GE, expert_R, axis=1), 0)
-    filled_GRC = rank_RC < taken_GR[:, :, None]
-    sorted_GRC = ops.take(first_GE, expert_R, axis=1)[:, :, None] + rank_RC
-    sorted_GM = ops.reshape(ops.where(filled_GRC, sorted_GRC, 0), (groups, num_rows * size))
-    assignment_GM = ops.take_along_axis(order_GN, sorted_GM, axis=1)
-    assignment_GRC = ops.reshape(assignment_GM, (groups, num_rows, size))
-    return ops.where(filled_GRC, assignment_GRC, assignments)
+    groups, entries = ops.shape(place_GN)
+    place_M1 = ops.reshape(pool_groups(place_GN, size), (-1, 1))
+    entry_GN = ops.broadcast_to(ops.arange(entries, dtype="int32"), (groups, entries))
+    empty = ops.full((groups * size + 1,), entries, dtype="int32")
+    entry_M = ops.scatter_update(empty, place_M1, ops.reshape(entry_GN, (-1,)))[:-1]
+    return ops.reshape(entry_M, (groups, size))
 
 
 _ROUNDS = 8

@@ -34,6 +34,12 @@ class TestLoadBalancing:
         loss = losses.load_balancing(probabilities, np.array([[0], [0], [1]], "int32"))
         assert value(loss) == pytest.approx(0.89333, abs=1e-5)
 
+    def test_an_index_outside_is_not_counted(self):
+        index = np.array([[0, -1], [1, 3], [2, 7]], "int32")
+        # f = (1/6, 1/6, 1/6), P = thirds
+        loss = losses.load_balancing(np.full((3, 3), 1 / 3, "float32"), index)
+        assert value(loss) == pytest.approx(0.5)
+
     def test_padding_is_not_counted(self):
         rng = np.random.default_rng(0)
         probabilities = oracle.softmax(rng.normal(size=(2, 6, 4)))

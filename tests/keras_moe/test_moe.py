@@ -461,6 +461,15 @@ class TestCost:
         # each sequence and choice) four times that; the slots are 1,024 to 2,496 rows of 16.
         assert largest < self.T * self.E * self.D / 2
 
+    @pytest.mark.parametrize("router", [TopKRouter(4), TopKRouter(4, capacity_factor=1.0)])
+    def test_nothing_of_size_tokens_by_choices_by_experts(self, router):
+        layer = MixtureOfExperts(FeedForwardExperts(64, 2), router)
+        layer.build((None, None, 2))
+        x = np.random.default_rng(0).normal(size=(2, self.T // 2, 2))
+        largest, *_ = cost(layer, x, np.ones(x.shape), training=True)
+        # 262,144 numbers; tokens x experts, the router's probabilities, is 65,536.
+        assert largest < self.T * 4 * 64 / 2
+
     def test_not_all_experts_see_all_tokens(self, case):
         _, multiplications, experts_per_token = case
         # Forward, gradient of the inputs and of the kernels: 3 products, in and out. The router's

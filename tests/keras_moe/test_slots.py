@@ -43,6 +43,11 @@ class TestCapacity:
         assert int(result) == slots.capacity(tokens, experts, factor, k, minimum=4)
 
 
+def test_count():
+    count = slots.count(tensor([[0, 0, 2], [1, 2, 1]], "int32"), 2)  # 2: nobody
+    assert ops.dtype(count) == "int32" and numpy(count).tolist() == [[2, 0], [0, 2]]
+
+
 def test_by_capacity_keeps_exactly_the_capacity_in_order():
     # Two groups of five assignments to 2 experts (2 marks padding), 2 slots each:
     #   0 0 1 0 1   expert 0: assignments 0, 1 (3 is dropped)    expert 1: 2, 4
