@@ -10,7 +10,7 @@ def top_k(x, k):
     PyTorch's own `topk` leaves the order of equal entries open, so that backends would disagree.
 
     Args:
-        x: `[..., n]` tensor.
+        x: `[..., n]` tensor of floats, of 32 bits at most.
         k: integer, at most `n`; a scalar tensor where it is not known before run time.
 
     Returns:
@@ -22,8 +22,13 @@ def top_k(x, k):
     elif keras.backend.backend() == "torch":
         import torch
 
-        values, index = torch.sort(x, dim=-1, descending=True, stable=True)
-        values, index = values[..., :k], index[..., :k]
+        # One integer for number and place: above, the number's bits, which order as it does once
+        # those of negative ones are flipped; below, the place, the earlier the larger.
+        bits = x.detach().float().view(torch.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = (bits.long() << 32) - torch.arange(x.shape[-1], device=x.device)
+        index = torch.topk(key, k, dim=-1).indices
+        values = x.gather(-1, index)
     else:
         values, index = ops.top_k(x, k)
     return values, ops.cast(index, "int32")

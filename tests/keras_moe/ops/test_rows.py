@@ -24,6 +24,15 @@ class TestTopK:
         _, index = moe_ops.top_k(ops.zeros((2, 100)), 40)
         assert numpy(index).tolist() == [list(range(40))] * 2
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_is_the_stable_sort_of_numbers_of_any_sign_and_size(self, dtype):
+        numbers = [-np.inf, -1e30, -1.0, -1e-20, 0.0, 1e-20, 0.5, 1.0, 1e30, np.inf]
+        x = np.random.default_rng(0).choice(numbers, (4, 50)).astype("float32")
+        values, index = moe_ops.top_k(ops.cast(x, dtype), 49)
+        expected = np.argsort(-x, axis=-1, kind="stable")[:, :49]
+        np.testing.assert_array_equal(numpy(index), expected)
+        assert ops.dtype(values) == dtype
+
     @pytest.mark.parametrize("k", [1, 2])
     def test_gradient_goes_to_the_chosen(self, k):
         layer = keras.layers.Lambda(lambda x: moe_ops.top_k(x, k)[0])
