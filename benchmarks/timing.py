@@ -72,7 +72,7 @@ def fit_step(layer, tokens, width, steps=3):
 def inference_step(layer, x, times=20):
     """A function that calls the layer a few times, without Keras around it: seconds of one call."""
     layer.build(x.shape)
-    call = _inference(layer)
+    call = compiled(layer)
     x = ops.convert_to_tensor(x)
 
     def run():
@@ -84,7 +84,7 @@ def inference_step(layer, x, times=20):
     return run
 
 
-def _inference(layer):
+def compiled(layer):
     """The layer as a function of its inputs, compiled where `model.predict` would do it."""
     if keras.backend.backend() == "jax":
         import jax
