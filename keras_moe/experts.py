@@ -228,7 +228,8 @@ class LayerExperts(keras.layers.Layer):
     """
 
     def __init__(self, layers, **kwargs):
-        super().__init__(**{"name": "experts", **kwargs})
+        # The layers cast their own weights: here they are carried, and must not be rounded.
+        super().__init__(**{"name": "experts", "autocast": False, **kwargs})
         layers = list(layers)
         if not layers:
             raise ValueError("`layers` must hold at least one Keras layer. Received: layers=[]")
@@ -244,10 +245,11 @@ class LayerExperts(keras.layers.Layer):
         return len(self.layers)
 
     def build(self, input_shape):
-        self._widths(input_shape[-1])
+        self.output_dim = self._widths(input_shape[-1])[0]
 
     def call(self, inputs, row_expert=None, training=False):
-        return call_by_row(self.layers, inputs, row_expert)
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return call_by_row(self.layers, inputs, self.output_dim, row_expert)
 
     def compute_output_shape(self, input_shape, row_expert=None):
         return (*input_shape[:-1], self._widths(input_shape[-1])[0])

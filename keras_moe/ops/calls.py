@@ -1,99 +1,165 @@
 """Calls of whole layers, each on its own rows of slots.
 
-R rows of slots, C slots per row, M = R*C slots in all, D width.
+R rows of slots, C slots per row, M = R*C slots in all, D width, F width of the outputs, E layers.
 """
+
+import functools
 
 import keras
 from keras import ops
 
-from keras_moe.ops.products import _compiles, _spans, _torch_spans
+from keras_moe.ops.products import _compiles, _spans
 
 
-def call_by_row(layers, x_RCD, row_expert=None):
+def call_by_row(layers, x_RCD, width, row_expert=None):
     """Calls every row's layer on that row of slots.
 
     Args:
-        layers: list of Keras layers from `[slots, in]` to `[slots, out]`.
+        layers: list of Keras layers from `[slots, in]` to `[slots, width]`.
         x_RCD: `[rows, slots, in]` tensor.
+        width: integer, the width of the layers' outputs.
         row_expert: `[rows]` integers, the layer of each row, in ascending order; a row of number
-            `len(layers)` is nobody's. `None` when row `e` is layer `e`'s.
+            `len(layers)` is nobody's and comes out as zero. `None` when row `e` is layer `e`'s.
 
     Returns:
-        `[rows, slots, out]` tensor.
+        `[rows, slots, width]` tensor of the dtype of `x_RCD`.
     """
     if row_expert is None:
-        return ops.stack([layer(x_RCD[row]) for row, layer in enumerate(layers)])
-    backend = keras.backend.backend()
-    if backend == "torch":
-        return _torch_call_by_span(layers, x_RCD, row_expert)
-    if backend == "jax":
-        return _scan_rows(layers, x_RCD, row_expert)
-    if not _compiles():
-        return _tensorflow_call_by_span(layers, x_RCD, row_expert)
-    branches = [lambda x_CD, layer=layer: layer(x_CD) for layer in layers]
-    return ops.map(lambda row: ops.switch(row[0], branches, row[1]), (row_expert, x_RCD))
+        return ops.stack([_call(layer, x_RCD[row]) for row, layer in enumerate(layers)])
+    call = {
+        "jax": _jax_call_by_row,
+        "tensorflow": _xla_call_by_row if _compiles() else _tensorflow_call_by_span,
+        "torch": _torch_call_by_span,
+    }[keras.backend.backend()]
+    return call(layers, x_RCD, width, row_expert)
 
 
-def _torch_call_by_span(layers, x_RCD, row_expert):
+def _call(layer, x_CD):
+    return ops.cast(layer(x_CD), x_CD.dtype)
+
+
+def _torch_call_by_span(layers, x_RCD, width, row_expert):
     """`call_by_row` in PyTorch, which knows at run time what is whose: one call per busy layer."""
     import torch
 
     rows, slots, dim = x_RCD.shape
     x_MD = x_RCD.reshape(-1, dim)
-    spans = _torch_spans(_spans(row_expert, len(layers)), slots)
-    outputs = [layers[expert](x_MD[start:end]) for expert, start, end in spans]
-    y_MF = torch.cat(outputs or [layers[0](x_MD[:0])])
-    nobodys = y_MF.new_zeros((len(x_MD) - len(y_MF), y_MF.shape[1]))
-    return torch.cat([y_MF, nobodys]).reshape(rows, slots, -1)
+    spans = torch.stack(_spans(row_expert, len(layers)), dim=1).tolist()
+    outputs = [
+        _call(layer, x_MD[start * slots : end * slots])
+        for layer, (start, end) in zip(layers, spans, strict=True)
+        if start < end
+    ]
+    _, end = spans[-1]
+    nobodys = x_MD.new_zeros(((rows - end) * slots, width))
+    return torch.cat([*outputs, nobodys]).reshape(rows, slots, width)
 
 
-def _tensorflow_call_by_span(layers, x_RCD, row_expert):
+def _tensorflow_call_by_span(layers, x_RCD, width, row_expert):
     """`call_by_row` in TensorFlow without XLA, which takes any shape: one call per busy layer."""
     import tensorflow as tf
 
     rows, slots, dim = ops.shape(x_RCD)
     x_MD = tf.reshape(x_RCD, (-1, dim))
-    symbolic = layers[0](keras.KerasTensor((None, x_RCD.shape[2]), x_RCD.dtype))
-    width, dtype = symbolic.shape[-1], symbolic.dtype
 
     def call(layer, start, end):
         y_MF = tf.cond(
             start < end,
-            lambda: layer(x_MD[start * slots : end * slots]),
-            lambda: tf.zeros((0, width), dtype),
+            lambda: _call(layer, x_MD[start * slots : end * slots]),
+            lambda: tf.zeros((0, width), x_RCD.dtype),
         )
         return tf.ensure_shape(y_MF, (None, width))
 
     start_E, end_E = _spans(row_expert, len(layers))
     outputs = [call(layer, start_E[e], end_E[e]) for e, layer in enumerate(layers)]
-    nobodys = (rows - tf.reduce_max(end_E)) * slots
-    outputs.append(tf.zeros((nobodys, width), dtype))
-    return tf.reshape(tf.concat(outputs, axis=0), (rows, slots, width))
+    nobodys = tf.zeros(((rows - end_E[-1]) * slots, width), x_RCD.dtype)
+    return tf.reshape(tf.concat([*outputs, nobodys], axis=0), (rows, slots, width))
 
 
-def _scan_rows(layers, x_RCD, row_expert):
-    """`call_by_row` in JAX: what the layers keep (seeds, statistics) is carried from row to row."""
+def _xla_call_by_row(layers, x_RCD, width, row_expert):
+    """`call_by_row` in TensorFlow with XLA, which wants to know every shape: one call per row."""
+    import tensorflow as tf
 
-    def branch(number, layer):
-        def call(state, x_CD):
-            # Not `stateless_call`: it would not tell the layer whether it is training.
-            values = [(v, ops.convert_to_tensor(v)) for v in layer.trainable_variables]
-            values += zip(layer.non_trainable_variables, state[number], strict=True)
-            with keras.StatelessScope(state_mapping=values) as scope:
-                y_CD = layer(x_CD)
-            updated = [scope.get_current_value(v) for v in layer.non_trainable_variables]
-            return (*state[:number], updated, *state[number + 1 :]), y_CD
+    def nobodys(x_CD):
+        return tf.zeros((ops.shape(x_CD)[0], width), x_CD.dtype)
 
-        return call
-
-    branches = [branch(number, layer) for number, layer in enumerate(layers)]
-    state = tuple(
-        [ops.convert_to_tensor(v) for v in layer.non_trainable_variables] for layer in layers
+    branches = [*(functools.partial(_call, layer) for layer in layers), nobodys]
+    # Not `ops.map`: it calls the first row's layer once more, to learn the shape.
+    return tf.map_fn(
+        lambda row: ops.switch(row[0], branches, row[1]),
+        (row_expert, x_RCD),
+        fn_output_signature=tf.TensorSpec((x_RCD.shape[1], width), x_RCD.dtype),
     )
-    state, y_RCD = ops.scan(
-        lambda state, row: ops.switch(row[0], branches, state, row[1]), state, (row_expert, x_RCD)
-    )
-    for layer, updated in zip(layers, state, strict=True):
-        for variable, value in zip(layer.non_trainable_variables, updated, strict=True):
+
+
+def _jax_call_by_row(layers, x_RCD, width, row_expert):
+    """`call_by_row` in JAX: a loop over each layer's rows, with a gradient that is one too.
+
+    JAX's own gradient would add up the weights of all layers at every row. This one calls the
+    layers again. What they keep (seeds, statistics) is carried from row to row both times.
+    """
+    import jax
+    from jax import lax
+
+    start_E, end_E = _spans(row_expert, len(layers))
+    weights = [[ops.convert_to_tensor(v) for v in one.trainable_variables] for one in layers]
+    states = [[ops.stop_gradient(v) for v in one.non_trainable_variables] for one in layers]
+
+    def call(layer, weights, state, x_CD):
+        # Not `stateless_call`: it would not tell the layer whether it is training.
+        values = [
+            *zip(layer.trainable_variables, weights, strict=True),
+            *zip(layer.non_trainable_variables, state, strict=True),
+        ]
+        with keras.StatelessScope(values) as scope:
+            y_CF = _call(layer, x_CD)
+        return y_CF, [scope.get_current_value(v) for v in layer.non_trainable_variables]
+
+    @jax.custom_gradient
+    def call_all(x_RCD, weights):
+        x_RCD = ops.convert_to_tensor(x_RCD)
+
+        def forward(e, y_RCF):
+            def of_row(row, carried):
+                y_RCF, state = carried
+                y_CF, state = call(layers[e], weights[e], state, x_RCD[row])
+                return y_RCF.at[row].set(y_CF), state
+
+            return lax.fori_loop(start_E[e], end_E[e], of_row, (y_RCF, states[e]))
+
+        def backward(e, by_x_RCD, upstream_RCF):
+            def of_row(row, carried):
+                by_x_RCD, by_weights, state = carried
+                _, gradients, state = jax.vjp(
+                    lambda weights, x_CD: call(layers[e], weights, state, x_CD),
+                    weights[e],
+                    x_RCD[row],
+                    has_aux=True,
+                )
+                more, by_x_CD = gradients(upstream_RCF[row])
+                by_weights = [a + b for a, b in zip(by_weights, more, strict=True)]
+                return by_x_RCD.at[row].set(by_x_CD), by_weights, state
+
+            zeros = [ops.zeros_like(w) for w in weights[e]]
+            carried = (by_x_RCD, zeros, states[e])
+            return lax.fori_loop(start_E[e], end_E[e], of_row, carried)[:2]
+
+        def gradient(upstream):
+            upstream_RCF, _ = upstream
+            by_x_RCD, by_weights = ops.zeros_like(x_RCD), []
+            for e in range(len(layers)):
+                by_x_RCD, by_own = backward(e, by_x_RCD, upstream_RCF)
+                by_weights.append(by_own)
+            return by_x_RCD, by_weights
+
+        y_RCF, updated = ops.zeros((*x_RCD.shape[:2], width), x_RCD.dtype), []
+        for e in range(len(layers)):
+            y_RCF, state = forward(e, y_RCF)
+            updated.append(state)
+        return (y_RCF, updated), gradient
+
+    y_RCF, updated = call_all(x_RCD, weights)
+    for layer, state in zip(layers, updated, strict=True):
+        for variable, value in zip(layer.non_trainable_variables, state, strict=True):
             variable.assign(value)
-    return y_RCD
+    return y_RCF
