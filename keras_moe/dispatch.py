@@ -14,10 +14,9 @@ expert axis), C slots per row, M = R*G*C slots in all.
 
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
-from keras_moe.ops import add_rows, take_rows, with_gradient
+from keras_moe.ops import add_rows, sum_rows, take_rows, with_gradient
 from keras_moe.slots import pool_groups
 
 
@@ -83,21 +82,11 @@ class _Seats(NamedTuple):
         return take_rows(x_TD, self.token_M)
 
     def to_tokens(self, x_MD, weight_M=None):
-        """Sums each token's slots, in float32 where they may be many."""
-        if self.slot_TK is None:
-            if weight_M is not None:
-                x_MD = x_MD * ops.cast(weight_M[:, None], x_MD.dtype)
-            return add_rows(x_MD, self.token_M, self.num_tokens)
-        k = self.slot_TK.shape[1]
-        dtype = x_MD.dtype if k == 1 else keras.backend.result_type(x_MD.dtype, "float32")
-        y_TD = None
-        for choice in range(k):
-            slot_T = self.slot_TK[:, choice]
-            taken_TD = ops.cast(take_rows(x_MD, slot_T), dtype)
-            if weight_M is not None:
-                taken_TD *= ops.cast(take_rows(weight_M[:, None], slot_T), dtype)
-            y_TD = taken_TD if y_TD is None else y_TD + taken_TD
-        return ops.cast(y_TD, x_MD.dtype)
+        if self.slot_TK is not None:
+            return sum_rows(x_MD, self.slot_TK, weight_M)
+        if weight_M is not None:
+            x_MD = x_MD * ops.cast(weight_M[:, None], x_MD.dtype)
+        return add_rows(x_MD, self.token_M, self.num_tokens)
 
 
 def _seats(routing, num_tokens):

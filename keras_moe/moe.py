@@ -121,7 +121,7 @@ class MixtureOfExperts(keras.layers.Layer):
         for loss in self.router.auxiliary_losses(routing):
             self.add_loss(loss)
         for variable, value in zip(self.statistics, metrics.statistics(routing), strict=True):
-            variable.assign_add(ops.stop_gradient(value))
+            variable.assign_add(value)
         return self._join(y_GSD, inputs)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):

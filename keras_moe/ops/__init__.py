@@ -4,7 +4,7 @@ from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, uniform
 from keras_moe.ops.products import IMPLEMENTATIONS, expert_product, row_size
-from keras_moe.ops.rows import add_rows, take_rows, top_k
+from keras_moe.ops.rows import add_rows, sum_rows, take_rows, top_k
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -14,6 +14,7 @@ __all__ = [
     "dropout",
     "expert_product",
     "row_size",
+    "sum_rows",
     "take_rows",
     "top_k",
     "uniform",

@@ -56,6 +56,29 @@ def take_rows(x_MD, index):
     return taken
 
 
+def sum_rows(x_MD, index_TK, weight_M=None):
+    """Sums K rows for every place, in float32 at least where they are several.
+
+    Args:
+        x_MD: `[M, D]` tensor.
+        index_TK: `[T, K]` integers in `[0, M]`; M adds nothing.
+        weight_M: `[M]` tensor, what each row is multiplied by; `None`: nothing.
+
+    Returns:
+        `[T, D]` tensor like `x_MD`.
+    """
+    k = index_TK.shape[1]
+    dtype = x_MD.dtype if k == 1 else keras.backend.result_type(x_MD.dtype, "float32")
+    total_TD = None
+    for choice in range(k):
+        index_T = index_TK[:, choice]
+        row_TD = ops.cast(take_rows(x_MD, index_T), dtype)
+        if weight_M is not None:
+            row_TD *= ops.cast(take_rows(weight_M[:, None], index_T), dtype)
+        total_TD = row_TD if total_TD is None else total_TD + row_TD
+    return ops.cast(total_TD, x_MD.dtype)
+
+
 def add_rows(x_MD, index_M, num_rows):
     """Sums rows into `num_rows` places, in float32 at least; one past the last is thrown away.
 

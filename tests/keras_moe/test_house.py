@@ -8,9 +8,12 @@ import pytest
 import keras_moe
 
 ORDER = (
+    "ops.torch_only",
     "ops.rows",
     "ops.noise",
+    "ops.gradients",
     "ops.products",
+    "ops.calls",
     "ops.__init__",
     "slots",
     "losses",

@@ -48,6 +48,18 @@ class TestRows:
         rows = moe_ops.take_rows(tensor(self.X), tensor([[1, 2], [0, 1]], "int32"))
         assert numpy(rows).tolist() == [[[3, 4], [0, 0]], [[1, 2], [3, 4]]]
 
+    def test_sum_rows_times_their_weights(self):
+        index = tensor([[1, 0], [2, 1], [2, 2]], "int32")
+        summed = moe_ops.sum_rows(tensor(self.X), index, tensor([10.0, 100.0]))
+        assert numpy(summed).tolist() == [[310, 420], [300, 400], [0, 0]]
+        assert numpy(moe_ops.sum_rows(tensor(self.X), index)).tolist() == [[4, 6], [3, 4], [0, 0]]
+
+    def test_sum_rows_sums_bfloat16_in_float32(self):
+        x = tensor([[256.0], [1.0]], "bfloat16")
+        summed = moe_ops.sum_rows(x, tensor([[0, 1, 1]], "int32"))
+        assert ops.dtype(summed) == "bfloat16"
+        assert numpy(ops.cast(summed, "float32")).tolist() == [[258]]  # one by one: 256
+
     def test_add_rows_past_the_last_is_thrown_away(self):
         rows = tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
         summed = moe_ops.add_rows(rows, tensor([2, 3, 2], "int32"), 3)
