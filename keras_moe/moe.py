@@ -17,8 +17,8 @@ from keras_moe.routing import Router
 class MixtureOfExperts(keras.layers.Layer):
     """Sends every token to a few experts and sums what they make of it.
 
-    Only the chosen experts run, on the tokens that chose them (or that they chose). A token that no
-    expert serves comes out as exactly zero: put a residual connection around the layer.
+    An expert gets the tokens that chose it (or that it chose), no others. A token that no expert
+    serves comes out as exactly zero: put a residual connection around the layer.
 
     The router's losses are added with `add_loss` (in evaluation too, as Keras does with all such
     losses), and routing statistics are kept in two
