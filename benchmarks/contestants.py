@@ -122,6 +122,20 @@ class NoExperts(TokenLayer):
         return inputs
 
 
+class WeightsAlone(TokenLayer):
+    """The experts' weights with next to no use of them: what they and their optimizer take."""
+
+    def __init__(self, num_experts, hidden, **kwargs):
+        super().__init__(**kwargs)
+        self.experts = experts(num_experts, hidden, gated=False)
+
+    def build(self, input_shape):
+        self.experts.build((None, None, input_shape[-1]))
+
+    def call(self, inputs):
+        return inputs * sum(ops.sum(kernel[0, 0]) for kernel in self.experts.trainable_variables)
+
+
 class OneHot(TokenLayer):
     """GShard's dispatch: products with a one-hot `[tokens, experts, capacity]`, top-1."""
 

@@ -4,8 +4,10 @@
 
 A few steps of `model.fit` with Adam, each model in a process of its own; the peak of the resident
 memory, less what the process held before the model was made. A sparse layer must hold its experts'
-weights, gradients and two moments; "beyond" is what it takes on top of those, relative to what the
-dense layer takes on top of its own. Writes `results/memory.json`.
+weights, gradients and two moments. "Beyond" is what it takes on top of those, relative to what the
+dense layer takes on top of its own; "the layer's own" is what it takes on top of a model of the
+experts' weights alone, since Keras' Adam makes temporaries of their size. Writes
+`results/memory.json`.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from pathlib import Path
 from benchmarks.processes import BACKENDS, RESULTS, measured, save
 
 SIZES = {"tokens": 8192, "width": 512, "hidden": 2048, "experts": 32}
-CONTESTANTS = ("dense", "switch", "expert choice", "dense of top-2", "top-2")
+ALONE = "weights alone"
+CONTESTANTS = ("dense", "switch", "expert choice", "dense of top-2", "top-2", ALONE)
 
 
 def main():
@@ -61,11 +64,13 @@ def measure(options):
             keras_moe.ExpertChoiceRouter(capacity_factor=1.0), experts, hidden, False
         ),
         "top-2": lambda: c.moe(keras_moe.TopKRouter(2), experts, hidden, False),
+        ALONE: lambda: c.WeightsAlone(experts, hidden),
     }[options.measure]()
     warm = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
     warm.compile("adam", "mse")
     warm.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)  # the backend's own buffers
-    numbers = np.concatenate([token_numbers(options.tokens)] * 2)
+    tokens = 64 if options.measure == ALONE else options.tokens
+    numbers = np.concatenate([token_numbers(tokens)] * 2)
     targets, table = np.ones(numbers.shape, "float32"), token_table(options.width)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is forgotten
     before = peak()
@@ -83,12 +88,15 @@ def peak():
 
 def print_table(backend, results):
     print(f"\n{backend}: MiB at the peak of a training step")
-    print("| | peak | weights, gradients, moments | beyond, relative to dense |")
-    print("|---|---|---|---|")
+    print("| | peak | weights, gradients, moments | beyond | the layer's own |")
+    print("|---|---|---|---|---|")
     for name, figures in results.items():
         base = results["dense of top-2" if "top-2" in name else "dense"]
-        beyond = (figures["peak"] - figures["weights"]) / (base["peak"] - base["weights"])
-        print(f"| {name} | {figures['peak']:.0f} | {figures['weights']:.0f} | {beyond:.2f} |")
+        dense = base["peak"] - base["weights"]
+        beyond = (figures["peak"] - figures["weights"]) / dense
+        own = beyond if "dense" in name else (figures["peak"] - results[ALONE]["peak"]) / dense
+        numbers = f"{figures['peak']:.0f} | {figures['weights']:.0f} | {beyond:.2f} | {own:.2f}"
+        print(f"| {name} | {numbers} |")
     sys.stdout.flush()
 
 

@@ -26,13 +26,15 @@ def test_compares_with_the_dense_layer(monkeypatch, tmp_path, capsys):
         "expert choice": {"peak": 180, "weights": 80},
         "dense of top-2": {"peak": 220, "weights": 20},
         "top-2": {"peak": 330, "weights": 80},
+        "weights alone": {"peak": 100, "weights": 80},
     }
     monkeypatch.setattr(memory, "measured", lambda module, backend, given: figures[given[-1]])
     monkeypatch.setattr(sys, "argv", ["", *SIZES, "--backend", "jax", "--into", str(tmp_path)])
     memory.main()
     printed = capsys.readouterr().out
-    assert "| switch | 210 | 80 | 1.30 |" in printed
-    assert "| top-2 | 330 | 80 | 1.25 |" in printed
+    assert "| dense | 110 | 10 | 1.00 | 1.00 |" in printed
+    assert "| switch | 210 | 80 | 1.30 | 1.10 |" in printed
+    assert "| top-2 | 330 | 80 | 1.25 | 1.15 |" in printed
     results = json.loads((tmp_path / "memory.json").read_text())
     assert results["sizes"] == {"tokens": 64, "width": 8, "hidden": 16, "experts": 2}
     assert results["backends"]["jax"]["mebibytes"] == figures
