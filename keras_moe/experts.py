@@ -249,7 +249,7 @@ class LayerExperts(keras.layers.Layer):
 
     def call(self, inputs, row_expert=None, training=False):
         inputs = ops.cast(inputs, self.compute_dtype)
-        return call_by_row(self.layers, inputs, self.output_dim, row_expert)
+        return call_by_row(self.layers, inputs, self.output_dim, row_expert, training)
 
     def compute_output_shape(self, input_shape, row_expert=None):
         return (*input_shape[:-1], self._widths(input_shape[-1])[0])

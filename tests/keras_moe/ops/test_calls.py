@@ -115,6 +115,26 @@ def test_gradient_drops_what_the_output_drops(jit):
     assert len(np.unique(y[0], axis=0)) == 16  # no two tokens alike
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="the others keep their context")
+def test_rematerialises_within_a_larger_function():
+    """JAX traces it again where Keras no longer knows that this is training."""
+    import jax
+
+    bank = LayerExperts([keras.layers.Dropout(0.5, seed=seed) for seed in range(2)])
+    bank.build((None, None, 64))
+    state = [v.value for v in bank.non_trainable_variables]
+
+    @jax.checkpoint
+    def function(x):
+        row_expert = ops.cast(x[:, 0, 0], "int32")
+        return bank.stateless_call([], state, x, row_expert=row_expert, training=True)[0]
+
+    x = ops.ones((3, 1, 64))
+    by_x = jax.grad(lambda x: ops.sum(function(x)))(x)
+    np.testing.assert_array_equal(numpy(by_x), numpy(function(x)))
+    assert set(np.unique(by_x)) == {0, 2}
+
+
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="XLA's loop is TensorFlow's own")
 def test_no_row_makes_weights_of_its_own():
     bank = LayerExperts([keras.layers.Dense(8, activation="relu") for _ in range(4)])
