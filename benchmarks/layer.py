@@ -1,6 +1,6 @@
 """What a layer costs against the dense layer of the same active FLOPs, and against its peers.
 
-    python -m benchmarks.layer                  all but `gpu`, about half an hour on 2 cores
+    python -m benchmarks.layer                  all but `gpu`, about an hour on 2 cores
     python -m benchmarks.layer step             a `model.fit` step: dense, Switch, top-k dropless,
                                                 expert choice, and the bare products of each
     python -m benchmarks.layer parts            what of that step is routing, dispatch, metrics
