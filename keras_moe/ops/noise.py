@@ -23,13 +23,36 @@ def uniform(shape, minval, maxval, seed_generator):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        seed = tf.bitcast(ops.cast(seed_generator.next(), "uint32"), "int32")
+        seed = _philox_seed(seed_generator)
         return tf.random.stateless_uniform(shape, seed, minval, maxval, alg="philox")
     if keras.backend.backend() == "torch":
         from keras_moe.ops.torch_only import uniform
 
         return uniform(shape, minval, maxval, seed_generator.next())
     return keras.random.uniform(shape, minval, maxval, dtype="float32", seed=seed_generator)
+
+
+def normal(shape, seed_generator):
+    """Standard normal float32 noise; on TensorFlow by Philox, see `uniform`.
+
+    Args:
+        shape: of the noise.
+        seed_generator: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor of `shape`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.random.stateless_normal(shape, _philox_seed(seed_generator), alg="philox")
+    return keras.random.normal(shape, dtype="float32", seed=seed_generator)
+
+
+def _philox_seed(seed_generator):
+    import tensorflow as tf
+
+    return tf.bitcast(ops.cast(seed_generator.next(), "uint32"), "int32")
 
 
 def dropout(x, rate, seed_generator):
