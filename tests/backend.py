@@ -171,6 +171,11 @@ def _torch_cost(function, arguments):
             result = operation(*args, **(kwargs or {}))
             if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
                 products.append(result.numel() * args[0].shape[-1])
+            if operation.overloadpacket is torch.ops.aten._grouped_mm:
+                rows = int(kwargs["offs"][-1] if kwargs else args[2][-1])
+                (*_, dim), (*_, hidden) = args[0].shape, args[1].shape
+                contracted = dim if args[1].ndim == 3 else len(args[0])
+                products.append(rows * contracted * hidden)
             for made in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(made, torch.Tensor):
                     sizes.append(made.untyped_storage().nbytes() // made.element_size())

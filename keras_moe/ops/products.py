@@ -96,7 +96,8 @@ def _fastest_as_needed(kernel_EDF=None):
     backend = keras.backend.backend()
     if backend == "tensorflow" or _on_cpu(backend):
         return "loop"
-    return "grouped" if backend == "jax" or _is_aligned(kernel_EDF) else "loop"
+    aligned = backend == "jax" or kernel_EDF is None or _is_aligned(kernel_EDF)
+    return "grouped" if aligned else "loop"
 
 
 def _on_cpu(backend):
@@ -124,11 +125,9 @@ def _compiles():
     return backend == "jax"
 
 
-def _is_aligned(kernel_EDF):
-    """Whether PyTorch's grouped product takes the kernel: its rows are multiples of 16 bytes."""
-    return kernel_EDF is None or all(
-        dim * kernel_EDF.element_size() % 16 == 0 for dim in kernel_EDF.shape[1:]
-    )
+def _is_aligned(*tensors):
+    """Whether PyTorch's grouped product takes them: their rows are multiples of 16 bytes."""
+    return all(dim * t.element_size() % 16 == 0 for t in tensors for dim in t.shape[1:])
 
 
 def _grouped(x_RCD, kernel_EDF, row_expert):
@@ -356,10 +355,14 @@ def _torch_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
     rows, slots, dim = x_RCD.shape
     kernel_EDF = kernel_EDF.mT if transposed else kernel_EDF
     x_MD = x_RCD.reshape(-1, dim)
-    y_MF = x_MD.new_empty((len(x_MD), kernel_EDF.shape[2]))
-    end = 0
-    for expert, start, end in _torch_spans(spans, slots):
-        torch.mm(x_MD[start:end], kernel_EDF[expert], out=y_MF[start:end])
+    end = int(spans[1][-1]) * slots
+    if len(x_MD) >= len(kernel_EDF) and _is_aligned(kernel_EDF):
+        # On a CPU the same loop in C++, which stops at every expert, busy or not.
+        y_MF = torch.nn.functional.grouped_mm(x_MD, kernel_EDF, offs=spans[1] * slots)
+    else:
+        y_MF = x_MD.new_empty((len(x_MD), kernel_EDF.shape[2]))
+        for expert, start, end in _torch_spans(spans, slots):
+            torch.mm(x_MD[start:end], kernel_EDF[expert], out=y_MF[start:end])
     y_MF[end:] = 0.0  # nobody's
     return y_MF.reshape(rows, slots, -1)
 
@@ -369,6 +372,8 @@ def _torch_times_rows(x_RCD, y_RCF, spans):
 
     _, slots, dim = x_RCD.shape
     x_MD, y_MF = x_RCD.reshape(-1, dim), y_RCF.reshape(-1, y_RCF.shape[2])
+    if _is_aligned(x_MD, y_MF):
+        return torch.nn.functional.grouped_mm(x_MD.T, y_MF, offs=spans[1] * slots)
     result_EDF = x_MD.new_empty((len(spans[0]), dim, y_MF.shape[1]))
     for expert, start, end in _torch_spans(spans, slots, busy=False):
         torch.mm(x_MD[start:end].T, y_MF[start:end], out=result_EDF[expert])

@@ -86,6 +86,17 @@ def test_is_one_product_per_row(rows, implementation, jit):
         np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_loop_of_any_width():
+    """PyTorch's grouped product, which the loop is where it can, wants multiples of 16 bytes."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(7, 3, 7)), rng.normal(size=(4, 7, 5))
+    cotangent, row_expert = rng.normal(size=(7, 3, 5)), ROWS["several each"]
+    y, _, by_x, (by_kernel,) = run(Product(kernel, row_expert, "loop"), x, cotangent)
+    expected = by_hand(x, kernel, cotangent, row_expert)
+    for given, wanted in zip((y, by_x, by_kernel), expected, strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", implementations([0]))
 def test_bfloat16_sums_rows_in_float32(implementation):
     # 600 rows of 1 and a gradient of 1: bfloat16 has no number between 256 and 258, and would
