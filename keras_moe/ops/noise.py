@@ -1,5 +1,7 @@
 """Random numbers, quickly on every backend."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -9,7 +11,8 @@ def uniform(shape, minval, maxval, seed_generator):
 
     TensorFlow leaves the generator to XLA, whose choice on CPUs is 80 times slower than Philox
     (2 million numbers: 940 ms against 11), so there Philox is asked for by name. On PyTorch Keras
-    writes the numbers three times, here they are drawn in their range.
+    writes the numbers three times; here they are drawn in their range. On JAX 16 bits of randomness
+    per number, 65,536 steps, take half the time of 32.
 
     Args:
         shape: of the noise.
@@ -20,16 +23,21 @@ def uniform(shape, minval, maxval, seed_generator):
     Returns:
         Tensor of `shape`.
     """
-    if keras.backend.backend() == "tensorflow":
+    backend, seed = keras.backend.backend(), seed_generator.next()
+    if backend == "jax":
+        import jax
+
+        size = math.prod(shape)
+        pairs = jax.random.bits(seed, ((size + 1) // 2,), "uint32")
+        bits = jax.lax.bitcast_convert_type(pairs, "uint16").reshape(-1)[:size].reshape(shape)
+        return minval + (maxval - minval) / 65536 * bits.astype("float32")
+    if backend == "tensorflow":
         import tensorflow as tf
 
-        seed = _philox_seed(seed_generator)
-        return tf.random.stateless_uniform(shape, seed, minval, maxval, alg="philox")
-    if keras.backend.backend() == "torch":
-        from keras_moe.ops.torch_only import uniform
+        return tf.random.stateless_uniform(shape, _philox(seed), minval, maxval, alg="philox")
+    from keras_moe.ops.torch_only import uniform
 
-        return uniform(shape, minval, maxval, seed_generator.next())
-    return keras.random.uniform(shape, minval, maxval, dtype="float32", seed=seed_generator)
+    return uniform(shape, minval, maxval, seed)
 
 
 def normal(shape, seed_generator):
@@ -45,14 +53,15 @@ def normal(shape, seed_generator):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.random.stateless_normal(shape, _philox_seed(seed_generator), alg="philox")
+        return tf.random.stateless_normal(shape, _philox(seed_generator.next()), alg="philox")
     return keras.random.normal(shape, dtype="float32", seed=seed_generator)
 
 
-def _philox_seed(seed_generator):
+def _philox(seed):
+    """A seed of Keras as TensorFlow wants it."""
     import tensorflow as tf
 
-    return tf.bitcast(ops.cast(seed_generator.next(), "uint32"), "int32")
+    return tf.bitcast(ops.cast(seed, "uint32"), "int32")
 
 
 def dropout(x, rate, seed_generator):
