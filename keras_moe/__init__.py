@@ -3,7 +3,15 @@
 from keras_moe import callbacks, losses, metrics
 from keras_moe.experts import FeedForwardExperts, LayerExperts
 from keras_moe.moe import MixtureOfExperts
-from keras_moe.routing import ExpertChoiceRouter, Router, Routing, SwitchRouter, TopKRouter
+from keras_moe.routing import (
+    ExpertChoiceRouter,
+    NoisyTopKRouter,
+    Router,
+    Routing,
+    SoftmaxRouter,
+    SwitchRouter,
+    TopKRouter,
+)
 
 __version__ = "0.1.0"
 
@@ -12,8 +20,10 @@ __all__ = [
     "FeedForwardExperts",
     "LayerExperts",
     "MixtureOfExperts",
+    "NoisyTopKRouter",
     "Router",
     "Routing",
+    "SoftmaxRouter",
     "SwitchRouter",
     "TopKRouter",
     "callbacks",

@@ -1,8 +1,11 @@
 """Auxiliary losses: pure functions of what a router returns. All are float32 and skip padding."""
 
+import math
+
 from keras import ops
 
 from keras_moe import slots
+from keras_moe.ops import top_k
 
 
 def load_balancing(probabilities, expert_index, mask=None):
@@ -51,6 +54,62 @@ def router_z(logits, mask=None):
     """
     logits = _without_padding(ops.cast(logits, "float32"), mask)
     return _mean(ops.square(ops.logsumexp(logits, axis=-1, keepdims=True)), mask)[0]
+
+
+def importance(weights, mask=None):
+    """How unequal the experts' importance is: the squared coefficient of variation over experts.
+
+    The importance of an expert is the sum of its weights over all tokens. 0 when all are equal,
+    `E - 1` when one expert has everything; the number of tokens does not matter.
+
+    Source: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 6-7, without its weight.
+
+    Args:
+        weights: `[..., experts]`, each token's weight of each expert, 0 where it was not chosen.
+        mask: `[...]` booleans, `False` for padding.
+
+    Returns:
+        A scalar.
+    """
+    return _squared_variation(_mean(ops.cast(weights, "float32"), mask))
+
+
+def load(logits, noisy_logits, noise_scale, k, mask=None):
+    """How unequal the experts' load is, with a gradient: the squared coefficient of variation.
+
+    The load of an expert is the sum over tokens of the probability that the expert is among the
+    token's `k` largest logits if its own noise, and no other, were drawn anew:
+    `Phi((logit - threshold) / noise_scale)`, the threshold being the `k`-th largest noisy logit of
+    the other experts. With `k` experts in all every probability is 1, and the loss is 0.
+
+    Source: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 8-11, without its weight.
+
+    Args:
+        logits: `[..., experts]` logits without noise.
+        noisy_logits: `[..., experts]` logits with noise, by which experts are chosen.
+        noise_scale: `[..., experts]` standard deviation of the noise, positive.
+        k: experts per token.
+        mask: `[...]` booleans, `False` for padding.
+
+    Returns:
+        A scalar.
+    """
+    logits, noisy_logits, noise_scale = (
+        ops.cast(x, "float32") for x in (logits, noisy_logits, noise_scale)
+    )
+    if k >= logits.shape[-1]:
+        return ops.zeros(())
+    largest, _ = top_k(noisy_logits, k + 1)
+    kth, next_one = largest[..., k - 1 : k], largest[..., k:]
+    threshold = ops.where(noisy_logits > next_one, next_one, kth)
+    deviations = (logits - threshold) / ops.maximum(noise_scale, 1e-6)
+    probability = 0.5 * (1.0 + ops.erf(deviations / math.sqrt(2)))
+    return _squared_variation(_mean(probability, mask))
+
+
+def _squared_variation(x):
+    """Variance over squared mean; 0 where all of `x` is 0."""
+    return ops.var(x) / ops.maximum(ops.square(ops.mean(x)), 1e-30)
 
 
 def _mean(x, mask):

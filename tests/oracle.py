@@ -125,6 +125,29 @@ def router_z(logits, mask=None):
     return float(np.mean(log_sum[valid] ** 2))
 
 
+def squared_variation(x):
+    return float(np.var(x) / np.mean(x) ** 2)
+
+
+def importance(weight, mask=None):
+    """Shazeer et al. 2017, Eqs. 6-7."""
+    valid = np.ones(weight.shape[:-1], bool) if mask is None else mask
+    return squared_variation(weight[valid].sum(axis=0))
+
+
+def load(logits, noisy_logits, noise_scale, k, mask=None):
+    """Shazeer et al. 2017, Eqs. 8-11."""
+    num_experts = logits.shape[-1]
+    total = np.zeros(num_experts)
+    for at in np.ndindex(*logits.shape[:-1]):
+        for e in range(num_experts):
+            if mask is None or mask[at]:
+                others = np.sort(np.delete(noisy_logits[at], e))[::-1]
+                z = (logits[at][e] - others[k - 1]) / noise_scale[at][e] if k < num_experts else 9
+                total[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    return squared_variation(total)
+
+
 def gradient(function, arrays, step=1e-6):
     """Central differences of a scalar function of a list of float64 arrays."""
     result = []

@@ -2,7 +2,7 @@
 
 from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
-from keras_moe.ops.noise import drop, dropout, uniform
+from keras_moe.ops.noise import drop, dropout, normal, uniform
 from keras_moe.ops.products import IMPLEMENTATIONS, expert_product, row_size
 from keras_moe.ops.rows import add_rows, sum_rows, take_rows, top_k
 
@@ -13,6 +13,7 @@ __all__ = [
     "drop",
     "dropout",
     "expert_product",
+    "normal",
     "row_size",
     "sum_rows",
     "take_rows",

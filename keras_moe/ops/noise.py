@@ -34,11 +34,34 @@ def uniform(shape, minval, maxval, seed_generator):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        seed = tf.bitcast(ops.cast(seed, "uint32"), "int32")
-        return tf.random.stateless_uniform(shape, seed, minval, maxval, alg="philox")
+        return tf.random.stateless_uniform(shape, _philox(seed), minval, maxval, alg="philox")
     from keras_moe.ops.torch_only import uniform
 
     return uniform(shape, minval, maxval, seed)
+
+
+def normal(shape, seed_generator):
+    """Standard normal float32 noise; on TensorFlow by Philox, see `uniform`.
+
+    Args:
+        shape: of the noise.
+        seed_generator: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Tensor of `shape`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.random.stateless_normal(shape, _philox(seed_generator.next()), alg="philox")
+    return keras.random.normal(shape, dtype="float32", seed=seed_generator)
+
+
+def _philox(seed):
+    """A seed of Keras as TensorFlow wants it."""
+    import tensorflow as tf
+
+    return tf.bitcast(ops.cast(seed, "uint32"), "int32")
 
 
 def dropout(x, rate, seed_generator):

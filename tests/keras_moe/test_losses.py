@@ -86,3 +86,57 @@ class TestRouterZ:
         loss = losses.router_z(ops.cast(np.full((4, 8), 300.0, "float32"), "bfloat16"))
         assert ops.dtype(loss) == "float32"
         assert value(loss) == pytest.approx((300 + np.log(8)) ** 2, rel=1e-4)
+
+
+class TestImportance:
+    def test_zero_when_all_experts_weigh_the_same(self):
+        assert value(losses.importance(np.full((3, 5, 4), 0.25))) == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("tokens", [1, 7])
+    def test_one_less_than_the_experts_at_full_collapse(self, tokens):
+        weights = one_hot([2] * tokens, 4)
+        assert value(losses.importance(weights)) == pytest.approx(3, rel=1e-6)
+
+    def test_by_hand_and_without_padding(self):
+        # Sums 1, 2, 3: mean 2, variance 2/3, so 1/6. The padding would make it 7, 2, 3.
+        weights = np.array([[1.0, 0, 1], [0, 2, 2], [6, 0, np.nan]])
+        loss = losses.importance(weights, np.array([True, True, False]))
+        assert value(loss) == pytest.approx(1 / 6, rel=1e-6)
+
+    def test_nothing_but_padding_is_zero(self):
+        assert value(losses.importance(np.ones((2, 3)), np.zeros(2, bool))) == 0
+
+
+class TestLoad:
+    def draws(self, tokens=3, experts=5, seed=0):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=(tokens, experts))
+        scale = rng.uniform(0.3, 2, size=(tokens, experts))
+        return logits, logits + rng.normal(size=(tokens, experts)) * scale, scale
+
+    @pytest.mark.parametrize("k", [1, 2, 4, 5])
+    def test_is_the_equations(self, k):
+        mask = np.array([True, True, False])
+        arrays = self.draws()
+        expected = oracle.load(*arrays, k, mask)
+        assert value(losses.load(*arrays, k, mask)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_probability_is_how_often_a_new_draw_is_among_the_largest(self, k):
+        """One token: the loss follows from the probabilities that sampling finds."""
+        logits, noisy, scale = self.draws(tokens=1)
+        rng = np.random.default_rng(1)
+        share = np.zeros(5)
+        for e in range(5):
+            again = np.repeat(noisy, 200_000, axis=0)
+            again[:, e] = logits[0, e] + rng.normal(size=200_000) * scale[0, e]
+            share[e] = np.mean(np.argsort(again, axis=-1)[:, -k:] == e) * k
+        expected = oracle.squared_variation(share)
+        assert value(losses.load(logits, noisy, scale, k)) == pytest.approx(expected, rel=0.02)
+
+    def test_all_experts_chosen_is_zero(self):
+        assert value(losses.load(*self.draws(), 5)) == 0
+
+    def test_no_noise_is_finite(self):
+        logits, _, scale = self.draws()
+        assert np.isfinite(value(losses.load(logits, logits, 0 * scale, 2)))

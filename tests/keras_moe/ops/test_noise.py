@@ -16,6 +16,16 @@ class TestNoise:
         assert noise.mean() == pytest.approx(3, abs=0.03)
         assert noise.std() == pytest.approx(2 / np.sqrt(12), abs=0.02)
 
+    def test_normal(self):
+        one, two = keras.random.SeedGenerator(1), keras.random.SeedGenerator(1)
+        noise = numpy(moe_ops.normal((10_000,), one))
+        assert noise.dtype == "float32"
+        assert noise.mean() == pytest.approx(0, abs=0.05) and noise.std() == pytest.approx(
+            1, abs=0.03
+        )
+        np.testing.assert_array_equal(noise, numpy(moe_ops.normal((10_000,), two)))
+        assert (noise != numpy(moe_ops.normal((10_000,), one))).all()
+
     def test_uniform_is_seeded_and_new_at_every_call(self):
         one, two = keras.random.SeedGenerator(1), keras.random.SeedGenerator(1)
         first = numpy(moe_ops.uniform((8,), 0.0, 1.0, one))

@@ -1,0 +1,18 @@
+"""Routers: they decide which expert sees which token, and return that decision as plain tensors."""
+
+from keras_moe.routing.base import Router, Routing, seat_choices
+from keras_moe.routing.expert_choice import ExpertChoiceRouter
+from keras_moe.routing.noisy import NoisyTopKRouter
+from keras_moe.routing.softmax import SoftmaxRouter
+from keras_moe.routing.token_choice import SwitchRouter, TopKRouter
+
+__all__ = [
+    "ExpertChoiceRouter",
+    "NoisyTopKRouter",
+    "Router",
+    "Routing",
+    "SoftmaxRouter",
+    "SwitchRouter",
+    "TopKRouter",
+    "seat_choices",
+]

@@ -1,0 +1,178 @@
+"""A router's decision as plain tensors, and what all routers have in common.
+
+G groups, S tokens per group, D width, E experts, K experts per token, R rows of slots, C slots per
+row (see `slots.py`). Logits, softmax and selection are float32 under every dtype policy, the
+selective precision of Switch Transformers (https://arxiv.org/abs/2101.03961), section 2.4.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe import losses, slots
+from keras_moe.ops import uniform
+
+
+class Routing(NamedTuple):
+    """A router's decision; losses, dispatch and metrics are functions of this data alone."""
+
+    token_index: Any  # [G, R, C] the token in each slot, counted within its group; S where empty
+    weight: Any  # [G, R, C] float32, what the slot's output is multiplied by; 0 where empty
+    slot_index: Any  # [G, S, K] the slot r*C + c of each choice; R*C dropped; None: experts chose
+    row_expert: Any  # [R] the expert of each row, E: nobody's; None when row e is expert e's
+    expert_index: Any  # [G, S, K] the chosen experts, before dropping; E for padding; None as above
+    logits: Any  # [G, S, E] float32
+    probabilities: Any  # [G, S, E] float32
+    mask: Any  # [G, S] booleans, False for padding; None when there is none
+    clean_logits: Any = None  # [G, S, E] float32, the logits without noise; None: there is no noise
+    noise_scale: Any = None  # [G, S, E] float32, the standard deviation of the noise
+
+
+def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compact=False):
+    """Seats the tokens' choices: the first four fields of a `Routing`.
+
+    Args:
+        expert_index_GSK: `[groups, tokens, k]` integers; `num_experts` marks padding.
+        weight_GSK: `[groups, tokens, k]` float32 weights.
+        num_experts: integer.
+        capacity: slots per expert and group; `None` seats every choice.
+        compact: whether experts get as many rows as they need, the groups pooled, with a capacity
+            too; without one they always do.
+
+    Returns:
+        Tuple `(token_index, weight, slot_index, row_expert)`.
+    """
+    groups, tokens, k = ops.shape(expert_index_GSK)
+    expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
+    if capacity is None or compact:
+        table = slots.by_rows(expert_index_GN, num_experts, capacity)
+        weight_GN = ops.reshape(weight_GSK, (1, groups * tokens * k))
+    else:
+        table = slots.by_capacity(expert_index_GN, num_experts, capacity)
+        weight_GN = ops.reshape(weight_GSK, (groups, tokens * k))
+    weight_GRC = slots.look_up(weight_GN, table.assignment_index)
+    slot_index_GSK = ops.reshape(table.slot_index, (groups, tokens, k))
+    return table.assignment_index // k, weight_GRC, slot_index_GSK, table.row_expert
+
+
+class Router(keras.layers.Layer):
+    """Base of all routers: one linear layer without bias, its weight named `kernel`.
+
+    Args:
+        num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
+        capacity_factor: capacity while training; see the subclasses.
+        eval_capacity_factor: capacity in inference.
+        jitter: multiplies the router's input, and nothing else, by uniform noise from
+            `[1 - jitter, 1 + jitter]` while training (Switch Transformers, App. C).
+        router_z_weight: weight of `keras_moe.losses.router_z`.
+        kernel_initializer: initializer of the `[dim, num_experts]` kernel. The default is the one
+            of the public Switch and expert choice models.
+        seed: integer, seed of the jitter.
+    """
+
+    def __init__(
+        self,
+        num_experts=None,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        jitter=0.0,
+        router_z_weight=0.0,
+        kernel_initializer=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**{"name": "router", **kwargs, "dtype": "float32"})
+        if num_experts is not None and num_experts < 1:
+            raise ValueError(
+                f"`num_experts` must be a positive integer. Received: num_experts={num_experts}"
+            )
+        for name, factor in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
+            if factor is not None and factor <= 0:
+                raise ValueError(
+                    f"`{name}` must be a positive number or None. Received: {name}={factor}"
+                )
+        if not 0 <= jitter < 1:
+            raise ValueError(f"`jitter` must be in [0, 1). Received: jitter={jitter}")
+        self.num_experts = num_experts
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.jitter = jitter
+        self.router_z_weight = router_z_weight
+        self.kernel_initializer = keras.initializers.get(
+            kernel_initializer or keras.initializers.TruncatedNormal(stddev=0.02)
+        )
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.supports_masking = True
+        self.built = False
+
+    def set_num_experts(self, num_experts):
+        """Tells the router how many experts there are; it must agree with what it was told before.
+
+        Raises:
+            ValueError: if the router was made for another number of experts.
+        """
+        if self.num_experts not in (None, num_experts):
+            raise ValueError(
+                "The router and the experts must agree in number. Received: a router with "
+                f"num_experts={self.num_experts} for num_experts={num_experts} experts"
+            )
+        self.num_experts = num_experts
+
+    def build(self, input_shape):
+        if self.num_experts is None:
+            raise ValueError(
+                "`num_experts` must be given to a router that is used on its own. "
+                "Received: num_experts=None"
+            )
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=self.kernel_initializer,
+        )
+
+    def score(self, inputs, mask=None, training=False):
+        """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""
+        logits = ops.matmul(self.prepare(inputs, mask, training), self.kernel)
+        return logits, ops.softmax(logits, axis=-1)
+
+    def prepare(self, inputs, mask=None, training=False):
+        """The inputs as the router sees them: float32, zeros for padding, with jitter."""
+        inputs = ops.cast(inputs, "float32")
+        if mask is not None:  # whatever stands there, or its gradient would be NaN where it is
+            inputs = ops.where(mask[..., None], inputs, 0.0)
+        if training and self.jitter > 0:
+            low, high = 1.0 - self.jitter, 1.0 + self.jitter
+            inputs = inputs * uniform(ops.shape(inputs), low, high, self.seed_generator)
+        return inputs
+
+    @property
+    def one_row_per_expert(self):
+        """Whether row `e` of the slots is expert `e`'s, in training and in inference."""
+        return True
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Plain: in a `keras.RematScope` a router has little to compute again, and its noise."""
+        return layer_call
+
+    def auxiliary_losses(self, routing):
+        """The router's own losses, each times its weight: a list of scalars."""
+        if self.router_z_weight == 0:
+            return []
+        return [self.router_z_weight * losses.router_z(routing.logits, routing.mask)]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "jitter": self.jitter,
+            "router_z_weight": self.router_z_weight,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "seed": self.seed,
+        }

@@ -1,0 +1,139 @@
+"""The noisy top-k gate of 2017. Letters as in `base.py`."""
+
+import keras
+from keras import ops
+
+from keras_moe import losses
+from keras_moe.ops import normal, top_k
+from keras_moe.routing.token_choice import TopKRouter
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class NoisyTopKRouter(TopKRouter):
+    """Every token goes to the `k` experts of its largest logits, to which it adds learnt noise.
+
+    Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), section 2.1 and appendix A.
+    `H = x kernel + normal * softplus(x noise_kernel)` while training, and the weights are the
+    softmax over the `k` largest entries of `H` (Eqs. 3-5). Both kernels start at zero, so that at
+    first the noise alone spreads the tokens over the experts. Without noise, in inference, equal
+    logits are told apart by the token's place in its group: a gate that has learnt nothing sends
+    the first token to experts 0, 1, ..., the next to 1, 2, ..., and not all of them to expert 0.
+
+    Two losses keep the experts busy: `keras_moe.losses.importance` (Eqs. 6-7) and
+    `keras_moe.losses.load` (Eqs. 8-11). The paper weighs both with 0.1 in language models, and
+    with 0.01 in translation.
+
+    Args:
+        k: experts per token; the paper's gate learns from the task for `k > 1` only. With `k=1` the
+            weight is the raw probability, as in `TopKRouter`.
+        num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
+        capacity_factor: slots per expert, relative to `k * tokens / num_experts`, while training;
+            `None` (the paper) drops nothing.
+        eval_capacity_factor: the same in inference.
+        min_capacity: fewest slots per expert and group.
+        importance_weight: weight of `keras_moe.losses.importance`.
+        load_weight: weight of `keras_moe.losses.load`.
+        jitter: see `Router`.
+        router_z_weight: weight of `keras_moe.losses.router_z`.
+        kernel_initializer: initializer of the `[dim, num_experts]` kernel.
+        noise_initializer: initializer of the `[dim, num_experts]` noise kernel.
+        seed: integer, seed of the noise and the jitter.
+
+    Call arguments, returns and raises: as `TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        k,
+        num_experts=None,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        min_capacity=4,
+        importance_weight=0.1,
+        load_weight=0.1,
+        jitter=0.0,
+        router_z_weight=0.0,
+        kernel_initializer="zeros",
+        noise_initializer="zeros",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            k,
+            num_experts,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            load_balancing_weight=0.0,
+            jitter=jitter,
+            router_z_weight=router_z_weight,
+            kernel_initializer=kernel_initializer,
+            seed=seed,
+            **kwargs,
+        )
+        self.importance_weight = importance_weight
+        self.load_weight = load_weight
+        self.noise_initializer = keras.initializers.get(noise_initializer)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.noise_kernel = self.add_weight(
+            name="noise_kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=self.noise_initializer,
+        )
+
+    def call(self, inputs, mask=None, training=False, compact=False):
+        inputs = self.prepare(inputs, mask, training)
+        clean_GSE = ops.matmul(inputs, self.kernel)
+        scale_GSE = ops.softplus(ops.matmul(inputs, self.noise_kernel))
+        logits_GSE = clean_GSE
+        if training:
+            noise_GSE = normal(ops.shape(clean_GSE), self.seed_generator)
+            logits_GSE = clean_GSE + noise_GSE * scale_GSE
+        probabilities_GSE = ops.softmax(logits_GSE, axis=-1)
+        routing = self.route(logits_GSE, probabilities_GSE, mask, training, compact)
+        return routing._replace(clean_logits=clean_GSE, noise_scale=scale_GSE)
+
+    def choose(self, probabilities_GSE, training):
+        if training:  # the noise leaves no ties
+            return super().choose(probabilities_GSE, training)
+        _, tokens, num_experts = ops.shape(probabilities_GSE)
+        first_S1 = ops.arange(tokens, dtype="int32")[:, None]
+        turned_SE = (first_S1 + ops.arange(num_experts, dtype="int32")) % num_experts
+        turned_GSE = ops.broadcast_to(turned_SE[None], ops.shape(probabilities_GSE))
+        weight_GSK, place_GSK = top_k(
+            ops.take_along_axis(probabilities_GSE, turned_GSE, axis=-1), self.k
+        )
+        return weight_GSK, (first_S1 + place_GSK) % num_experts
+
+    def auxiliary_losses(self, routing):
+        result = super().auxiliary_losses(routing)
+        if self.importance_weight != 0:
+            loss = losses.importance(self._gates(routing), routing.mask)
+            result.append(self.importance_weight * loss)
+        if self.load_weight != 0:
+            loss = losses.load(
+                routing.clean_logits, routing.logits, routing.noise_scale, self.k, routing.mask
+            )
+            result.append(self.load_weight * loss)
+        return result
+
+    def _gates(self, routing):
+        """`G(x)` of Eq. 3, `[groups, tokens, experts]`, before anything is dropped."""
+        last_GS1 = ops.minimum(routing.expert_index[..., -1:], self.num_experts - 1)
+        lowest_GS1 = ops.take_along_axis(routing.probabilities, last_GS1, axis=-1)
+        gates_GSE = ops.where(routing.probabilities >= lowest_GS1, routing.probabilities, 0.0)
+        if self.k == 1:
+            return gates_GSE
+        return gates_GSE / ops.sum(gates_GSE, axis=-1, keepdims=True)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["normalize"], config["load_balancing_weight"]
+        return {
+            **config,
+            "importance_weight": self.importance_weight,
+            "load_weight": self.load_weight,
+            "noise_initializer": keras.initializers.serialize(self.noise_initializer),
+        }

@@ -1,0 +1,210 @@
+"""Routers by which tokens choose experts. Letters as in `base.py`."""
+
+import keras
+from keras import ops
+
+from keras_moe import losses, slots
+from keras_moe.ops import top_k
+from keras_moe.routing.base import Router, Routing, seat_choices
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class TopKRouter(Router):
+    """Every token goes to its `k` most probable experts.
+
+    With a capacity, slots are filled in token order, all `k` choices of a token before the next
+    token's, so that within a group a later token never takes an earlier one's place (GShard, which
+    fills all first choices first, lets it). Without one (the default, as in Mixtral and OLMoE)
+    no token is dropped.
+
+    Sources: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 3 and 5; GShard
+    (https://arxiv.org/abs/2006.16668), Algorithm 1; Mixtral (https://arxiv.org/abs/2401.04088).
+
+    Args:
+        k: experts per token.
+        num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
+        capacity_factor: slots per expert, relative to `k * tokens / num_experts`, while training;
+            `None` drops nothing.
+        eval_capacity_factor: the same in inference.
+        min_capacity: fewest slots per expert and group.
+        normalize: divides the weights by their sum over the `k` chosen experts. With `k=1` the
+            weight would always be 1 and the task would teach the router nothing, so there the
+            weight is the raw probability.
+        load_balancing_weight: weight of `keras_moe.losses.load_balancing`.
+        jitter: see `Router`.
+        router_z_weight: weight of `keras_moe.losses.router_z`; ST-MoE and OLMoE use 1e-3.
+        kernel_initializer: see `Router`.
+        seed: see `Router`.
+
+    Call arguments:
+        inputs: `[groups, tokens, dim]` tensor.
+        mask: `[groups, tokens]` booleans, `False` for padding.
+        training: boolean.
+        compact: boolean, whether experts may have any number of rows of slots each, where a row of
+            the capacity's length for every expert would leave many empty.
+
+    Returns:
+        A `Routing`.
+
+    Raises:
+        ValueError: if an argument is out of range; if `k` exceeds the number of experts.
+    """
+
+    def __init__(
+        self,
+        k,
+        num_experts=None,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        min_capacity=4,
+        normalize=True,
+        load_balancing_weight=1e-2,
+        jitter=0.0,
+        router_z_weight=0.0,
+        kernel_initializer=None,
+        seed=None,
+        **kwargs,
+    ):
+        if k < 1:
+            raise ValueError(f"`k` must be a positive integer. Received: k={k}")
+        if min_capacity < 1:
+            raise ValueError(
+                f"`min_capacity` must be a positive integer. Received: min_capacity={min_capacity}"
+            )
+        super().__init__(
+            num_experts,
+            capacity_factor,
+            eval_capacity_factor,
+            jitter,
+            router_z_weight,
+            kernel_initializer,
+            seed,
+            **kwargs,
+        )
+        self.k = k
+        self.min_capacity = min_capacity
+        self.normalize = normalize
+        self.load_balancing_weight = load_balancing_weight
+        if num_experts is not None:
+            self.set_num_experts(num_experts)
+
+    def set_num_experts(self, num_experts):
+        if self.k > num_experts:
+            raise ValueError(
+                "`k` must be at most the number of experts. "
+                f"Received: k={self.k} for num_experts={num_experts}"
+            )
+        super().set_num_experts(num_experts)
+
+    @property
+    def one_row_per_expert(self):
+        return None not in (self.capacity_factor, self.eval_capacity_factor)
+
+    def call(self, inputs, mask=None, training=False, compact=False):
+        logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
+        return self.route(logits_GSE, probabilities_GSE, mask, training, compact)
+
+    def route(self, logits_GSE, probabilities_GSE, mask, training, compact):
+        """The `Routing` that follows from the scores."""
+        weight_GSK, expert_index_GSK = self.choose(probabilities_GSE, training)
+        if self.normalize and self.k > 1:
+            weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
+        if mask is not None:
+            expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
+        tokens = ops.shape(logits_GSE)[1]
+        capacity, slack = self._capacity(tokens, training)
+        if compact and slack >= 1.5:
+            roomy = isinstance(tokens, int) and capacity >= tokens
+            capacity = None if roomy else capacity
+        else:
+            compact = False
+        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
+        return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
+
+    def choose(self, probabilities_GSE, training):
+        """Probability and number of each token's experts, the best first, `[groups, tokens, k]`."""
+        return top_k(probabilities_GSE, self.k)
+
+    def _capacity(self, tokens, training):
+        """Slots per expert and group, and how many slots there are at least per choice."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None, 1.0
+        capacity = slots.capacity(
+            tokens, self.num_experts, factor, self.k, minimum=self.min_capacity
+        )
+        if not isinstance(tokens, int):
+            return capacity, factor
+        return capacity, self.num_experts * capacity / (tokens * self.k)
+
+    def auxiliary_losses(self, routing):
+        result = super().auxiliary_losses(routing)
+        if self.load_balancing_weight != 0:
+            loss = losses.load_balancing(routing.probabilities, routing.expert_index, routing.mask)
+            result.append(self.load_balancing_weight * loss)
+        return result
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "k": self.k,
+            "min_capacity": self.min_capacity,
+            "normalize": self.normalize,
+            "load_balancing_weight": self.load_balancing_weight,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SwitchRouter(TopKRouter):
+    """Every token goes to its one most probable expert, weighted by the raw probability.
+
+    Switch Transformers (https://arxiv.org/abs/2101.03961), Eqs. 1-6. Exactly the capacity is kept
+    (the paper's pseudo-code keeps one less), and the jitter multiplies the router's input, as the
+    text has it (the pseudo-code adds it to the logits).
+
+    Args:
+        num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
+        capacity_factor: slots per expert, relative to `tokens / num_experts`, while training;
+            `None` drops nothing.
+        eval_capacity_factor: the same in inference.
+        min_capacity: fewest slots per expert and group.
+        load_balancing_weight: weight of `keras_moe.losses.load_balancing`, the paper's alpha.
+        jitter: see `Router`.
+        router_z_weight: weight of `keras_moe.losses.router_z`.
+        kernel_initializer: see `Router`.
+        seed: see `Router`.
+
+    Call arguments, returns and raises: as `TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        num_experts=None,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
+        min_capacity=4,
+        load_balancing_weight=1e-2,
+        jitter=1e-2,
+        router_z_weight=0.0,
+        kernel_initializer=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            k=1,
+            num_experts=num_experts,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            min_capacity=min_capacity,
+            load_balancing_weight=load_balancing_weight,
+            jitter=jitter,
+            router_z_weight=router_z_weight,
+            kernel_initializer=kernel_initializer,
+            seed=seed,
+            **kwargs,
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        del config["k"], config["normalize"]
+        return config

@@ -1,0 +1,74 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import FeedForwardExperts, MixtureOfExperts, SoftmaxRouter
+from tests import oracle
+from tests.backend import numpy, run
+from tests.keras_moe.routing.examples import P, logits_of, with_identity
+
+E, D, F = 4, 3, 5
+X = np.random.default_rng(0).normal(size=(2, 6, D))
+MASK = np.array([[True] * 6, [True, True, True, False, True, False]])
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
+@pytest.mark.parametrize("group", ["sequence", "batch", 5])
+def test_is_the_weighted_sum_of_all_experts(group, mask):
+    layer = MixtureOfExperts(FeedForwardExperts(E, F), SoftmaxRouter(router_z_weight=0.5), group)
+    layer.build((None, None, D))
+    rng = np.random.default_rng(1)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    weights = {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
+    x, cotangent = X.copy(), np.random.default_rng(2).normal(size=X.shape)
+    valid = np.ones((2, 6), bool) if mask is None else mask
+
+    def loop():
+        logits = x @ weights["kernel"]
+        gates = oracle.softmax(logits) * valid[..., None]
+        y = oracle.mixture(x, gates, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
+        return y, 0.5 * oracle.router_z(logits, valid)
+
+    def loss():
+        y, losses = loop()
+        return np.sum(y * cotangent) + losses
+
+    y, losses, by_x, by_weight = run(layer, x, cotangent, mask=mask, training=True)
+    expected, losses_expected = loop()
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert losses == pytest.approx(losses_expected, rel=1e-5)
+    names = [variable.name for variable in layer.trainable_variables]
+    slopes = oracle.gradient(loss, [x, *(weights[name] for name in names)])
+    for ours, theirs in zip([by_x, *by_weight], slopes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_every_expert_sees_every_token_in_order():
+    routing = numpy(with_identity(SoftmaxRouter(3))(logits_of(P)))
+    assert routing.token_index.tolist() == [[[0, 1, 2, 3]] * 3]
+    np.testing.assert_allclose(routing.weight, np.swapaxes(P, 1, 2), rtol=1e-6)
+    assert routing.row_expert is None
+
+
+def test_padding_takes_no_slot():
+    mask = np.array([[True, False, True, True]])
+    routing = numpy(with_identity(SoftmaxRouter(3))(logits_of(P), mask=mask))
+    assert routing.token_index.tolist() == [[[0, 4, 2, 3]] * 3]  # 4: empty
+    assert routing.expert_index[0, 1].tolist() == [3, 3, 3]  # 3 = E: padding
+    assert (routing.weight[0, :, 1] == 0).all()
+
+
+def test_starts_with_equal_proportions():
+    routing = numpy(SoftmaxRouter(4)(np.ones((1, 2, D), "float32")))
+    np.testing.assert_allclose(routing.probabilities, np.full((1, 2, 4), 0.25))
+
+
+def test_config_round_trip():
+    arguments = {"num_experts": 4, "jitter": 0.125, "router_z_weight": 0.25, "seed": 7}
+    made = SoftmaxRouter(**arguments, kernel_initializer="ones", name="mine")
+    copy = SoftmaxRouter.from_config(made.get_config())
+    assert copy.get_config() == made.get_config()
+    assert isinstance(copy.kernel_initializer, keras.initializers.Ones)
+    for name, value in arguments.items():
+        assert getattr(copy, name) == value
