@@ -5,8 +5,13 @@ from keras import ops
 
 from keras_moe import FeedForwardExperts, MixtureOfExperts, NoisyTopKRouter
 from tests import oracle
-from tests.backend import numpy, run
-from tests.keras_moe.routing.examples import logits_of, with_identity
+from tests.backend import numpy
+from tests.keras_moe.routing.examples import (
+    check_layer,
+    logits_of,
+    random_weights,
+    with_identity,
+)
 
 E, D, F, K = 4, 3, 5, 2
 X = np.random.default_rng(0).normal(size=(2, 6, D))
@@ -17,12 +22,9 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def trained(router, dim=D):
-    """With weights from a normal."""
-    router.build((None, None, dim))
-    rng = np.random.default_rng(1)
-    for variable in router.trainable_variables:
-        variable.assign(rng.normal(size=variable.shape))
+def trained(router):
+    router.build((None, None, D))
+    random_weights(router)
     return router
 
 
@@ -36,11 +38,7 @@ def test_output_losses_and_gradients_are_the_equations(k, monkeypatch):
     router = NoisyTopKRouter(k, importance_weight=0.5, load_weight=0.25, router_z_weight=0.125)
     layer = MixtureOfExperts(FeedForwardExperts(E, F), router)
     layer.build((None, None, D))
-    rng = np.random.default_rng(1)
-    for variable in layer.trainable_variables:
-        variable.assign(rng.normal(size=variable.shape))
-    weights = {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
-    x, cotangent = X.copy(), np.random.default_rng(2).normal(size=X.shape)
+    weights, x = random_weights(layer), X.copy()
 
     def loop():
         clean = x @ weights["kernel"]
@@ -51,18 +49,7 @@ def test_output_losses_and_gradients_are_the_equations(k, monkeypatch):
         losses = 0.5 * oracle.importance(gates, MASK) + 0.125 * oracle.router_z(noisy, MASK)
         return y, losses + 0.25 * oracle.load(clean, noisy, scale, k, MASK)
 
-    def loss():
-        y, losses = loop()
-        return np.sum(y * cotangent) + losses
-
-    y, losses, by_x, by_weight = run(layer, x, cotangent, mask=MASK, training=True)
-    expected, losses_expected = loop()
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    assert losses == pytest.approx(losses_expected, rel=1e-5)
-    names = [variable.name for variable in layer.trainable_variables]
-    slopes = oracle.gradient(loss, [x, *(weights[name] for name in names)])
-    for ours, theirs in zip([by_x, *by_weight], slopes, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    check_layer(layer, loop, x, weights, MASK)
 
 
 def test_at_first_the_noise_alone_spreads_the_tokens():

@@ -4,8 +4,14 @@ import pytest
 
 from keras_moe import FeedForwardExperts, MixtureOfExperts, SoftmaxRouter
 from tests import oracle
-from tests.backend import numpy, run
-from tests.keras_moe.routing.examples import P, logits_of, with_identity
+from tests.backend import numpy
+from tests.keras_moe.routing.examples import (
+    P,
+    check_layer,
+    logits_of,
+    random_weights,
+    with_identity,
+)
 
 E, D, F = 4, 3, 5
 X = np.random.default_rng(0).normal(size=(2, 6, D))
@@ -17,11 +23,7 @@ MASK = np.array([[True] * 6, [True, True, True, False, True, False]])
 def test_is_the_weighted_sum_of_all_experts(group, mask):
     layer = MixtureOfExperts(FeedForwardExperts(E, F), SoftmaxRouter(router_z_weight=0.5), group)
     layer.build((None, None, D))
-    rng = np.random.default_rng(1)
-    for variable in layer.trainable_variables:
-        variable.assign(rng.normal(size=variable.shape))
-    weights = {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
-    x, cotangent = X.copy(), np.random.default_rng(2).normal(size=X.shape)
+    weights, x = random_weights(layer), X.copy()
     valid = np.ones((2, 6), bool) if mask is None else mask
 
     def loop():
@@ -30,18 +32,7 @@ def test_is_the_weighted_sum_of_all_experts(group, mask):
         y = oracle.mixture(x, gates, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
         return y, 0.5 * oracle.router_z(logits, valid)
 
-    def loss():
-        y, losses = loop()
-        return np.sum(y * cotangent) + losses
-
-    y, losses, by_x, by_weight = run(layer, x, cotangent, mask=mask, training=True)
-    expected, losses_expected = loop()
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    assert losses == pytest.approx(losses_expected, rel=1e-5)
-    names = [variable.name for variable in layer.trainable_variables]
-    slopes = oracle.gradient(loss, [x, *(weights[name] for name in names)])
-    for ours, theirs in zip([by_x, *by_weight], slopes, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    check_layer(layer, loop, x, weights, mask)
 
 
 def test_every_expert_sees_every_token_in_order():
