@@ -153,21 +153,22 @@ class FeedForwardExperts(keras.layers.Layer):
         }
 
     def _compute(self, inputs, weights, row_expert, kept_RCF):
-        def product(x_RCD, name):
+        def product(x_RCD, name, before=None):
             y_RCF = expert_product(
-                x_RCD, weights[f"kernel_{name}"], row_expert, self.implementation
+                x_RCD, weights[f"kernel_{name}"], row_expert, self.implementation, before
             )
             bias_EF = weights.get(f"bias_{name}")
             return y_RCF if bias_EF is None else y_RCF + self._of_rows(bias_EF, row_expert)
 
-        hidden_RCF = product(inputs, "in")
+        def activate(hidden, gate=None):
+            return self.activation(hidden) if gate is None else self.activation(gate) * hidden
+
+        hidden = (product(inputs, "in"),)
         if self.gated:
-            hidden_RCF = self.activation(product(inputs, "gate")) * hidden_RCF
-        else:
-            hidden_RCF = self.activation(hidden_RCF)
-        if kept_RCF is not None:
-            hidden_RCF = drop(hidden_RCF, kept_RCF, self.dropout)
-        return product(hidden_RCF, "out")
+            hidden += (product(inputs, "gate"),)
+        if kept_RCF is None:
+            return product(hidden, "out", before=activate)
+        return product(drop(activate(*hidden), kept_RCF, self.dropout), "out")
 
     def _of_rows(self, bias_ED, row_expert):
         if row_expert is not None:

@@ -12,7 +12,7 @@ from keras_moe.ops.gradients import with_gradient
 IMPLEMENTATIONS = ("auto", "batched", "loop", "grouped")
 
 
-def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
+def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", before=None):
     """Multiplies every row of slots by the kernel of its expert.
 
     The implementations differ in speed alone:
@@ -26,12 +26,15 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
     * `"auto"`: the fastest on this backend and kind of device, see `benchmarks/README.md`.
 
     Args:
-        x_RCD: `[rows, slots, in]` tensor.
+        x_RCD: `[rows, slots, in]` tensor; with `before` a tuple of such tensors.
         kernel_EDF: `[experts, in, out]` tensor or variable.
         row_expert: `[rows]` integers, the expert of each row, in ascending order; a row of number
             `experts` is nobody's, and what comes out of it is finite but not defined. `None` when
             row `e` is expert `e`.
         implementation: one of `IMPLEMENTATIONS`.
+        before: function from tensors like `x_RCD` to one, entry by entry, which makes the product's
+            input; an activation. XLA does not join it with a loop: done row by row inside, what it
+            returns is never held as a whole, nor its gradient.
 
     Returns:
         `[rows, slots, out]` tensor.
@@ -47,9 +50,13 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
     kernel_EDF = ops.convert_to_tensor(kernel_EDF)
     if implementation == "auto":
         as_needed = row_expert is not None
+        slots = (x_RCD if before is None else x_RCD[0]).shape[1]
         implementation = (
-            _fastest_as_needed(kernel_EDF) if as_needed else _fastest_of_one_each(x_RCD.shape[1])
+            _fastest_as_needed(kernel_EDF) if as_needed else _fastest_of_one_each(slots)
         )
+    in_loop = implementation == "loop" and keras.backend.backend() == "jax"
+    if before is not None and not in_loop:
+        x_RCD = before(*x_RCD)
     if implementation == "batched":
         if row_expert is not None:
             raise ValueError(
@@ -59,6 +66,9 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto"):
         return ops.matmul(x_RCD, kernel_EDF)
     if row_expert is None:
         row_expert = np.arange(kernel_EDF.shape[0], dtype="int32")
+    if in_loop:
+        xs = (x_RCD,) if before is None else x_RCD
+        return _jax_loop(xs, kernel_EDF, row_expert, before or (lambda x: x))
     return (_loop if implementation == "loop" else _grouped)(x_RCD, kernel_EDF, row_expert)
 
 
@@ -78,8 +88,11 @@ def row_size(assignments, num_experts):
         return 8  # rows that begin at multiples of 16 bytes, whichever way they are read
     if not _compiles():
         return 1  # the loop joins an expert's rows
-    quarter = assignments // (4 * num_experts)  # of a fair share: an eighth of the slots is empty
-    return ops.clip(quarter, 1, 128) if ops.is_tensor(quarter) else min(max(quarter, 1), 128)
+    # A quarter of a fair share leaves an eighth of the slots empty; under 16 they are slow.
+    share = assignments // num_experts
+    if ops.is_tensor(share):
+        return ops.clip(share // 4, ops.clip(share, 1, 16), 128)
+    return min(max(share // 4, min(max(share, 1), 16)), 128)
 
 
 def _fastest_of_one_each(slots):
@@ -157,7 +170,6 @@ def _grouped(x_RCD, kernel_EDF, row_expert):
 def _loop(x_RCD, kernel_EDF, row_expert):
     """The products one after another, with a gradient that is such a loop too."""
     times_kernel, times_rows = {
-        "jax": (_jax_times_kernel, _jax_times_rows),
         "tensorflow": (_xla_times_kernel, _xla_times_rows)
         if _compiles()
         else (_tensorflow_times_kernel, _tensorflow_times_rows),
@@ -169,12 +181,12 @@ def _loop(x_RCD, kernel_EDF, row_expert):
 
         kernel_EDF = tf.convert_to_tensor(kernel_EDF)  # Keras leaves a variable as it is
 
-    # The spans are found twice: JAX may not carry them from one to the other when rematerialising.
+    spans = _spans(row_expert, num_experts)
+
     def forward(x_RCD, kernel_EDF):
-        return times_kernel(x_RCD, kernel_EDF, _spans(row_expert, num_experts))
+        return times_kernel(x_RCD, kernel_EDF, spans)
 
     def backward(upstream_RCF, x_RCD, kernel_EDF):
-        spans = _spans(row_expert, num_experts)
         return (
             lambda: times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True),
             lambda: times_rows(x_RCD, upstream_RCF, spans),
@@ -199,37 +211,77 @@ def _busy(spans):
     return ops.cast(ops.argsort(idle_E), "int32"), ops.sum(1 - idle_E)
 
 
-def _jax_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
+def _jax_loop(xs, kernel_EDF, row_expert, before):
+    """`_loop` on JAX, of what `before` makes of the rows of `xs`."""
+    from jax import lax, vjp
+
+    num_experts = kernel_EDF.shape[0]
+    rows, slots = xs[0].shape[:2]
+
+    def of_row(row, xs):
+        return [x_RCD[row] for x_RCD in xs]
+
+    # The spans are found twice: they may not be carried from one to the other when rematerialising.
+    def forward(*inputs):
+        *xs, kernel_EDF = inputs
+
+        def product(row, kernel_DF):
+            return (before(*of_row(row, xs)) @ kernel_DF,)
+
+        shape = (rows, slots, kernel_EDF.shape[2])
+        spans = _spans(row_expert, num_experts)
+        return _jax_rows(product, kernel_EDF, spans, [ops.zeros(shape, xs[0].dtype)])[0]
+
+    def backward(upstream_RCF, *inputs):
+        *xs, kernel_EDF = inputs
+        spans = _spans(row_expert, num_experts)
+
+        def of_inputs(row, kernel_DF):
+            return vjp(before, *of_row(row, xs))[1](upstream_RCF[row] @ kernel_DF.T)
+
+        def of_kernel(row):
+            contract = (((0,), (0,)), ((), ()))
+            x_CD, y_CF = before(*of_row(row, xs)), upstream_RCF[row]
+            return lax.dot_general(x_CD, y_CF, contract, preferred_element_type="float32")
+
+        def all_of_inputs():
+            return _jax_rows(of_inputs, kernel_EDF, spans, [ops.zeros_like(x) for x in xs])
+
+        gradients = [lambda i=i: all_of_inputs()[i] for i in range(len(xs))]
+        return (*gradients, lambda: _jax_sums(of_kernel, kernel_EDF, spans))
+
+    return with_gradient(forward, backward)(*xs, kernel_EDF)
+
+
+def _jax_rows(of_row, kernel_EDF, spans, results):
+    """Writes what `of_row` makes of every row and its expert's kernel into the `results`."""
     from jax import lax
 
     start_E, end_E = spans
     order_E, busy = _busy(spans)
-    rows, slots, _ = x_RCD.shape
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def of_expert(i, y_RCF):
+    def of_expert(i, results):
         expert = order_E[i]
         kernel_DF = kernel_EDF[expert]
 
-        def of_row(row, y_RCF):
-            y_CF = lax.dot_general(x_RCD[row], kernel_DF, contract)
-            return lax.dynamic_update_index_in_dim(y_RCF, y_CF, row, 0)
+        def write(row, results):
+            parts = of_row(row, kernel_DF)
+            return [
+                lax.dynamic_update_index_in_dim(result, part.astype(result.dtype), row, 0)
+                for result, part in zip(results, parts, strict=True)
+            ]
 
-        return lax.fori_loop(start_E[expert], end_E[expert], of_row, y_RCF)
+        return lax.fori_loop(start_E[expert], end_E[expert], write, results)
 
-    y_RCF = ops.zeros((rows, slots, kernel_EDF.shape[1 if transposed else 2]), x_RCD.dtype)
-    return lax.fori_loop(0, busy, of_expert, y_RCF)
+    return lax.fori_loop(0, busy, of_expert, results)
 
 
-def _jax_times_rows(x_RCD, y_RCF, spans):
+def _jax_sums(of_row, kernel_EDF, spans):
+    """Sums what `of_row` makes of an expert's rows, float32, into a tensor like the kernels."""
     from jax import lax
 
     start_E, end_E = spans
     order_E, busy = _busy(spans)
-
-    def of_row(row):
-        contract = (((0,), (0,)), ((), ()))
-        return lax.dot_general(x_RCD[row], y_RCF[row], contract, preferred_element_type="float32")
 
     def of_expert(i, result_EDF):
         expert = order_E[i]
@@ -237,10 +289,11 @@ def _jax_times_rows(x_RCD, y_RCF, spans):
         sum_DF = lax.fori_loop(
             first + 1, end_E[expert], lambda row, sum_DF: sum_DF + of_row(row), of_row(first)
         )
-        return lax.dynamic_update_index_in_dim(result_EDF, sum_DF.astype(x_RCD.dtype), expert, 0)
+        return lax.dynamic_update_index_in_dim(
+            result_EDF, sum_DF.astype(kernel_EDF.dtype), expert, 0
+        )
 
-    shape = (start_E.shape[0], x_RCD.shape[2], y_RCF.shape[2])
-    return lax.fori_loop(0, busy, of_expert, ops.zeros(shape, x_RCD.dtype))
+    return lax.fori_loop(0, busy, of_expert, ops.zeros_like(kernel_EDF))
 
 
 def _xla_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
@@ -316,18 +369,17 @@ def _tensorflow_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
     start_E, end_E = spans
     order_E, busy = _busy(spans)
     rows, slots, dim = ops.shape(x_RCD)
-    hidden = kernel_EDF.shape[1 if transposed else 2]
+    x_MD = tf.reshape(x_RCD, (-1, dim))
 
-    def of_expert(i, items):
+    def of_expert(i, y_MF):
         expert = order_E[i]
-        x_MD = tf.reshape(x_RCD[start_E[expert] : end_E[expert]], (-1, dim))
-        y_MF = tf.matmul(x_MD, kernel_EDF[expert], transpose_b=transposed)
-        return i + 1, items.write(i, y_MF)
+        start, end = start_E[expert] * slots, end_E[expert] * slots
+        part_MF = tf.matmul(x_MD[start:end], kernel_EDF[expert], transpose_b=transposed)
+        return i + 1, tf.raw_ops.InplaceUpdate(x=y_MF, i=tf.range(start, end), v=part_MF)
 
-    items = tf.TensorArray(x_RCD.dtype, busy + 1, element_shape=(None, hidden), infer_shape=False)
-    _, items = tf.while_loop(lambda i, _: i < busy, of_expert, (0, items))
-    nobodys = (rows - tf.reduce_max(end_E)) * slots
-    y_MF = items.write(busy, tf.zeros((nobodys, hidden), x_RCD.dtype)).concat()
+    hidden = kernel_EDF.shape[1 if transposed else 2]
+    y_MF = _tensorflow_zeros((rows * slots, hidden), x_RCD.dtype)
+    _, y_MF = tf.while_loop(lambda i, _: i < busy, of_expert, (0, y_MF))
     return tf.reshape(y_MF, (rows, slots, hidden))
 
 
@@ -338,15 +390,26 @@ def _tensorflow_times_rows(x_RCD, y_RCF, spans):
     order_E, busy = _busy(spans)
     dim, hidden = x_RCD.shape[2], y_RCF.shape[2]
 
-    def of_expert(i, items):
+    def of_expert(i, result_EDF):
         expert = order_E[i]
         span = slice(start_E[expert], end_E[expert])
         x_MD, y_MF = tf.reshape(x_RCD[span], (-1, dim)), tf.reshape(y_RCF[span], (-1, hidden))
-        return i + 1, items.write(expert, tf.matmul(x_MD, y_MF, transpose_a=True))
+        of_rows_1DF = tf.matmul(x_MD, y_MF, transpose_a=True)[None]
+        return i + 1, tf.raw_ops.InplaceUpdate(x=result_EDF, i=expert[None], v=of_rows_1DF)
 
-    items = tf.TensorArray(x_RCD.dtype, start_E.shape[0], element_shape=(dim, hidden))
-    _, items = tf.while_loop(lambda i, _: i < busy, of_expert, (0, items))
-    return items.stack()  # zeros where nothing was written
+    result_EDF = _tensorflow_zeros((start_E.shape[0], dim, hidden), x_RCD.dtype)
+    _, result_EDF = tf.while_loop(lambda i, _: i < busy, of_expert, (0, result_EDF))
+    return result_EDF
+
+
+def _tensorflow_zeros(shape, dtype):
+    """Zeros that may be written into: `tf.zeros` may be a constant of the graph, the same always.
+
+    What is written in place is held once; a `TensorArray` holds its parts and then their whole.
+    """
+    import tensorflow as tf
+
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=True)
 
 
 def _torch_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):

@@ -128,9 +128,9 @@ class TestFeedForwardExperts:
     def test_implementation_is_the_one_that_is_asked_for(self, implementation, monkeypatch):
         asked = []
 
-        def product(x_RCD, kernel_EDF, row_expert, implementation):
+        def product(x_RCD, kernel_EDF, row_expert, implementation, before):
             asked.append(implementation)
-            return ops.matmul(x_RCD, kernel_EDF)
+            return ops.matmul(x_RCD if before is None else before(*x_RCD), kernel_EDF)
 
         monkeypatch.setattr("keras_moe.experts.expert_product", product)
         FeedForwardExperts(2, 3, implementation=implementation)(ops.ones((2, 1, 4)))

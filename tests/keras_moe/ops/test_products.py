@@ -86,6 +86,44 @@ def test_is_one_product_per_row(rows, implementation, jit):
         np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-5)
 
 
+class GatedProduct(Product):
+    """`expert_product` of hidden units and their gates, `[2, rows, slots, in]`."""
+
+    def call(self, inputs):
+        row_expert = None if self.row_expert is None else tensor(self.row_expert, "int32")
+        return moe_ops.expert_product(
+            (inputs[0], inputs[1]),
+            self.kernel,
+            row_expert,
+            self.implementation,
+            before=lambda hidden, gate: ops.silu(gate) * hidden,
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "implementation"), [case for case in CASES if case[0] in ("one each", "nobody's rows")]
+)
+def test_before(rows, implementation):
+    row_expert = ROWS[rows]
+    mine = np.array([expert < 4 for expert in row_expert or range(4)])
+    rng = np.random.default_rng(0)
+    hidden, gate = x = rng.normal(size=(2, len(mine), 3, 8))
+    kernel = rng.normal(size=(4, 8, 12))
+    cotangent = rng.normal(size=(len(mine), 3, 12))
+    x[:, ~mine] = cotangent[~mine] = 0.0
+    sigmoid = 1 / (1 + np.exp(-gate))
+    y, by_product, by_kernel = by_hand(gate * sigmoid * hidden, kernel, cotangent, row_expert)
+    # d silu(g) = s(g) + g s(g) (1 - s(g))
+    by_gate = by_product * hidden * sigmoid * (1 + gate * (1 - sigmoid))
+    by_x = np.stack([by_product * gate * sigmoid, by_gate])
+
+    got = run(GatedProduct(kernel, row_expert, implementation), x, cotangent)
+    assert np.isfinite(got[0]).all()
+    np.testing.assert_allclose(got[0][mine], y[mine], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[2], by_x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[3][0], by_kernel, rtol=1e-5, atol=1e-5)
+
+
 def test_loop_of_any_width():
     """PyTorch's grouped product, which the loop is where it can, wants multiples of 16 bytes."""
     rng = np.random.default_rng(0)
