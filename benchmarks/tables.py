@@ -3,6 +3,7 @@
 The seconds of a suite are `{"name/number of experts": [seconds of each round]}`.
 """
 
+import contextlib
 import re
 
 import numpy as np
@@ -78,11 +79,18 @@ def part_of(seconds, name, part, num_experts):
 
 def print_table(title, rows, experts):
     """Prints a table in Markdown; `rows` is label -> quartiles for each number of experts."""
+    cells = [[label, *map(cell, quartiles)] for label, quartiles in rows.items()]
     print(f"\n{title}\n")
-    print("| |" + "".join(f" {n} experts |" for n in experts))
-    print("|---|" + "---|" * len(experts))
-    for label, quartiles in rows.items():
-        print(f"| {label} | " + " | ".join(map(cell, quartiles)) + " |", flush=True)
+    print(markdown(["", *(f"{n} experts" for n in experts)], cells), flush=True)
+
+
+def markdown(header, rows):
+    """A table in Markdown; `rows` is a list of lists of cells."""
+    lines = [
+        "|" + "".join(" |" if cell == "" else f" {cell} |" for cell in row)
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def cell(quartiles):
@@ -90,32 +98,44 @@ def cell(quartiles):
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def plot(results, path):
-    """Cost against the number of experts, both logarithmic; one panel for each backend."""
+def mean_sd(values, digits=0):
+    """Mean and sample standard deviation."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+@contextlib.contextmanager
+def drawn(path, columns, **options):
+    """Panels of a new figure, `[columns]`, which is written to `path` in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    experts, top = results["sizes"]["experts"], f"top-{results['sizes']['k']}"
-    backends = results["backends"]
-    figure, panels = pyplot.subplots(
-        1, len(backends), figsize=(11, 3.6), sharey=True, layout="constrained", squeeze=False
-    )
-    for axes, (backend, figures) in zip(panels[0], backends.items(), strict=True):
-        for name in ("switch", "expert choice", top, "switch, bare", f"{top}, bare"):
-            base = base_of(name)
-            quartiles = [ratio(figures["seconds"], f"{name}/{n}", f"{base}/{n}") for n in experts]
-            low, middle, high = zip(*quartiles, strict=True)
-            style = "--" if "bare" in name else "-"
-            (line,) = axes.plot(experts, middle, style, marker="o", markersize=4, label=name)
-            axes.fill_between(experts, low, high, alpha=0.2, color=line.get_color())
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(title=backend, xlabel="experts", xscale="log", yscale="log")
-        axes.set_xticks(experts, [str(n) for n in experts])
-        axes.set_yticks([0.8, 1, 1.5, 2, 3], ["0.8", "1", "1.5", "2", "3"])
-        axes.minorticks_off()
-    panels[0][0].set_ylabel("step / dense of the same active FLOPs")
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure, panels = pyplot.subplots(1, columns, layout="constrained", squeeze=False, **options)
+    yield panels[0]
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot(results, path):
+    """Cost against the number of experts, both logarithmic; one panel for each backend."""
+    experts, top = results["sizes"]["experts"], f"top-{results['sizes']['k']}"
+    backends = results["backends"]
+    with drawn(path, len(backends), figsize=(11, 3.6), sharey=True) as panels:
+        for axes, (backend, figures) in zip(panels, backends.items(), strict=True):
+            for name in ("switch", "expert choice", top, "switch, bare", f"{top}, bare"):
+                base = base_of(name)
+                quartiles = [
+                    ratio(figures["seconds"], f"{name}/{n}", f"{base}/{n}") for n in experts
+                ]
+                low, middle, high = zip(*quartiles, strict=True)
+                style = "--" if "bare" in name else "-"
+                (line,) = axes.plot(experts, middle, style, marker="o", markersize=4, label=name)
+                axes.fill_between(experts, low, high, alpha=0.2, color=line.get_color())
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set(title=backend, xlabel="experts", xscale="log", yscale="log")
+            axes.set_xticks(experts, [str(n) for n in experts])
+            axes.set_yticks([0.8, 1, 1.5, 2, 3], ["0.8", "1", "1.5", "2", "3"])
+            axes.minorticks_off()
+        panels[0].set_ylabel("step / dense of the same active FLOPs")
+        panels[-1].legend(frameon=False, fontsize=8)

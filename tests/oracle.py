@@ -148,6 +148,21 @@ def load(logits, noisy_logits, noise_scale, k, mask=None):
     return squared_variation(total)
 
 
+def mixture_loss(form, target, outputs_EO, gate_logits_E):
+    """Jacobs et al. 1991, Eqs. 3, 1 and 2 for one case; the last for distributions over classes."""
+    proportions = softmax(gate_logits_E)
+    if form == "cooperative":
+        return float(np.sum((target - proportions @ outputs_EO) ** 2))
+    total = 0.0
+    for p, output in zip(proportions, outputs_EO, strict=True):
+        if form == "classification":
+            total += p * softmax(output)[target]
+        else:
+            distance = np.sum((target - output) ** 2)
+            total += p * (distance if form == "competitive" else np.exp(-0.5 * distance))
+    return float(total if form == "competitive" else -np.log(total))
+
+
 def gradient(function, arrays, step=1e-6):
     """Central differences of a scalar function of a list of float64 arrays."""
     result = []

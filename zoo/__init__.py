@@ -7,10 +7,12 @@ backend before Keras is loaded.
 import importlib
 
 _HOME = {
+    "AdaptiveMixture": "zoo.models.adaptive_mixture",
     "EncoderBackbone": "zoo.models.encoder",
     "EncoderTextClassifier": "zoo.models.encoder",
     "EncoderTextClassifierPreprocessor": "zoo.models.encoder",
     "ZooTokenizer": "zoo.tokenizer",
+    "adaptive_mixture": "zoo.models.adaptive_mixture",
     "default_tokenizer": "zoo.tokenizer",
     "dense_transformer": "zoo.models.builders",
     "expert_choice_transformer": "zoo.models.builders",

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.tables import base_of, print_tables, ratio
+from benchmarks.tables import base_of, drawn, markdown, mean_sd, print_tables, ratio
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,21 @@ def test_parts_are_shares_of_the_step(capsys):
         "| switch: dispatch and combine | 0.04 (0.04-0.04) |",  # (2.1 - 1.7)/10
         "| switch: routing, dispatch, combine, metrics | 0.11 (0.11-0.11) |",  # (2.1 - 1)/10
     ]
+
+
+def test_markdown():
+    table = markdown(["", "epochs"], [["BP 6", 12], ["", 0]])
+    assert table.splitlines() == ["| | epochs |", "|---|---|", "| BP 6 | 12 |", "| | 0 |"]
+
+
+def test_mean_and_sample_standard_deviation():
+    # 1, 3: mean 2, variance (1 + 1) / (2 - 1)
+    assert mean_sd([1, 3]) == "2 ± 1"
+    assert mean_sd([1, 3], digits=2) == "2.00 ± 1.41"
+
+
+def test_drawn(tmp_path):
+    with drawn(tmp_path / "figure.png", 2, figsize=(2, 1)) as panels:
+        panels[1].plot([0, 1])
+        assert len(panels) == 2 and not (tmp_path / "figure.png").exists()
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
