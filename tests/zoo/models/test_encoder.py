@@ -255,6 +255,20 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
     assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
 
 
+def test_a_dense_classifier_learns_from_a_sparse_one():
+    """Equal widths, so that all but the experts and routers are its own to begin with."""
+    teacher, student = classifier(router=ROUTERS["switch"]), classifier(router=None)
+    report = keras_moe.surgery.copy_weights(teacher, student)
+    assert report.kept == [f"block_2/feed_forward/{name}/kernel" for name in ("hidden", "output")]
+    assert len(report.copied) == len(student.weights) - 2
+    distiller = keras_moe.surgery.Distiller(student, teacher)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    distiller.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
+    labels = np.array([0, 1, 1])
+    distiller.fit(inputs(), labels, epochs=40, verbose=0)
+    assert distiller.evaluate(inputs(), labels, verbose=0, return_dict=True)["accuracy"] == 1.0
+
+
 def test_regressor():
     model = classifier(num_classes=1)
     assert model.loss == "mean_squared_error"
