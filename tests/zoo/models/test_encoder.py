@@ -256,7 +256,7 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
 
 
 def test_a_dense_classifier_learns_from_a_sparse_one():
-    """All but the experts and routers is its own to begin with; the labels, all 0, weigh nothing."""
+    """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
     keras.utils.set_random_seed(0)
     teacher, student = (classifier(router=router) for router in (ROUTERS["switch"], None))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
