@@ -1,7 +1,7 @@
 """Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, losses, metrics
-from keras_moe.experts import FeedForwardExperts, LayerExperts
+from keras_moe import callbacks, losses, metrics, surgery
+from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
@@ -19,6 +19,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "FeedForwardExperts",
     "LayerExperts",
+    "LinearExperts",
     "MixtureOfExperts",
     "NoisyTopKRouter",
     "Router",
@@ -29,4 +30,5 @@ __all__ = [
     "callbacks",
     "losses",
     "metrics",
+    "surgery",
 ]

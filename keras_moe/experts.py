@@ -104,15 +104,11 @@ class FeedForwardExperts(keras.layers.Layer):
             self.bias_out = self._add_bias("bias_out", dim)
 
     def _add_kernel(self, name, fan_in, fan_out, index):
-        # Keras counts the expert axis as part of the fan; the factor num_experts takes it out.
-        initializer = keras.initializers.VarianceScaling(
-            scale=self.init_scale * self.num_experts,
-            mode="fan_in",
-            distribution="truncated_normal",
-            seed=None if self.seed is None else self.seed + index,
-        )
+        seed = None if self.seed is None else self.seed + index
         return self.add_weight(
-            name=name, shape=(self.num_experts, fan_in, fan_out), initializer=initializer
+            name=name,
+            shape=(self.num_experts, fan_in, fan_out),
+            initializer=_kernel_initializer(self.num_experts, self.init_scale, seed),
         )
 
     def _add_bias(self, name, dim):
@@ -189,6 +185,82 @@ class FeedForwardExperts(keras.layers.Layer):
             "dropout": self.dropout,
             "init_scale": self.init_scale,
             "implementation": self.implementation,
+            "seed": self.seed,
+        }
+
+
+def _kernel_initializer(num_experts, init_scale, seed):
+    """Draws every expert's `[in, out]` kernel with variance `init_scale / in`."""
+    # Keras counts the expert axis as part of the fan; the factor num_experts takes it out.
+    return keras.initializers.VarianceScaling(
+        init_scale * num_experts, "fan_in", "truncated_normal", seed
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class LinearExperts(keras.layers.Layer):
+    """`num_experts` linear maps without biases, `x kernel`, whose kernels lie in one tensor.
+
+    The experts that make queries, keys and values in Switch Transformers
+    (https://arxiv.org/abs/2101.03961), appendix A.
+
+    Args:
+        num_experts: integer.
+        output_dim: integer.
+        init_scale: see `FeedForwardExperts`.
+        seed: integer, seed of the initial weights.
+
+    Call arguments:
+        inputs: `[rows, slots, dim]` tensor.
+        row_expert: `[rows]` integers, ascending; `num_experts` marks rows that are nobody's;
+            `None` when row `e` is expert `e`'s.
+
+    Returns:
+        `[rows, slots, output_dim]` tensor.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    compact = True
+
+    def __init__(self, num_experts, output_dim, init_scale=1.0, seed=None, **kwargs):
+        super().__init__(**{"name": "experts", **kwargs})
+        for name, value in (("num_experts", num_experts), ("output_dim", output_dim)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        if init_scale <= 0:
+            raise ValueError(
+                f"`init_scale` must be a positive number. Received: init_scale={init_scale}"
+            )
+        self.num_experts = num_experts
+        self.output_dim = output_dim
+        self.init_scale = init_scale
+        self.seed = seed
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.num_experts, input_shape[-1], self.output_dim),
+            initializer=_kernel_initializer(self.num_experts, self.init_scale, self.seed),
+        )
+
+    def call(self, inputs, row_expert=None):
+        return expert_product(inputs, self.kernel, row_expert)
+
+    def compute_output_shape(self, input_shape, row_expert=None):
+        return (*input_shape[:-1], self.output_dim)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Plain: in a `keras.RematScope` there is nothing between inputs and outputs to save."""
+        return layer_call
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "output_dim": self.output_dim,
+            "init_scale": self.init_scale,
             "seed": self.seed,
         }
 

@@ -82,7 +82,7 @@ def figures(totals, expert_tokens, expert_choice=False):
         expert_choice: whether experts chose; adds two figures.
 
     Returns:
-        Dictionary of floats. `dropped`: share of the choices that found their expert full, 0 to 1.
+        Dictionary of floats. `dropped`: share of the choices that found no free slot, 0 to 1.
         `max_share`: the most chosen expert's choices relative to a fair share, mean over the calls
         that chose any, 1 to the number of experts. `dead`: share of experts that no token chose in
         all that time. `entropy`: of the router's probabilities, mean over tokens, relative to its

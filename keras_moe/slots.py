@@ -113,6 +113,34 @@ def by_rows(expert_index_GN, num_experts, capacity=None):
     return Slots(assignment_1RC, slot_1N, ops.cast(row_expert_R, "int32"))
 
 
+def reroute(wish_GSK, num_experts, capacity):
+    """Seats tokens in rounds: one that finds an expert full asks the next on its list.
+
+    Round k seats, in token order, those that the rounds before left standing; nobody loses a seat.
+
+    Args:
+        wish_GSK: `[groups, tokens, k]` integers, the experts that each token asks, in this order;
+            `num_experts` as the first marks padding.
+        num_experts: integer.
+        capacity: slots per expert and group.
+
+    Returns:
+        `[groups, tokens]` int32, the expert that took each token; `num_experts`: none.
+    """
+    groups, tokens, k = ops.shape(wish_GSK)
+    padding_GS = wish_GSK[..., 0] == num_experts
+    expert_GS = ops.full((groups, tokens), num_experts, dtype="int32")
+    taken_GE = ops.zeros((groups, num_experts), dtype="int32")
+    for choice in range(k):
+        stands_GS = (expert_GS == num_experts) & ~padding_GS
+        asked_GS = ops.where(stands_GS, wish_GSK[..., choice], num_experts)
+        rank_GS, count_GE = _rank(asked_GS, num_experts)
+        seated_GS = rank_GS + _of_experts(taken_GE, asked_GS) < capacity
+        expert_GS = ops.where(stands_GS & seated_GS, asked_GS, expert_GS)
+        taken_GE = taken_GE + count_GE  # of a full expert any number above its capacity
+    return expert_GS
+
+
 def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
     """Lets every expert take its `capacity` best tokens.
 

@@ -35,6 +35,31 @@ def token_choice(probabilities_GSE, k, capacity=None, normalize=True, mask=None)
     return weight, chosen
 
 
+def switch_choice(probabilities_GSE, first_GS, reroutes, capacity, mask=None):
+    """Combine weights and first choices, `[G, S, E]` each, of Switch Transformers' appendix B.
+
+    Stage by stage, a token whose expert is full asks the most probable one that it has not asked.
+    """
+    groups, tokens, num_experts = probabilities_GSE.shape
+    weight = np.zeros(probabilities_GSE.shape)
+    chosen = np.zeros(probabilities_GSE.shape)
+    for g in range(groups):
+        taken = [0] * num_experts
+        standing = [s for s in range(tokens) if mask is None or mask[g, s]]
+        for stage in range(1 + reroutes):
+            for s in list(standing):
+                p, first = probabilities_GSE[g, s], first_GS[g, s]
+                others = [e for e in np.argsort(-p, kind="stable") if e != first]
+                e = [first, *others][stage]
+                if stage == 0:
+                    chosen[g, s, e] = 1
+                if taken[e] < capacity:
+                    taken[e] += 1
+                    weight[g, s, e] = p[e]
+                    standing.remove(s)
+    return weight, chosen
+
+
 def expert_choice(probabilities_GSE, capacity, mask=None, max_experts_per_token=None):
     """Combine weights `[G, S, E]` when every expert takes its best tokens.
 

@@ -109,11 +109,16 @@ class SelfAttention(keras.layers.Layer):
 
     def build(self, input_shape):
         dim, inner = input_shape[-1], self.num_heads * self.key_dim
+        self.build_inputs(input_shape)
+        self.output_projection = self._projection("output", dim, inner, inner**-0.5)
+        self.attention_dropout = Dropout(self.dropout, dtype=self.dtype_policy)
+
+    def build_inputs(self, input_shape):
+        """Makes what makes queries, keys and values."""
+        dim, inner = input_shape[-1], self.num_heads * self.key_dim
         self.query = self._projection("query", inner, dim, (dim * self.key_dim) ** -0.5)
         self.key = self._projection("key", inner, dim, dim**-0.5)
         self.value = self._projection("value", inner, dim, dim**-0.5)
-        self.output_projection = self._projection("output", dim, inner, inner**-0.5)
-        self.attention_dropout = Dropout(self.dropout, dtype=self.dtype_policy)
 
     def _projection(self, name, units, dim, stddev):
         layer = keras.layers.Dense(
@@ -127,9 +132,8 @@ class SelfAttention(keras.layers.Layer):
         return layer
 
     def call(self, inputs, position_bias, padding_mask, training=False):
-        query_BHLK = self._heads(self.query(inputs))
-        key_BHLK = self._heads(self.key(inputs))
-        value_BHLK = self._heads(self.value(inputs))
+        projected = self.project(inputs, padding_mask, training)
+        query_BHLK, key_BHLK, value_BHLK = (self._heads(x_BLD) for x_BLD in projected)
         logits_BHLL = ops.einsum("bhqk,bhsk->bhqs", query_BHLK, key_BHLK) + position_bias
         attended = ops.cast(padding_mask, "bool")[:, None, None, :]
         logits_BHLL = ops.where(attended, ops.cast(logits_BHLL, "float32"), -1e9)
@@ -141,6 +145,10 @@ class SelfAttention(keras.layers.Layer):
             ops.transpose(mixed_BHLK, (0, 2, 1, 3)), (batch, length, self.num_heads * self.key_dim)
         )
         return self.output_projection(mixed_BLD)
+
+    def project(self, inputs, padding_mask, training):
+        """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
+        return self.query(inputs), self.key(inputs), self.value(inputs)
 
     def _heads(self, x_BLD):
         batch, length, _ = ops.shape(x_BLD)
@@ -157,6 +165,61 @@ class SelfAttention(keras.layers.Layer):
             "key_dim": self.key_dim,
             "dropout": self.dropout,
         }
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class SwitchAttention(SelfAttention):
+    """Self-attention in which every token has its queries, keys and values made by experts.
+
+    Switch Transformers (https://arxiv.org/abs/2101.03961), appendix A and Figure 10: one mixture
+    makes the queries; what the other makes is both the keys and the values. With mixtures that
+    compute in bfloat16 the paper saw training diverge: give them the dtype "float32", whatever the
+    attention's own is. A token that neither's experts take has zeros for a query, a key and a
+    value; the residual connection around the attention carries it.
+
+    Args:
+        num_heads: integer.
+        key_dim: integer, the width of a head.
+        query: a `keras_moe.MixtureOfExperts` from `[batch, length, dim]` to
+            `[batch, length, num_heads * key_dim]`.
+        key_value: another.
+        dropout: rate on the attention weights.
+
+    Call arguments and returns: as `SelfAttention`.
+    """
+
+    def __init__(self, num_heads, key_dim, query, key_value, dropout=0.0, **kwargs):
+        super().__init__(num_heads, key_dim, dropout, **kwargs)
+        self.query = query
+        self.key_value = key_value
+
+    def build_inputs(self, input_shape):
+        for mixture in (self.query, self.key_value):
+            if not mixture.built:
+                mixture.build(input_shape)
+
+    def project(self, inputs, padding_mask, training):
+        query, key_value = (
+            ops.cast(mixture(inputs, mask=padding_mask, training=training), self.compute_dtype)
+            for mixture in (self.query, self.key_value)
+        )
+        return query, key_value, key_value
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "query": keras.saving.serialize_keras_object(self.query),
+            "key_value": keras.saving.serialize_keras_object(self.key_value),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        # Not built on their own, or their weights' paths would lack this layer's name.
+        parts = {
+            name: keras.saving.deserialize_keras_object({**config[name], "build_config": None})
+            for name in ("query", "key_value")
+        }
+        return cls(**{**config, **parts})
 
 
 @keras.saving.register_keras_serializable(package="zoo")

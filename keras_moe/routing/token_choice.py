@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.ops import top_k
+from keras_moe.ops import dropout, top_k, uniform
 from keras_moe.routing.base import Router, Routing, seat_choices
 
 
@@ -118,12 +118,17 @@ class TopKRouter(Router):
             capacity = None if roomy else capacity
         else:
             compact = False
-        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
+        taken = self.settle(probabilities_GSE, weight_GSK, expert_index_GSK, capacity)
+        seats = seat_choices(*taken, self.num_experts, capacity, compact)
         return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
 
     def choose(self, probabilities_GSE, training):
         """Probability and number of each token's experts, the best first, `[groups, tokens, k]`."""
         return top_k(probabilities_GSE, self.k)
+
+    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity):
+        """The experts that take the tokens, and their weights, `[groups, tokens, k]` each."""
+        return expert_index_GSK, weight_GSK
 
     def _capacity(self, tokens, training):
         """Slots per expert and group, and how many slots there are at least per choice."""
@@ -156,7 +161,7 @@ class TopKRouter(Router):
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SwitchRouter(TopKRouter):
-    """Every token goes to its one most probable expert, weighted by the raw probability.
+    """Every token goes to one expert, its most probable one, weighted by the raw probability.
 
     Switch Transformers (https://arxiv.org/abs/2101.03961), Eqs. 1-6. Exactly the capacity is kept
     (the paper's pseudo-code keeps one less), and the jitter multiplies the router's input, as the
@@ -168,13 +173,26 @@ class SwitchRouter(TopKRouter):
             `None` drops nothing.
         eval_capacity_factor: the same in inference.
         min_capacity: fewest slots per expert and group.
-        load_balancing_weight: weight of `keras_moe.losses.load_balancing`, the paper's alpha.
-        jitter: see `Router`.
+        load_balancing_weight: weight of `keras_moe.losses.load_balancing`, the paper's alpha. The
+            loss counts first choices, before any is dropped or rerouted.
+        exploration: how experts are tried that are not the most probable ones, while training only
+            (the paper's appendix C): `"jitter"`, by noise on the router's input; `"dropout"`, by
+            dropping entries of it; `"sample"`, by drawing the expert from the softmax, its weight
+            being its own probability; `"argmax"`, not at all.
+        jitter: amount of the jitter, see `Router`.
+        input_dropout: rate of the dropout.
+        reroutes: what the paper calls no token left behind (appendix B): how many more experts a
+            token tries whose expert is full, the most probable first. All first choices are seated
+            before any second one, and so on, which lets a later token take the place of an earlier
+            one: an encoder may do so, in a decoder it leaks the future.
         router_z_weight: weight of `keras_moe.losses.router_z`.
         kernel_initializer: see `Router`.
-        seed: see `Router`.
+        seed: integer, seed of the exploration.
 
-    Call arguments, returns and raises: as `TopKRouter`.
+    Call arguments and returns: as `TopKRouter`; `expert_index` holds the first choices.
+
+    Raises:
+        ValueError: if an argument is out of range; if there are more `reroutes` than other experts.
     """
 
     def __init__(
@@ -184,12 +202,29 @@ class SwitchRouter(TopKRouter):
         eval_capacity_factor=2.0,
         min_capacity=4,
         load_balancing_weight=1e-2,
+        exploration="jitter",
         jitter=1e-2,
+        input_dropout=0.1,
+        reroutes=0,
         router_z_weight=0.0,
         kernel_initializer=None,
         seed=None,
         **kwargs,
     ):
+        if exploration not in ("argmax", "sample", "dropout", "jitter"):
+            raise ValueError(
+                "`exploration` must be 'argmax', 'sample', 'dropout' or 'jitter'. "
+                f"Received: exploration={exploration!r}"
+            )
+        if not 0 <= input_dropout < 1:
+            raise ValueError(
+                f"`input_dropout` must be in [0, 1). Received: input_dropout={input_dropout}"
+            )
+        if reroutes < 0:
+            raise ValueError(f"`reroutes` must not be negative. Received: reroutes={reroutes}")
+        self.exploration = exploration
+        self.input_dropout = input_dropout
+        self.reroutes = reroutes
         super().__init__(
             k=1,
             num_experts=num_experts,
@@ -204,7 +239,47 @@ class SwitchRouter(TopKRouter):
             **kwargs,
         )
 
+    def set_num_experts(self, num_experts):
+        if self.reroutes >= num_experts:
+            raise ValueError(
+                "`reroutes` must be less than the number of experts. "
+                f"Received: reroutes={self.reroutes} for num_experts={num_experts}"
+            )
+        super().set_num_experts(num_experts)
+
+    def prepare(self, inputs, mask=None, training=False):
+        inputs = super().prepare(inputs, mask, training and self.exploration == "jitter")
+        if training and self.exploration == "dropout":
+            inputs = dropout(inputs, self.input_dropout, self.seed_generator)
+        return inputs
+
+    def choose(self, probabilities_GSE, training):
+        if not training or self.exploration != "sample":
+            return super().choose(probabilities_GSE, training)
+        # The expert whose stretch of the cumulated probabilities a uniform number falls into.
+        shape_GS1 = (*ops.shape(probabilities_GSE)[:2], 1)
+        drawn_GS1 = uniform(shape_GS1, 0.0, 1.0, self.seed_generator)
+        below_GSE = ops.cumsum(probabilities_GSE, axis=-1) <= drawn_GS1
+        expert_GS1 = ops.sum(ops.cast(below_GSE, "int32"), axis=-1, keepdims=True)
+        expert_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)  # they may sum to 1 - 1e-7
+        return ops.take_along_axis(probabilities_GSE, expert_GS1, axis=-1), expert_GS1
+
+    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity):
+        if self.reroutes == 0 or capacity is None:
+            return expert_index_GSK, weight_GSK
+        first_GSE = expert_index_GSK == ops.arange(self.num_experts, dtype="int32")
+        _, next_GSK = top_k(ops.where(first_GSE, -1.0, probabilities_GSE), self.reroutes)
+        wish_GSK = ops.concatenate([expert_index_GSK, next_GSK], axis=-1)
+        expert_GS1 = slots.reroute(wish_GSK, self.num_experts, capacity)[..., None]
+        known_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)
+        return expert_GS1, ops.take_along_axis(probabilities_GSE, known_GS1, axis=-1)
+
     def get_config(self):
         config = super().get_config()
         del config["k"], config["normalize"]
-        return config
+        return {
+            **config,
+            "exploration": self.exploration,
+            "input_dropout": self.input_dropout,
+            "reroutes": self.reroutes,
+        }

@@ -30,6 +30,8 @@ ORDER = (
     "metrics",
     "moe",
     "callbacks",
+    "surgery.distil",
+    "surgery.__init__",
     "__init__",
 )
 FOLDER = pathlib.Path(keras_moe.__file__).parent

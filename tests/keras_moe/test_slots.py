@@ -90,6 +90,27 @@ def test_by_rows_wastes_little(assignments):
     assert rows * size <= assignments if assignments <= 8 else rows * size <= 1.5 * assignments
 
 
+def test_reroute_seats_in_rounds():
+    # One slot for each of three experts; the lists of the tokens, the last one padding:
+    #   0 1 2    0 1 2    0 2 1    1 0 2    3 . .
+    # Round 1: token 0 gets expert 0, token 3 expert 1. Round 2: token 1 finds 1 full, too, and
+    # token 2 gets 2. Round 3: token 1 finds 2 full.
+    wish = tensor([[[0, 1, 2], [0, 1, 2], [0, 2, 1], [1, 0, 2], [3, 0, 1]]], "int32")
+    for rounds, expected in ((1, [0, 3, 3, 1, 3]), (2, [0, 3, 2, 1, 3]), (3, [0, 3, 2, 1, 3])):
+        assert numpy(slots.reroute(wish[..., :rounds], 3, 1)).tolist() == [expected]
+    assert numpy(slots.reroute(wish, 3, 2)).tolist() == [[0, 0, 2, 1, 3]]
+    assert ops.dtype(slots.reroute(wish, 3, 2)) == "int32"
+
+
+def test_reroute_leaves_no_slot_empty_that_a_token_asks_for():
+    """With as many rounds as experts a token stands only where every expert is full."""
+    rng = np.random.default_rng(0)
+    wish = np.argsort(rng.normal(size=(5, 12, 4)) - [1, 0, 0, 0], axis=-1).astype("int32")
+    expert = numpy(slots.reroute(tensor(wish), 4, tensor(2, "int32")))
+    count = numpy(slots.count(tensor(expert), 4))
+    assert (count == 2).all() and (np.sum(expert == 4, axis=1) == 12 - 8).all()
+
+
 def test_by_score_takes_the_best_and_never_padding():
     # Expert 0 scores tokens .9 .8 .7 .1, expert 1 .1 .2 .3 .9; the last token is padding.
     score = tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]]], "float32")

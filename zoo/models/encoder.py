@@ -11,8 +11,15 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_moe import FeedForwardExperts, MixtureOfExperts
-from zoo.layers import Dropout, FeedForward, RelativePositionBias, SelfAttention, TransformerBlock
+from keras_moe import FeedForwardExperts, LinearExperts, MixtureOfExperts
+from zoo.layers import (
+    Dropout,
+    FeedForward,
+    RelativePositionBias,
+    SelfAttention,
+    SwitchAttention,
+    TransformerBlock,
+)
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -32,14 +39,17 @@ class EncoderBackbone(keras_hub.models.Backbone):
         key_dim: width of a head.
         intermediate_dim: hidden width of the dense feed-forward layers.
         router: a `keras_moe` router, copied into every sparse block; `None` for a dense encoder.
-        num_experts: experts per sparse block.
+        num_experts: experts per sparse block; 0 leaves its feed-forward layer dense.
         expert_dim: hidden width of an expert; `None`: `intermediate_dim`.
+        attention_experts: experts that make the queries of a sparse block, and as many its keys and
+            values, see `zoo.layers.SwitchAttention`; they compute in float32 whatever the dtype; 0
+            leaves its attention dense.
         sparse_step: every how many blocks one is sparse.
         group: the tokens that are routed together, see `keras_moe.MixtureOfExperts`. The default is
             the whole batch: an encoder has no future to leak.
         activation: of the feed-forward layers.
         dropout: rate after the embedding and in and after every sub-layer.
-        expert_dropout: rate on the experts' hidden units.
+        expert_dropout: rate on the experts' hidden units; Switch Transformers fine-tune with 0.4.
         expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
         dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
         name: of the model.
@@ -57,6 +67,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         router=None,
         num_experts=8,
         expert_dim=None,
+        attention_experts=0,
         sparse_step=2,
         group="batch",
         activation="relu",
@@ -77,8 +88,30 @@ class EncoderBackbone(keras_hub.models.Backbone):
         )
         position_bias = RelativePositionBias(num_heads, dtype=dtype, name="position_bias")
 
+        def mixture(experts, dtype, name):
+            copy = type(router).from_config({**router.get_config(), "name": "router"})
+            return MixtureOfExperts(experts, copy, group, dtype=dtype, name=name)
+
+        def attention(number):
+            if router is None or attention_experts == 0 or number % sparse_step:
+                return SelfAttention(num_heads, key_dim, dropout, dtype=dtype, name="attention")
+            scales = {"query": expert_init_scale / key_dim, "key_value": expert_init_scale}
+            query, key_value = (
+                mixture(
+                    LinearExperts(
+                        attention_experts, num_heads * key_dim, init_scale=scale, dtype="float32"
+                    ),
+                    "float32",
+                    name,
+                )
+                for name, scale in scales.items()
+            )
+            return SwitchAttention(
+                num_heads, key_dim, query, key_value, dropout, dtype=dtype, name="attention"
+            )
+
         def feed_forward(number):
-            if router is None or number % sparse_step:
+            if router is None or num_experts == 0 or number % sparse_step:
                 return FeedForward(
                     intermediate_dim, activation, dropout, dtype=dtype, name="feed_forward"
                 )
@@ -91,12 +124,11 @@ class EncoderBackbone(keras_hub.models.Backbone):
                 dtype=dtype,
                 name="experts",
             )
-            copy = type(router).from_config({**router.get_config(), "name": "router"})
-            return MixtureOfExperts(experts, copy, group, dtype=dtype, name=f"moe_{number}")
+            return mixture(experts, dtype, f"moe_{number}")
 
         blocks = [
             TransformerBlock(
-                SelfAttention(num_heads, key_dim, dropout, dtype=dtype, name="attention"),
+                attention(number),
                 feed_forward(number),
                 dropout,
                 dtype=dtype,
@@ -136,6 +168,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         self.router_config = router and keras.saving.serialize_keras_object(router)
         self.num_experts = num_experts
         self.expert_dim = expert_dim
+        self.attention_experts = attention_experts
         self.sparse_step = sparse_step
         self.group = group
         self.activation = activation
@@ -155,6 +188,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
             "router": self.router_config,
             "num_experts": self.num_experts,
             "expert_dim": self.expert_dim,
+            "attention_experts": self.attention_experts,
             "sparse_step": self.sparse_step,
             "group": self.group,
             "activation": self.activation,

@@ -135,7 +135,10 @@ CONFIGS = {
         "eval_capacity_factor": 3.0,
         "min_capacity": 2,
         "load_balancing_weight": 0.5,
+        "exploration": "sample",
         "jitter": 0.25,
+        "input_dropout": 0.5,
+        "reroutes": 1,
         "router_z_weight": 0.125,
         "kernel_initializer": keras.initializers.Constant(2.0),
         "seed": 7,
@@ -207,6 +210,19 @@ class TestErrors:
             (lambda: TopKRouter(0), "`k` must be a positive integer. Received: k=0"),
             (lambda: TopKRouter(5, 4), "`k` must be at most the number of experts.*k=5.*=4"),
             (lambda: SwitchRouter(min_capacity=0), "`min_capacity` must be a positive.*=0"),
+            (
+                lambda: SwitchRouter(exploration="random"),
+                "`exploration` must be 'argmax', 'sample', .* Received: exploration='random'",
+            ),
+            (
+                lambda: SwitchRouter(input_dropout=1.0),
+                r"`input_dropout` must be in \[0, 1\). Received: input_dropout=1.0",
+            ),
+            (lambda: SwitchRouter(reroutes=-1), "`reroutes` must not be negative. .*reroutes=-1"),
+            (
+                lambda: SwitchRouter(4, reroutes=4),
+                "`reroutes` must be less than the number of experts. .*=4 for num_experts=4",
+            ),
             (lambda: ExpertChoiceRouter(capacity_factor=None), "mean number of experts per token"),
             (
                 lambda: ExpertChoiceRouter(max_experts_per_token=0),

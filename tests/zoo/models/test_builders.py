@@ -52,6 +52,9 @@ def test_options(tiny):
     assert moe(model).router.capacity_factor == 3.0
     assert moe(model).experts.init_scale == 1.0
     assert model.token_embedding.input_dim == 50
+    model = zoo.switch_transformer(tiny, attention_experts=2, dropout=0.1, expert_dropout=0.4)
+    assert model.get_layer("block_2").attention.query.experts.num_experts == 2
+    assert (moe(model).experts.dropout, model.dropout) == (0.4, 0.1)
     choice = zoo.expert_choice_transformer(
         tiny, router=keras_moe.ExpertChoiceRouter(capacity_factor=1.0), intermediate_dim=64
     )

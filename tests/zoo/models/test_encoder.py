@@ -101,6 +101,37 @@ def test_every_other_block_is_sparse():
     ]
 
 
+def test_experts_in_attention(tmp_path):
+    """The three models of Switch Transformers' Table 10, and a name for every figure."""
+
+    def parts(number, kind="switch", **options):
+        block = encoder(kind, **options).get_layer(f"block_{number}")
+        return type(block.attention).__name__, type(block.feed_forward).__name__
+
+    dense, sparse = ("SelfAttention", "FeedForward"), ("SwitchAttention", "MixtureOfExperts")
+    assert parts(2) == (dense[0], sparse[1])
+    assert parts(2, attention_experts=3, num_experts=0) == (sparse[0], dense[1])
+    assert parts(2, attention_experts=3) == sparse
+    assert parts(1, attention_experts=3) == parts(2, "dense", attention_experts=3) == dense
+
+    backbone = encoder(attention_experts=3, sparse_step=1, expert_init_scale=0.1, dtype="bfloat16")
+    attention = backbone.get_layer("block_1").attention
+    for part, scale in ((attention.query, 0.1 / 8), (attention.key_value, 0.1)):
+        assert part.group == "batch"
+        assert (part.experts.num_experts, part.experts.init_scale) == (3, scale)
+        assert part.experts.kernel.dtype == "float32"
+    model = keras.Model(backbone.input, keras.layers.Dense(1)(backbone.output))
+    model.compile("adam", "mse")
+    x, callback = inputs(), keras_moe.callbacks.RoutingMetrics()
+    history = model.fit(x, np.ones((3, 9, 1)), verbose=0, callbacks=[callback]).history
+    assert np.isfinite(history["loss"]).all()
+    layers = {name.removesuffix("/dropped") for name in history if name.endswith("/dropped")}
+    assert len(layers) == 6 and {"moe_1", "moe_2"} < layers
+    assert {name[-25:] for name in layers if "query" in name} == {
+        f"block_{number}/attention/query" for number in (1, 2)
+    }
+
+
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_padding_changes_nothing(kind):
     # Capacity counts padding: only where every token finds its place may its length not matter.
@@ -109,7 +140,7 @@ def test_padding_changes_nothing(kind):
         "switch": keras_moe.SwitchRouter(eval_capacity_factor=4.0),
         "expert_choice": keras_moe.ExpertChoiceRouter(capacity_factor=4.0),
     }
-    model = encoder(router=roomy[kind])
+    model = encoder(router=roomy[kind], attention_experts=4)
     x = inputs()
     longer = {name: np.pad(value, ((0, 0), (0, 5))) for name, value in x.items()}
     longer["token_ids"][:, 9:] = 77
@@ -125,6 +156,7 @@ def test_config_and_keras_file_round_trip(kind, tmp_path):
         sparse_step=1,
         group=5,
         expert_dim=24,
+        attention_experts=3,
         activation="gelu",
         dropout=0.2,
         expert_dropout=0.3,
@@ -221,6 +253,26 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
         )
     other_head = zoo.from_preset(tmp_path, num_classes=3)
     assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
+
+
+def test_a_dense_classifier_learns_from_a_sparse_one():
+    """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
+    keras.utils.set_random_seed(0)
+    teacher, student = (classifier(router=router) for router in (ROUTERS["switch"], None))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    x, labels = inputs(), np.array([0, 1, 1])
+
+    trained = keras.Model(teacher.input, teacher.output)
+    trained.compile(keras.optimizers.Adam(1e-2), loss)
+    trained.fit(x, labels, epochs=20, verbose=0)
+    report = keras_moe.surgery.copy_weights(teacher, student)
+    assert report.kept == [f"block_2/feed_forward/{name}/kernel" for name in ("hidden", "output")]
+    assert len(report.copied) == len(student.weights) - 2
+
+    distiller = keras_moe.surgery.Distiller(student, teacher, teacher_weight=1.0)
+    distiller.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
+    distiller.fit(x, 0 * labels, epochs=20, verbose=0)
+    assert distiller.evaluate(x, labels, verbose=0, return_dict=True)["accuracy"] == 1.0
 
 
 def test_regressor():

@@ -1,0 +1,140 @@
+"""A small model that learns from a large one: the distillation recipe of Switch Transformers.
+
+Section 4.2 of https://arxiv.org/abs/2101.03961: the dense student starts with the sparse teacher's
+weights wherever they have the same ones, and learns from 0.75 of the labels and 0.25 of what the
+teacher makes of them. The same for pre-training (Table 6) and for fine-tuning (Table 8).
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe import metrics
+
+
+class Copied(NamedTuple):
+    """What `copy_weights` did, as lists of paths of weights in the target."""
+
+    copied: list
+    kept: list  # what the source has not, or in another shape
+
+
+def copy_weights(source, target):
+    """Gives a model every weight of another that both have by the same path and in one shape.
+
+    From a sparse encoder to its dense twin that is all but the experts and their routers: the
+    layers need to have the same names. A path that several weights of a model share says nothing,
+    and is not copied; nor are routing statistics.
+
+    Args:
+        source: a built `keras.Layer` or `keras.Model`.
+        target: another, which is changed.
+
+    Returns:
+        `Copied`, which weights of the target were copied, and which kept their values.
+    """
+    given, copied, kept = _by_path(source), [], []
+    taking = _by_path(target)
+    for variable in target.weights:
+        path = variable.path
+        if path in taking and path in given and given[path].shape == variable.shape:
+            variable.assign(ops.copy(given[path]))  # training may donate, and so destroy, its own
+            copied.append(path)
+        else:
+            kept.append(path)
+    return Copied(copied, kept)
+
+
+def _by_path(model):
+    weights = [v for v in model.weights if v.name not in metrics.statistics_shapes(1)]
+    times = Counter(variable.path for variable in weights)
+    return {variable.path: variable for variable in weights if times[variable.path] == 1}
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class Distiller(keras.Model):
+    """Trains a student on the labels and on a teacher's probabilities, by `compile` and `fit`.
+
+    `loss = (1 - teacher_weight) * compiled loss + teacher_weight * soft loss + the student's own`,
+    where the soft loss is the cross-entropy between the teacher's probabilities and the student's,
+    averaged as the compiled loss is, sample weights and masks included, and the student's own are
+    those that its layers add. Switch Transformers (https://arxiv.org/abs/2101.03961), section 4.2,
+    Table 6. In evaluation the loss is that of the student alone, and the teacher does not run.
+
+    Example:
+
+    ```python
+    keras_moe.surgery.copy_weights(teacher, student)
+    distiller = keras_moe.surgery.Distiller(student, teacher)
+    distiller.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    distiller.fit(inputs, labels)
+    student.save("student.keras")
+    ```
+
+    Args:
+        student: a model from inputs to `[..., classes]` logits.
+        teacher: another, from the same inputs; it is frozen, and runs as in inference.
+        teacher_weight: the share of the teacher's probabilities in the loss, 0 to 1.
+
+    Call arguments: as the student's.
+
+    Returns:
+        When called: the student's logits.
+
+    Raises:
+        ValueError: if `teacher_weight` is out of range; by `fit`, if there is but one logit.
+    """
+
+    def __init__(self, student, teacher, teacher_weight=0.25, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= teacher_weight <= 1:
+            raise ValueError(
+                f"`teacher_weight` must be from 0 to 1. Received: teacher_weight={teacher_weight}"
+            )
+        self.student = student
+        self.teacher = teacher
+        self.teacher.trainable = False
+        self.teacher_weight = teacher_weight
+
+    def call(self, inputs, training=False):
+        return self.student(inputs, training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if not training:
+            return loss
+        if y_pred.shape[-1] == 1:
+            raise ValueError(
+                "`student` must have a logit for each of two or more classes. "
+                f"Received: outputs of shape {tuple(y_pred.shape)}"
+            )
+        soft_loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, reduction=getattr(self.loss, "reduction", "sum_over_batch_size")
+        )
+        share = self.teacher_weight
+        soft = soft_loss(self._soft_labels(x), y_pred, sample_weight)
+        return (1.0 - share) * loss + share * (soft + sum(self.losses))  # those are in `loss`, too
+
+    def _soft_labels(self, x):
+        # Without state: the losses that the teacher adds, and its statistics, come to nothing.
+        weights = [variable.value for variable in self.teacher.non_trainable_variables]
+        logits, _ = self.teacher.stateless_call([], weights, x, training=False)
+        return ops.stop_gradient(ops.softmax(ops.cast(logits, "float32"), axis=-1))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "student": keras.saving.serialize_keras_object(self.student),
+            "teacher": keras.saving.serialize_keras_object(self.teacher),
+            "teacher_weight": self.teacher_weight,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name])
+            for name in ("student", "teacher")
+        }
+        return cls(**{**config, **parts})

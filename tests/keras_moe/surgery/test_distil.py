@@ -1,0 +1,146 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import FeedForwardExperts, MixtureOfExperts, SwitchRouter, metrics
+from keras_moe.surgery import Distiller, copy_weights
+from tests import oracle
+from tests.backend import numpy
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(6, 4, 3)).astype("float32")
+LABELS = rng.integers(0, 5, (6, 4))
+
+
+def model(sparse, hidden=4):
+    """Per token five logits; all but the layer in the middle have the same weights."""
+    inputs = keras.Input((None, 3))
+    x = keras.layers.Dense(hidden, name="first")(inputs)
+    if sparse:
+        router = SwitchRouter(exploration="argmax", load_balancing_weight=0.5)
+        x = x + MixtureOfExperts(FeedForwardExperts(4, 8), router, name="middle")(x)
+    else:
+        x = x + keras.layers.Dense(hidden, name="middle")(x)
+    return keras.Model(inputs, keras.layers.Dense(5, name="logits")(x))
+
+
+def hard(**options):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
+
+
+class TestCopyWeights:
+    def test_all_but_the_experts(self):
+        teacher, student = model(sparse=True), model(sparse=False)
+        report = copy_weights(teacher, student)
+        same = ["first/kernel", "first/bias", "logits/kernel", "logits/bias"]
+        assert report.copied == same and report.kept == ["middle/kernel", "middle/bias"]
+        for name in ("first", "logits"):
+            for ours, theirs in zip(
+                student.get_layer(name).weights, teacher.get_layer(name).weights, strict=True
+            ):
+                np.testing.assert_array_equal(numpy(ours), numpy(theirs))
+
+    def test_another_shape_is_kept(self):
+        student = model(sparse=False, hidden=6)
+        before = [numpy(v) for v in student.weights]
+        report = copy_weights(model(sparse=False), student)
+        assert report.copied == ["logits/bias"]
+        for variable, value in zip(student.weights[:-1], before[:-1], strict=True):
+            np.testing.assert_array_equal(numpy(variable), value)
+
+    def test_no_statistics(self):
+        teacher, student = model(sparse=True), model(sparse=True)
+        teacher(X)
+        kept = copy_weights(teacher, student).kept
+        assert sorted(kept) == ["middle/expert_tokens", "middle/routing_totals"]
+        assert metrics.read(student.get_layer("middle"))["max_share"] == 0
+
+    def test_paths_that_two_weights_share(self):
+        def twice():
+            inputs = keras.Input((3,))
+            inner = keras.Model(inputs, keras.layers.Dense(3, name="a")(inputs))
+            return keras.Model(inputs, keras.layers.Dense(3, name="a")(inner(inputs)))
+
+        report = copy_weights(twice(), twice())
+        assert report.copied == [] and sorted(report.kept) == ["a/bias"] * 2 + ["a/kernel"] * 2
+
+
+class TestDistiller:
+    @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+    @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+    def test_loss_is_the_papers_mixture(self, share, weighted):
+        """Of one step of a sparse student; in float64 from the logits of both."""
+        student, teacher = model(sparse=True), model(sparse=True)
+        distiller = Distiller(student, teacher, share)
+        reduction = "mean_with_sample_weight" if weighted else "sum_over_batch_size"
+        distiller.compile(keras.optimizers.SGD(0.0), hard(reduction=reduction))
+        sample_weight = rng.uniform(size=(6, 4)) if weighted else np.ones((6, 4))
+
+        ours, theirs = (oracle.softmax(numpy(m(X)).astype("float64")) for m in (student, teacher))
+        balance = float(ops.convert_to_numpy(sum(student.losses)))  # of the call above
+        log_p = np.log(ours)
+        labels = np.take_along_axis(log_p, LABELS[..., None], axis=-1)[..., 0]
+        soft = np.sum(theirs * log_p, axis=-1)
+        mixed = -((1 - share) * labels + share * soft)
+        expected = np.sum(sample_weight * mixed) / np.sum(sample_weight) + balance
+
+        arguments = {"sample_weight": sample_weight} if weighted else {}
+        loss = distiller.fit(X, LABELS, batch_size=6, verbose=0, **arguments).history["loss"]
+        assert loss == pytest.approx([expected], rel=1e-5)
+
+    def test_evaluation_is_of_the_student_alone(self):
+        student = model(sparse=False)
+        distiller = Distiller(student, model(sparse=True))
+        distiller.compile(loss=hard(), metrics=["accuracy"])
+        student.compile(loss=hard(), metrics=["accuracy"])
+        scores = [m.evaluate(X, LABELS, verbose=0) for m in (distiller, student)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+        np.testing.assert_allclose(
+            distiller.predict(X, verbose=0), student.predict(X, verbose=0), rtol=1e-6
+        )
+
+    def test_gradient_is_the_students_alone(self):
+        """All of the teacher's share: its logits are what is learnt, whatever the labels say."""
+        keras.utils.set_random_seed(0)
+        student, teacher = model(sparse=False), model(sparse=True)
+        teacher.get_layer("logits").kernel.assign(2 * rng.normal(size=(4, 5)))
+        before = [numpy(v) for v in teacher.variables]
+        copy_weights(teacher, student)
+        distiller = Distiller(student, teacher, teacher_weight=1.0)
+        distiller.compile(keras.optimizers.Adam(0.02), hard())
+
+        def difference():
+            p, q = (oracle.softmax(m.predict(X, verbose=0)) for m in (student, teacher))
+            return np.abs(p - q).max()
+
+        first = difference()
+        distiller.fit(X, LABELS, batch_size=6, epochs=60, verbose=0)
+        assert difference() < 0.3 * first
+        for variable, value in zip(teacher.variables, before, strict=True):
+            if variable.name not in metrics.statistics_shapes(1):
+                np.testing.assert_array_equal(numpy(variable), value)
+
+    def test_comes_back_and_trains_on(self, tmp_path):
+        distiller = Distiller(model(sparse=False), model(sparse=True), 0.5)
+        distiller.compile("adam", hard())
+        distiller.fit(X, LABELS, verbose=0)
+        distiller.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.teacher_weight == 0.5
+        for part in ("student", "teacher"):
+            ours, theirs = (numpy(getattr(m, part)(X)) for m in (loaded, distiller))
+            np.testing.assert_array_equal(ours, theirs)
+        assert np.isfinite(loaded.fit(X, LABELS, verbose=0).history["loss"][0])
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5])
+    def test_share_out_of_range(self, share):
+        with pytest.raises(ValueError, match="`teacher_weight` must be from 0 to 1. Received: .*"):
+            Distiller(model(sparse=False), model(sparse=True), share)
+
+    def test_one_logit(self):
+        one = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        distiller = Distiller(one, keras.models.clone_model(one))
+        distiller.compile(loss="mse", run_eagerly=True)
+        with pytest.raises(ValueError, match="`student` must have a logit for each of two or more"):
+            distiller.fit(X[:, 0], np.ones((6, 1)), verbose=0)

@@ -1,0 +1,95 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import LinearExperts, MixtureOfExperts, SwitchRouter
+from tests import oracle
+from tests.backend import numpy, run
+from zoo.layers import SwitchAttention
+
+HEADS, K, D, E, L = 2, 3, 4, 3, 5
+MASK = np.array([[True] * 5, [True, True, True, False, False]])
+
+
+def attention(**options):
+    def mixture(name):
+        experts = LinearExperts(E, HEADS * K, dtype="float32")
+        tight = {"capacity_factor": 0.6, "eval_capacity_factor": 0.6, "min_capacity": 1}
+        router = SwitchRouter(exploration="argmax", load_balancing_weight=0.5, **tight)
+        return MixtureOfExperts(experts, router, dtype="float32", name=name)
+
+    mixtures = mixture("query"), mixture("key_value")
+    return SwitchAttention(HEADS, K, *mixtures, name="attention", **options)
+
+
+class TestSwitchAttention:
+    def test_output_losses_and_gradients_are_the_papers(self):
+        """Against central differences of a float64 loop, with tokens that no expert takes."""
+        layer = attention()
+        layer.build((None, L, D))
+        rng = np.random.default_rng(0)
+        weights = {v.path: rng.normal(size=v.shape) for v in layer.trainable_variables}
+        for variable in layer.trainable_variables:
+            variable.assign(weights[variable.path])
+        x, cotangent = rng.normal(size=(2, 2, L, D))
+        bias = rng.normal(size=(1, HEADS, L, L))
+        capacity = oracle.capacity(L, E, 0.6)
+
+        def project(name):
+            router, kernel = (
+                next(w for path, w in weights.items() if path.endswith(f"{name}/{part}/kernel"))
+                for part in ("router", "experts")
+            )
+            p = oracle.softmax(x @ router)
+            weight, chosen = oracle.token_choice(p, 1, capacity, mask=MASK)
+            loss = 0.5 * oracle.load_balancing(p, chosen, MASK)
+            served.append(np.sum(weight > 0))
+            return oracle.mixture(x, weight, lambda x_D, e: x_D @ kernel[e]), loss
+
+        def loop():
+            (query, query_loss), (key_value, loss) = project("query"), project("key_value")
+            mixed = np.zeros((2, L, HEADS * K))
+            for b, h in np.ndindex(2, HEADS):
+                head, seen = np.s_[b, :, h * K : (h + 1) * K], MASK[b]
+                logits = query[head] @ key_value[head].T + bias[0, h]
+                mixed[head] = oracle.softmax(logits[:, seen]) @ key_value[head][seen]
+            output = next(w for path, w in weights.items() if "output" in path)
+            return mixed @ output, query_loss + loss
+
+        def total():
+            y, losses = loop()
+            return np.sum(y * cotangent) + losses
+
+        served = []
+        y, losses, by_x, by_weight = run(
+            layer, x, cotangent, position_bias=bias.astype("float32"), padding_mask=MASK
+        )
+        y_expected, losses_expected = loop()
+        assert min(served) < MASK.sum()
+        np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-5)
+        assert losses == pytest.approx(losses_expected, rel=1e-5)
+        slopes = oracle.gradient(total, [x, *weights.values()])
+        for ours, expected in zip([by_x, *by_weight], slopes, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+    def test_mixtures_are_float32_under_a_lower_policy(self):
+        layer = attention(dtype="bfloat16")
+        x = ops.cast(np.random.default_rng(0).normal(size=(2, L, D)), "bfloat16")
+        y = layer(x, np.zeros((1, HEADS, L, L), "float32"), MASK)
+        assert ops.dtype(y) == "bfloat16"
+        for mixed in (layer.query, layer.key_value):
+            assert ops.dtype(mixed(x)) == mixed.experts.kernel.dtype == "float32"
+
+    def test_comes_back(self, tmp_path):
+        inputs, mask = keras.Input((L, D)), keras.Input((L,), dtype="bool")
+        bias = keras.Input((HEADS, L, L))
+        model = keras.Model([inputs, bias, mask], attention(dropout=0.2)(inputs, bias, mask))
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.get_layer("attention").dropout == 0.2
+        x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")
+        x = [x, np.zeros((2, HEADS, L, L), "float32"), MASK]
+        np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
+        paths = [v.path for v in loaded.get_layer("attention").trainable_variables]
+        assert paths == [v.path for v in model.get_layer("attention").trainable_variables]
