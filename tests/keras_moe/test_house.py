@@ -15,6 +15,7 @@ ORDER = (
     "ops.products",
     "ops.calls",
     "ops.__init__",
+    "capped",
     "slots",
     "losses",
     "routing.base",

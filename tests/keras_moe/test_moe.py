@@ -52,7 +52,9 @@ def expected(router, group, x, mask, weights, training):
             cap = router.max_experts_per_token or math.ceil(2 * router.capacity_factor)
             weight = oracle.threshold_choice(p, numpy(router.threshold), cap, mask_GS)
         else:
-            weight = oracle.expert_choice(p, capacity, mask_GS, router.max_experts_per_token)
+            weight = oracle.expert_choice(
+                p, capacity, mask_GS, router.max_experts_per_token, router.linear_programme
+            )
     else:
         capacity = factor and oracle.capacity(
             tokens, num_experts, factor, router.k, router.min_capacity
@@ -100,6 +102,11 @@ CASES = {
     "expert choice, batch, mask": (lambda: experts_choose(2.0), "batch", 3, True, {}),
     "expert choice, 7": (lambda: experts_choose(1.0), 7, 3, False, {}),
     "expert choice, all, mask": (lambda: experts_choose(4.0), "sequence", 3, True, {}),
+    "expert choice, capped, mask": (
+        lambda: experts_choose(1.0, max_experts_per_token=2), "sequence", 3, True, {}),
+    "expert choice, by programme": (
+        lambda: experts_choose(2.0, max_experts_per_token=2, linear_programme=True), "batch", 3,
+        False, {}),
     "expert choice, 2-D, mask": (lambda: experts_choose(1.0), "sequence", 2, True, {}),
 }  # fmt: skip
 X = np.random.default_rng(0).normal(size=(2, 6, D))
@@ -146,6 +153,9 @@ FORWARD = {
     ),
     "capped at 1": lambda: ExpertChoiceRouter(capacity_factor=1.0, max_experts_per_token=1),
     "capped at 2": lambda: ExpertChoiceRouter(capacity_factor=2.0, max_experts_per_token=2),
+    "capped by the programme": lambda: ExpertChoiceRouter(
+        capacity_factor=1.0, max_experts_per_token=2, linear_programme=True
+    ),
     "eval factor": lambda: ExpertChoiceRouter(capacity_factor=1.0, eval_capacity_factor=2.0),
     "eval capacity": lambda: TopKRouter(2, eval_capacity_factor=0.75, min_capacity=1),
 }
@@ -445,6 +455,10 @@ class TestCost:
         "k=1, dropless": (lambda: TopKRouter(1), 1.0),
         "k=2, dropless": (lambda: TopKRouter(2), 2.0),
         "expert choice": (lambda: ExpertChoiceRouter(capacity_factor=2.0), 2.0),
+        "expert choice, capped": (
+            lambda: ExpertChoiceRouter(max_experts_per_token=2, linear_programme=True),
+            2.0,
+        ),
     }
 
     @pytest.fixture(scope="class", params=ROUTERS)
