@@ -21,6 +21,7 @@ ORDER = (
     "routing.base",
     "routing.token_choice",
     "routing.noisy",
+    "routing.hashing",
     "routing.softmax",
     "routing.expert_choice",
     "routing.__init__",

@@ -327,48 +327,6 @@ def test_no_tokens(router, group, shape):
     assert y.shape == shape and np.isfinite([float(loss) for loss in layer.losses]).all()
 
 
-class TestLeaks:
-    """With groups of one sequence each, tokens that come later must not matter."""
-
-    def change(self, layer, where, **kwargs):
-        """The largest change of each token's output when the tokens in `where` are others."""
-        rng = np.random.default_rng(5)
-        before = call(layer, X, **kwargs)[0]
-        largest = np.zeros((2, 6))
-        for _ in range(4):
-            x = X.copy()
-            x[where] = 3 * rng.normal(size=x[where].shape)
-            largest = np.maximum(largest, np.abs(call(layer, x, **kwargs)[0] - before).max(axis=-1))
-        return largest
-
-    @pytest.mark.parametrize("name", ["switch", "k=2", "dropless", "threshold"])
-    def test_nothing_from_the_future_nor_from_another_sequence(self, name):
-        layer = set_threshold(built(EVERY[name]()))
-        for first in (2, 4):
-            changed = self.change(layer, np.s_[0, first:])
-            assert changed[0, :first].max() < 1e-6 and changed[1].max() < 1e-6
-            assert changed[0, first:].max() > 0.1  # this test can see
-
-    @pytest.mark.parametrize("name", ["switch", "k=2"])
-    def test_nor_while_training(self, name):
-        router = EVERY[name](jitter=0.0, capacity_factor=0.75)
-        changed = self.change(built(router), np.s_[0, 3:], training=True)
-        assert changed[0, :3].max() < 1e-6 and changed[1].max() < 1e-6
-
-    def test_expert_choice_sees_the_future(self):
-        changed = self.change(built(ExpertChoiceRouter(E, 1.0)), np.s_[0, 3:])
-        assert changed[0, :3].max() > 0.1
-        assert changed[1].max() < 1e-6
-
-    def test_threshold_sees_it_while_training(self):
-        layer = built(ExpertChoiceRouter(E, 1.0, inference="threshold"))
-        assert self.change(layer, np.s_[0, 3:], training=True)[0, :3].max() > 0.1
-
-    def test_a_group_of_a_batch_leaks_between_sequences(self):
-        changed = self.change(built(EVERY["switch"](), "batch"), np.s_[0, 3:])
-        assert changed[1].max() > 0.1
-
-
 class TestSelectivePrecision:
     @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
     @ROUTERS
