@@ -185,6 +185,12 @@ EVERY = {
 ROUTERS = pytest.mark.parametrize("router", EVERY.values(), ids=EVERY)
 
 
+CAPPED = {
+    "capped": lambda: ExpertChoiceRouter(E, max_experts_per_token=2),
+    "by programme": lambda: ExpertChoiceRouter(E, max_experts_per_token=2, linear_programme=True),
+}
+
+
 def call(layer, x, **kwargs):
     """Outputs, losses and what the call added to the statistics."""
     for variable in layer.statistics:
@@ -457,8 +463,9 @@ def tiny_problem():
     return x, np.sin(2 * x)
 
 
-def moe():
-    return MixtureOfExperts(FeedForwardExperts(E, 16, seed=1), TopKRouter(2, capacity_factor=2.0))
+def moe(router=None):
+    router = router or TopKRouter(2, capacity_factor=2.0)
+    return MixtureOfExperts(FeedForwardExperts(E, 16, seed=1), router)
 
 
 class Residual(keras.Model):
@@ -470,16 +477,21 @@ class Residual(keras.Model):
         return inputs + self.layer(inputs, training=training)
 
 
-def functional():
+def functional(router=None):
     inputs = keras.Input((None, D))
-    return keras.Model(inputs, inputs + moe()(inputs))
+    return keras.Model(inputs, inputs + moe(router)(inputs))
 
 
 class TestModels:
     @pytest.mark.parametrize(
         "model",
-        [functional, Residual, lambda: keras.Sequential([keras.Input((6, D)), moe()])],
-        ids=["functional", "subclassed", "sequential"],
+        [
+            functional,
+            Residual,
+            lambda: keras.Sequential([keras.Input((6, D)), moe()]),
+            *(lambda router=router: functional(router()) for router in CAPPED.values()),
+        ],
+        ids=["functional", "subclassed", "sequential", *CAPPED],
     )
     def test_fit_learns(self, model):
         keras.utils.set_random_seed(0)
@@ -490,12 +502,18 @@ class TestModels:
         assert loss[-1] < 0.7 * loss[0]
 
     @pytest.mark.parametrize(
-        ("name", "group"), [("k=2", 4), ("dropless", "sequence"), ("expert choice", "sequence")]
+        ("name", "group"),
+        [
+            ("k=2", 4),
+            ("dropless", "sequence"),
+            ("expert choice", "sequence"),
+            ("by programme", "sequence"),
+        ],
     )
     def test_length_not_known(self, name, group):
         """One functional model for all lengths and batch sizes, traced once without either."""
         inputs = keras.Input((None, D))
-        layer = built(EVERY[name](), group)
+        layer = built((EVERY | CAPPED)[name](), group)
         model = keras.Model(inputs, layer(inputs))
         assert model.output_shape == (None, None, D)
         model.compile(jit_compile=False)
@@ -503,7 +521,7 @@ class TestModels:
             y = model.predict(x, verbose=0)
             np.testing.assert_allclose(y, call(layer, x)[0], rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("name", ["k=2", "dropless", "expert choice"])
+    @pytest.mark.parametrize("name", ["k=2", "dropless", "expert choice", *CAPPED])
     def test_length_not_known_to_the_graph(self, name):
         """As a data set of ragged batches has it: TensorFlow's graph then knows no shape."""
         if keras.backend.backend() != "tensorflow":
@@ -511,7 +529,7 @@ class TestModels:
         import tensorflow as tf
 
         for group in ("sequence", "batch", 4):
-            layer = built(EVERY[name](), group)
+            layer = built((EVERY | CAPPED)[name](), group)
             graph = tf.function(layer, input_signature=[tf.TensorSpec((None, None, D))])
             y = graph(tf.constant(X, "float32"))
             np.testing.assert_allclose(numpy(y), call(layer, X)[0], rtol=1e-5, atol=1e-5)

@@ -1,8 +1,8 @@
 """The zoo's Transformers by name and size: equal active FLOPs, one implementation.
 
 Per token and sparse block, a dense feed-forward layer of hidden width F, one Switch or hash expert
-of width F, and two expert-choice experts of width F/2 (the paper's capacity factor of 2) multiply the same
-number of weights.
+of width F, and two expert-choice experts of width F/2 (the paper's capacity factor of 2) multiply
+the same number of weights.
 """
 
 import difflib
