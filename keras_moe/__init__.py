@@ -5,6 +5,7 @@ from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
+    HashRouter,
     NoisyTopKRouter,
     Router,
     Routing,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ExpertChoiceRouter",
     "FeedForwardExperts",
+    "HashRouter",
     "LayerExperts",
     "LinearExperts",
     "MixtureOfExperts",

@@ -54,6 +54,26 @@ def statistics(routing):
     return ops.stack([totals[name] for name in TOTALS]), expert_tokens_E
 
 
+def experts_per_token_histogram(routing):
+    """How many tokens are served by 0, 1, ... experts; the paper finds one or two most often.
+
+    Expert Choice (https://arxiv.org/abs/2202.09368). Padding is not counted. Unlike `statistics` it
+    is not kept by the layer: `layer.router(inputs)` gives the routing to call it with.
+
+    Args:
+        routing: a `Routing`.
+
+    Returns:
+        `[experts + 1]` int32, which sums to the number of tokens.
+    """
+    num_experts = routing.probabilities.shape[-1]
+    experts_T = ops.cast(_experts_per_token(routing), "int32")
+    experts_1T = ops.reshape(experts_T, (1, -1))
+    if routing.mask is not None:
+        experts_1T = ops.where(ops.reshape(routing.mask, (1, -1)), experts_1T, num_experts + 1)
+    return count(experts_1T, num_experts + 1)[0]
+
+
 def _experts_per_token(routing):
     """How many experts serve each token, all groups pooled; float32."""
     groups, rows, slots = ops.shape(routing.token_index)

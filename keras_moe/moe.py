@@ -50,13 +50,16 @@ class MixtureOfExperts(keras.layers.Layer):
         mask: booleans, `inputs.shape[:-1]`; `False` for padding, which takes no slot, enters no
             loss and no statistic, and comes out as zero. Keras passes an upstream mask by itself.
         training: boolean; jitter, dropout and the training capacity only when `True`.
+        token_ids: integers, `inputs.shape[:-1]`, for a router that hashes them (`HashRouter`); for
+            no other.
 
     Returns:
         Tensor shaped like `inputs`, but for the width of the experts' output.
 
     Raises:
         ValueError: if an argument is out of range, if the router does not fit the number of
-            experts, or if the inputs or the mask have another shape.
+            experts, if the inputs, the mask or the ids have another shape, or if ids are missing
+            or given for nothing.
     """
 
     def __init__(self, experts, router, group="sequence", **kwargs):
@@ -109,11 +112,12 @@ class MixtureOfExperts(keras.layers.Layer):
             for name, shape in metrics.statistics_shapes(self.router.num_experts).items()
         ]
 
-    def call(self, inputs, mask=None, training=False):
+    def call(self, inputs, mask=None, training=False, token_ids=None):
         x_GSD, mask_GS = self._split(inputs, mask)
         groups, tokens, _ = ops.shape(x_GSD)
         compact = getattr(self.experts, "compact", False)
-        routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact)
+        ids = self._split_ids(inputs, token_ids)
+        routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
         slots_RCD = dispatch(x_GSD, routing)
         slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
         y_GSD = combine(slots_RCD, routing, groups, tokens)
@@ -132,7 +136,7 @@ class MixtureOfExperts(keras.layers.Layer):
         """Tokens in groups: `[groups, tokens, dim]` and their mask `[groups, tokens]`."""
         dim = inputs.shape[-1]
         if mask is not None:
-            self._check_mask(mask, inputs)
+            self._check_shape("mask", mask, inputs)
             mask = ops.cast(mask, "bool")
         if 0 in tuple(inputs.shape[:-1]):  # no tokens: one that is padding stands in
             return ops.zeros((1, 1, dim), inputs.dtype), ops.zeros((1, 1), "bool")
@@ -152,6 +156,24 @@ class MixtureOfExperts(keras.layers.Layer):
         mask_GS = None if mask_T is None else ops.reshape(mask_T, (-1, self.group))
         return ops.reshape(x_TD, (-1, self.group, dim)), mask_GS
 
+    def _split_ids(self, inputs, token_ids):
+        """`token_ids` in groups, as the keyword argument of a router that needs them."""
+        if not self.router.needs_token_ids:
+            if token_ids is not None:
+                raise ValueError(
+                    "`token_ids` must be left out for a router that does not hash them. "
+                    f"Received: ids of shape {tuple(token_ids.shape)}, router={self.router!r}"
+                )
+            return {}
+        if token_ids is None:
+            raise ValueError(
+                "`token_ids` must be given for a router that hashes them. "
+                f"Received: token_ids=None, router={self.router!r}"
+            )
+        self._check_shape("token_ids", token_ids, inputs)
+        ids_GS1, _ = self._split(ops.cast(token_ids, "int32")[..., None], None)
+        return {"token_ids": ids_GS1[..., 0]}
+
     def _join(self, y_GSD, inputs):
         y_TD = ops.reshape(y_GSD, (-1, y_GSD.shape[-1]))
         leading = ops.shape(inputs)[:-1]
@@ -160,15 +182,15 @@ class MixtureOfExperts(keras.layers.Layer):
         y = ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
         return ops.cast(y, self.compute_dtype)
 
-    def _check_mask(self, mask, inputs):
-        given, allowed = tuple(mask.shape), tuple(inputs.shape[:-1])
+    def _check_shape(self, name, value, inputs):
+        given, allowed = tuple(value.shape), tuple(inputs.shape[:-1])
         fits = len(given) == len(allowed) and all(
             a == b or None in (a, b) for a, b in zip(given, allowed, strict=True)
         )
         if not fits:
             raise ValueError(
-                f"`mask` must have the inputs' shape without the last axis, {allowed}. "
-                f"Received: mask of shape {given}"
+                f"`{name}` must have the inputs' shape without the last axis, {allowed}. "
+                f"Received: {name} of shape {given}"
             )
 
     def compute_output_shape(self, input_shape):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe.capped import capped_choice
 from keras_moe.ops import row_size, take_rows, top_k
 
 
@@ -141,7 +142,7 @@ def reroute(wish_GSK, num_experts, capacity):
     return expert_GS
 
 
-def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
+def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None, linear_programme=False):
     """Lets every expert take its `capacity` best tokens.
 
     Expert Choice (https://arxiv.org/abs/2202.09368), Eq. 2. Padding is never taken. Equal scores go
@@ -151,11 +152,10 @@ def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
         score_GSE: `[groups, tokens, experts]` non-negative scores.
         capacity: tokens per expert and group.
         mask_GS: `[groups, tokens]` booleans, `False` for padding.
-        max_experts_per_token: most experts that may share a token. The paper solves a linear
-            programme for it; here tokens and experts are matched as colleges and students are
-            (Gale and Shapley 1962): experts ask for their best tokens, a token keeps its best
-            offers, and refused experts ask again, for a bounded number of rounds. The cap always
-            holds; an expert that runs out of rounds leaves slots empty.
+        max_experts_per_token: most experts that may share a token, see `capped_choice`; `None` for
+            no cap.
+        linear_programme: whether the paper's linear programme has its say in who shares a token
+            when there is a cap.
 
     Returns:
         Tuple of `token_index` and `score`, both `[groups, experts, capacity]`; an empty slot has
@@ -167,7 +167,8 @@ def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None):
     if mask_GS is not None:
         wish_GES = ops.where(mask_GS[:, None, :], wish_GES, -1.0)
     if max_experts_per_token is not None and max_experts_per_token < num_experts:
-        wish_GES = _match(wish_GES, capacity, max_experts_per_token)
+        taken_GES = capped_choice(wish_GES, capacity, max_experts_per_token, linear_programme)
+        wish_GES = ops.where(taken_GES, wish_GES, -1.0)
     wish_GEC, token_index_GEC = top_k(wish_GES, capacity)
     score_GEC = ops.take_along_axis(score_GES, token_index_GEC, axis=2)
     taken_GEC = wish_GEC >= 0
@@ -248,24 +249,3 @@ def _inverse(place_GN, size):
     empty = ops.full((groups * size + 1,), entries, dtype="int32")
     entry_M = ops.scatter_update(empty, place_M1, ops.reshape(entry_GN, (-1,)))[:-1]
     return ops.reshape(entry_M, (groups, size))
-
-
-_ROUNDS = 8
-
-
-def _match(wish_GES, capacity, cap):
-    """Refuses offers until no token has more than `cap`; a refused wish becomes -1."""
-    for _ in range(_ROUNDS):
-        asked_GES = _best(wish_GES, capacity)
-        offer_GSE = ops.transpose(ops.where(asked_GES, wish_GES, -1.0), (0, 2, 1))
-        kept_GES = ops.transpose(_best(offer_GSE, cap), (0, 2, 1))
-        wish_GES = ops.where(asked_GES & ~kept_GES, -1.0, wish_GES)
-    return ops.where(asked_GES & kept_GES, wish_GES, -1.0)
-
-
-def _best(x, k):
-    """Which entries of the last axis are among its `k` largest; equal ones in order of position."""
-    values, index = top_k(x, k)
-    position = ops.arange(ops.shape(x)[-1], dtype="int32")
-    tied = (x == values[..., -1:]) & (position <= index[..., -1:])
-    return (x > values[..., -1:]) | tied

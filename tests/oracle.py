@@ -60,30 +60,88 @@ def switch_choice(probabilities_GSE, first_GS, reroutes, capacity, mask=None):
     return weight, chosen
 
 
-def expert_choice(probabilities_GSE, capacity, mask=None, max_experts_per_token=None):
+def expert_choice(
+    probabilities_GSE, capacity, mask=None, max_experts_per_token=None, by_programme=False
+):
     """Combine weights `[G, S, E]` when every expert takes its best tokens.
 
-    With a cap, one offer at a time (Gale and Shapley 1962): the result does not depend on who asks
-    first.
+    With a cap in rounds of questions and answers, and then of swaps one by one.
     """
     weight = np.zeros(probabilities_GSE.shape)
     for g, p_SE in enumerate(probabilities_GSE):
         tokens, num_experts = p_SE.shape
         cap = max_experts_per_token or num_experts
         valid = [s for s in range(tokens) if mask is None or mask[g, s]]
-        wishes = [sorted(valid, key=lambda s, e=e: (-p_SE[s, e], s)) for e in range(num_experts)]
-        served_by = {s: [] for s in valid}
-        asking = True
-        while asking:
-            seated = [sum(e in by for by in served_by.values()) for e in range(num_experts)]
-            asking = [e for e in range(num_experts) if seated[e] < capacity and wishes[e]]
-            for e in asking[:1]:
-                s = wishes[e].pop(0)
-                best_first = sorted([*served_by[s], e], key=lambda e, s=s: (-p_SE[s, e], e))
-                served_by[s] = best_first[:cap]
-        for s, by in served_by.items():
-            weight[g, s, by] = p_SE[s, by]
+        capacity_here = min(capacity, len(valid))
+        order_SE = p_SE
+        if by_programme and cap < num_experts and valid:
+            order_SE = np.full(p_SE.shape, -1.0)
+            order_SE[valid] = linear_programme(p_SE[valid].T, capacity_here, cap)[1].T
+        seats = _in_rounds(p_SE, order_SE, valid, capacity_here, cap)
+        _swap(seats, p_SE, valid, capacity_here, cap)
+        for s, e in seats:
+            weight[g, s, e] = p_SE[s, e]
     return weight
+
+
+def _in_rounds(p_SE, order_SE, valid, capacity, cap):
+    """Seats, pairs of token and expert: short experts ask, tokens with room take the best."""
+    seats = set()
+    while True:
+        asking = {s: [] for s in valid}
+        for e in range(p_SE.shape[1]):
+            short = capacity - sum(by == e for _, by in seats)
+            room = [s for s in valid if (s, e) not in seats and _served(seats, s) < cap]
+            for s in sorted(room, key=lambda s, e=e: (-order_SE[s, e], s))[:short]:
+                asking[s].append(e)
+        if not any(asking.values()):
+            return seats
+        for s, experts in asking.items():
+            best_first = sorted(experts, key=lambda e, s=s: (-p_SE[s, e], e))
+            seats |= {(s, e) for e in best_first[: cap - _served(seats, s)]}
+        order_SE = p_SE
+
+
+def _served(seats, s):
+    return sum(token == s for token, _ in seats)
+
+
+def _swap(seats, p_SE, valid, capacity, cap):
+    """Expert i is short and holds t, a token with room: m gives it s and takes t."""
+    experts = range(p_SE.shape[1])
+    while True:
+        short = [capacity - sum(by == e for _, by in seats) for e in experts]
+        room = [s for s in valid if _served(seats, s) < cap]
+        if max(short) <= 0 or not room:
+            return
+        i = int(np.argmax(short))
+        t = max(room, key=lambda s: (p_SE[s, i], -s))
+        givers = [(m, s) for s, m in seats if (s, i) not in seats and (t, m) not in seats]
+        m, s = max(givers, key=lambda ms: p_SE[t, ms[0]] - p_SE[ms[1], ms[0]] + p_SE[ms[1], i])
+        seats ^= {(s, m), (t, m), (s, i)}
+
+
+def linear_programme(score_ES, capacity, cap, temperature=1e-3, iterations=100):
+    """Dykstra's algorithm as it is written, with a correction for each of the three sets.
+
+    Long doubles, whose exponents reach far enough for `exp(1000)`.
+
+    Returns:
+        `A` and, for the order, `A` before its last projection, onto `A <= 1`.
+    """
+    a_ES = np.exp(score_ES.astype("longdouble") / temperature)
+    corrections = [np.ones_like(a_ES) for _ in range(3)]
+    projections = [
+        lambda y: y * capacity / y.sum(axis=1, keepdims=True),
+        lambda y: y * np.minimum(1, cap / y.sum(axis=0, keepdims=True)),
+        lambda y: np.minimum(y, 1),
+    ]
+    for _ in range(iterations):
+        for n, project in enumerate(projections):
+            before_ES = a_ES * corrections[n]
+            a_ES = project(before_ES)
+            corrections[n] = before_ES / a_ES
+    return a_ES, before_ES
 
 
 def threshold_choice(probabilities_GSE, threshold_E, cap, mask=None):

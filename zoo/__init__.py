@@ -16,6 +16,7 @@ _HOME = {
     "default_tokenizer": "zoo.tokenizer",
     "dense_transformer": "zoo.models.builders",
     "expert_choice_transformer": "zoo.models.builders",
+    "hash_transformer": "zoo.models.builders",
     "switch_transformer": "zoo.models.builders",
     "finetune": "zoo.training",
     "from_preset": "zoo.presets",

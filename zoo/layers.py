@@ -289,7 +289,9 @@ class TransformerBlock(keras.layers.Layer):
         dropout: rate on the output of each sub-layer.
         epsilon: of the RMS norm.
 
-    Call arguments: as `SelfAttention`.
+    Call arguments:
+        inputs, position_bias, padding_mask, training: as `SelfAttention`.
+        token_ids: `[batch, length]` integers, for a router that hashes them; no other gets them.
     """
 
     def __init__(self, attention, feed_forward, dropout=0.0, epsilon=1e-6, **kwargs):
@@ -314,14 +316,15 @@ class TransformerBlock(keras.layers.Layer):
         norm.build(input_shape)
         return norm
 
-    def call(self, inputs, position_bias, padding_mask, training=False):
+    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
         x = self.attention_norm(inputs)
         x = self.attention(x, position_bias, padding_mask, training=training)
         inputs = inputs + self.residual_dropout(x, training=training)
 
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            x = self.feed_forward(x, mask=padding_mask, training=training)
+            ids = token_ids if self.feed_forward.router.needs_token_ids else None
+            x = self.feed_forward(x, mask=padding_mask, training=training, token_ids=ids)
         else:
             x = self.feed_forward(x, training=training)
         return inputs + self.residual_dropout(x, training=training)

@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     slot_index: Any  # [G, S, K] the slot r*C + c of each choice; R*C dropped; None: experts chose
     row_expert: Any  # [R] the expert of each row, E: nobody's; None when row e is expert e's
     expert_index: Any  # [G, S, K] the chosen experts, before dropping; E for padding; None as above
-    logits: Any  # [G, S, E] float32
+    logits: Any  # [G, S, E] float32; None: the router computes none
     probabilities: Any  # [G, S, E] float32
     mask: Any  # [G, S] booleans, False for padding; None when there is none
     clean_logits: Any = None  # [G, S, E] float32, the logits without noise; None: there is no noise
@@ -59,6 +59,8 @@ def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compa
 class Router(keras.layers.Layer):
     """Base of all routers: one linear layer without bias, its weight named `kernel`.
 
+    A router with `needs_token_ids` is called with `token_ids`, `[groups, tokens]` integers, too.
+
     Args:
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
         capacity_factor: capacity while training; see the subclasses.
@@ -70,6 +72,8 @@ class Router(keras.layers.Layer):
             of the public Switch and expert choice models.
         seed: integer, seed of the jitter.
     """
+
+    needs_token_ids = False
 
     def __init__(
         self,
@@ -129,9 +133,13 @@ class Router(keras.layers.Layer):
                 "`num_experts` must be given to a router that is used on its own. "
                 "Received: num_experts=None"
             )
+        self.add_kernel(input_shape[-1])
+
+    def add_kernel(self, dim):
+        """Makes the weight that `score` multiplies tokens of width `dim` with."""
         self.kernel = self.add_weight(
             name="kernel",
-            shape=(input_shape[-1], self.num_experts),
+            shape=(dim, self.num_experts),
             initializer=self.kernel_initializer,
         )
 

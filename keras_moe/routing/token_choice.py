@@ -111,7 +111,7 @@ class TopKRouter(Router):
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
         if mask is not None:
             expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
-        tokens = ops.shape(logits_GSE)[1]
+        tokens = ops.shape(probabilities_GSE)[1]
         capacity, slack = self._capacity(tokens, training)
         if compact and slack >= 1.5:
             roomy = isinstance(tokens, int) and capacity >= tokens

@@ -110,6 +110,34 @@ class TestStatistics:
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+class TestExpertsPerToken:
+    def test_of_expert_choice(self):
+        # As above: three slots for each expert and group would be all, two leave token 2 out.
+        routing = routing_of(ExpertChoiceRouter(2, 1.0), P, mask=MASK)
+        assert numpy(metrics.experts_per_token_histogram(routing)).tolist() == [1, 0, 4]
+        routing = routing_of(ExpertChoiceRouter(2, 1.0), P)
+        # Group 1 without a mask: expert 0 takes 0, 2 (.5 before .25), expert 1 takes 1, 2.
+        assert numpy(metrics.experts_per_token_histogram(routing)).tolist() == [1, 2, 3]
+
+    def test_of_token_choice_that_drops(self):
+        # Three of five kept, see above.
+        router = SwitchRouter(2, eval_capacity_factor=0.5, min_capacity=1)
+        histogram = metrics.experts_per_token_histogram(routing_of(router, P, mask=MASK))
+        assert numpy(histogram).tolist() == [2, 3, 0]
+        assert ops.dtype(histogram) == "int32"
+
+    def test_a_cap_shows_and_the_balance_is_perfect(self):
+        p = np.random.default_rng(0).dirichlet(np.ones(4), (2, 16))
+        for cap, top in ((2, 2), (None, 3)):
+            router = ExpertChoiceRouter(4, 2.0, max_experts_per_token=cap)
+            routing = routing_of(router, p)
+            histogram = numpy(metrics.experts_per_token_histogram(routing))
+            assert histogram.sum() == 32 and histogram @ np.arange(5) == 64
+            assert np.flatnonzero(histogram).max() == top
+            total, expert_tokens = totals_of(routing)
+            assert expert_tokens == [16] * 4 and total["max_share"] == 1
+
+
 class TestFigures:
     def test_from_totals(self):
         # calls 2, tokens 10, wanted 20, kept 15, untaken 3, entropy 4, max_share 3

@@ -128,34 +128,20 @@ def test_by_score_breaks_ties_by_position():
     assert token.tolist() == [[[0, 1, 2, 3, 4]] * 3]
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    seed=st.integers(0, 2**31),
-    tokens=st.sampled_from([2, 24]),
-    cap=st.integers(1, 5),
-)
-def test_by_score_never_exceeds_the_cap_nor_takes_a_token_twice(seed, tokens, cap):
-    num_experts = 6
-    logits = np.random.default_rng(seed).normal(size=(2, tokens, num_experts))
-    score = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    capacity = min(tokens, slots.capacity(tokens, num_experts, min(cap, 2.0)))
-    token, _ = numpy(slots.by_score(tensor(score, "float32"), capacity, None, cap))
-    for group in token:
-        seats = [t for row in group for t in row if t < tokens]
-        assert np.bincount(seats, minlength=tokens).max() <= cap
-        for row in group:
-            seated = [t for t in row if t < tokens]
-            assert len(set(seated)) == len(seated)
-
-
-def test_cap_refills_what_a_token_refused():
-    # All three experts want token 0 most, then their own token. With cap 1 and one slot each, token
-    # 0 keeps its best offer (expert 0) and the other two get their second wish, not an empty slot.
+@pytest.mark.parametrize("linear_programme", [False, True])
+def test_by_score_under_a_cap(linear_programme):
+    # All three experts want token 0 most, then their own token: token 0 keeps its best offer.
     score = tensor([[[0.9, 0.8, 0.7], [0.1, 0.5, 0.1], [0.1, 0.1, 0.5]]], "float32")
-    token, _ = numpy(slots.by_score(score, 1, None, 1))
+    token, weight = numpy(slots.by_score(score, 1, None, 1, linear_programme))
     assert token.tolist() == [[[0], [1], [2]]]
-    token, _ = numpy(slots.by_score(score, 1))
+    np.testing.assert_allclose(weight, [[[0.9], [0.5], [0.5]]], rtol=1e-6)
+    token, _ = numpy(slots.by_score(score, 1, None, 3, linear_programme))
     assert token.tolist() == [[[0], [0], [0]]]
+    # Two slots each, five seats in all where the middle token is padding: one stays empty.
+    mask = tensor([[True, False, True]])
+    token, weight = numpy(slots.by_score(score, 2, mask, 2, linear_programme))
+    assert np.bincount(token.reshape(-1), minlength=4).tolist() == [2, 0, 2, 2]
+    assert (weight[token == 3] == 0).all()
 
 
 def test_look_up_and_pool_groups():

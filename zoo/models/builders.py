@@ -1,8 +1,8 @@
 """The zoo's Transformers by name and size: equal active FLOPs, one implementation.
 
-Per token and sparse block, a dense feed-forward layer of hidden width F, one Switch expert of width
-F, and two expert-choice experts of width F/2 (the paper's capacity factor of 2) multiply the same
-number of weights.
+Per token and sparse block, a dense feed-forward layer of hidden width F, one Switch or hash expert
+of width F, and two expert-choice experts of width F/2 (the paper's capacity factor of 2) multiply
+the same number of weights.
 """
 
 import difflib
@@ -109,6 +109,31 @@ def expert_choice_transformer(
     defaults = {"expert_dim": round(options["intermediate_dim"] / router.capacity_factor)}
     return EncoderBackbone(
         vocabulary_size, router=router, num_experts=num_experts, **(defaults | options)
+    )
+
+
+def hash_transformer(size="mini", num_experts=8, vocabulary_size=8192, router=None, **options):
+    """A hash layer encoder: every token of a sparse block goes to the expert that its id names.
+
+    The baseline of Expert Choice (https://arxiv.org/abs/2202.09368), Table 4; every other block is
+    sparse, and no token is dropped.
+
+    Args:
+        size: "mini", "small" or "base".
+        num_experts: experts per sparse block.
+        vocabulary_size: rows of the embedding table; the default fits the shipped tokenizer.
+        router: a `keras_moe.HashRouter` with other settings.
+        **options: any other argument of `zoo.EncoderBackbone`.
+
+    Returns:
+        An `EncoderBackbone`.
+
+    Raises:
+        ValueError: if there is no such size.
+    """
+    router = router or keras_moe.HashRouter()
+    return EncoderBackbone(
+        vocabulary_size, router=router, num_experts=num_experts, **(_size(size) | options)
     )
 
 

@@ -1,7 +1,8 @@
 """A T5-style encoder whose feed-forward layers are dense or sparse, and a classifier on top of it.
 
-Dense, Switch and expert choice encoders are one implementation: they differ in the router that is
-handed over (none, `SwitchRouter`, `ExpertChoiceRouter`, or any other of `keras_moe`).
+Dense, Switch, expert choice and hash encoders are one implementation: they differ in the router
+that is handed over (none, `SwitchRouter`, `ExpertChoiceRouter`, `HashRouter`, or any other of
+`keras_moe`).
 """
 
 import reprlib
@@ -146,7 +147,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         x = embedding_dropout(token_embedding(token_ids))
         bias = position_bias(x)
         for block in blocks:
-            x = block(x, bias, padding_mask)
+            x = block(x, bias, padding_mask, token_ids=token_ids)
         x = output_dropout(output_norm(x))
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},

@@ -161,6 +161,7 @@ CONFIGS = {
         "capacity_factor": 1.5,
         "eval_capacity_factor": 3.0,
         "max_experts_per_token": 2,
+        "linear_programme": True,
         "inference": "threshold",
         "threshold_momentum": 0.5,
         "jitter": 0.25,

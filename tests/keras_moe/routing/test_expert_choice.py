@@ -41,6 +41,35 @@ class TestExpertChoiceRouter:
         router = with_identity(ExpertChoiceRouter(3, 1.5, max_experts_per_token=2))
         assert numpy(router(logits_of(P)).token_index).tolist() == [[[1, 0], [3, 0], [2, 1]]]
 
+    @pytest.mark.parametrize(
+        ("linear_programme", "taken"), [(False, [[[0], [1]]]), (True, [[[1], [0]]])]
+    )
+    def test_linear_programme(self, linear_programme, taken):
+        # See `test_capped.py`: .50 + .40 = .90 by one choice after the other, .48 + .47 by looking
+        # ahead. With tokens that nobody wants to make up the softmax: it needs three experts.
+        p = [[[0.50, 0.47, 0.03], [0.48, 0.40, 0.12], [0.01, 0.01, 0.98]]]
+        router = ExpertChoiceRouter(
+            3, 1.0, max_experts_per_token=1, linear_programme=linear_programme
+        )
+        assert numpy(with_identity(router)(logits_of(p)).token_index)[:, :2].tolist() == taken
+
+    @pytest.mark.parametrize("linear_programme", [False, True])
+    def test_a_cap_of_all_experts_is_none(self, linear_programme):
+        capped = ExpertChoiceRouter(
+            3, 1.5, max_experts_per_token=3, linear_programme=linear_programme
+        )
+        one, two = (
+            numpy(with_identity(router)(logits_of(P)))
+            for router in (capped, ExpertChoiceRouter(3, 1.5))
+        )
+        np.testing.assert_array_equal(one.token_index, two.token_index)
+        np.testing.assert_array_equal(one.weight, two.weight)
+
+    def test_weights_are_the_raw_scores_under_a_cap(self):
+        router = with_identity(ExpertChoiceRouter(3, 1.5, max_experts_per_token=2))
+        expected = [[[0.6, 0.5], [0.6, 0.3], [0.4, 0.1]]]
+        np.testing.assert_allclose(numpy(router(logits_of(P)).weight), expected, rtol=1e-6)
+
 
 class TestThreshold:
     def router(self, **kwargs):

@@ -23,13 +23,14 @@ def test_equal_active_flops(tiny):
     dense = moe(zoo.dense_transformer(tiny))
     switch = moe(zoo.switch_transformer(tiny))
     choice = moe(zoo.expert_choice_transformer(tiny))
+    hashed = moe(zoo.hash_transformer(tiny))
     dense_weights = sum(int(np.prod(v.shape)) for v in dense.trainable_variables)
 
     def of_one_expert(layer):
         return sum(int(np.prod(v.shape[1:])) for v in layer.experts.trainable_variables)
 
     assert dense_weights == 2 * 16 * 32
-    assert of_one_expert(switch) == dense_weights
+    assert of_one_expert(switch) == of_one_expert(hashed) == dense_weights
     assert of_one_expert(choice) * choice.router.capacity_factor == dense_weights
 
 
@@ -40,7 +41,11 @@ def test_defaults_are_the_papers(tiny):
     assert switch.experts.init_scale == 0.1
     assert isinstance(choice.router, keras_moe.ExpertChoiceRouter)
     assert choice.router.capacity_factor == 2.0
-    assert switch.experts.num_experts == choice.experts.num_experts == 8
+    hashed = moe(zoo.hash_transformer(tiny))
+    assert type(hashed.router) is keras_moe.HashRouter
+    assert (hashed.router.table, hashed.router.capacity_factor) == (None, None)
+    for layer in (switch, choice, hashed):
+        assert layer.experts.num_experts == 8
 
 
 def test_options(tiny):
@@ -59,6 +64,11 @@ def test_options(tiny):
         tiny, router=keras_moe.ExpertChoiceRouter(capacity_factor=1.0), intermediate_dim=64
     )
     assert moe(choice).experts.hidden_dim == 64
+    hashed = zoo.hash_transformer(
+        tiny, num_experts=3, router=keras_moe.HashRouter(table=[2, 0]), intermediate_dim=64
+    )
+    assert moe(hashed).router.table == (2, 0)
+    assert (moe(hashed).experts.num_experts, moe(hashed).experts.hidden_dim) == (3, 64)
     assert zoo.dense_transformer(tiny, hidden_dim=32).hidden_dim == 32
 
 
@@ -70,7 +80,13 @@ def test_one_router_serves_many_models(tiny):
 
 
 @pytest.mark.parametrize(
-    "builder", [zoo.dense_transformer, zoo.switch_transformer, zoo.expert_choice_transformer]
+    "builder",
+    [
+        zoo.dense_transformer,
+        zoo.switch_transformer,
+        zoo.expert_choice_transformer,
+        zoo.hash_transformer,
+    ],
 )
 def test_unknown_size(builder):
     with pytest.raises(ValueError, match=r"`size` must be one of mini.*Did you mean 'small'"):

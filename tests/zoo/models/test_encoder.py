@@ -22,6 +22,7 @@ ROUTERS = {
     "dense": None,
     "switch": keras_moe.SwitchRouter(),
     "expert_choice": keras_moe.ExpertChoiceRouter(),
+    "hash": keras_moe.HashRouter(),
 }
 
 
@@ -139,6 +140,7 @@ def test_padding_changes_nothing(kind):
         "dense": None,
         "switch": keras_moe.SwitchRouter(eval_capacity_factor=4.0),
         "expert_choice": keras_moe.ExpertChoiceRouter(capacity_factor=4.0),
+        "hash": keras_moe.HashRouter(),
     }
     model = encoder(router=roomy[kind], attention_experts=4)
     x = inputs()
@@ -166,6 +168,18 @@ def test_config_and_keras_file_round_trip(kind, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
+
+
+def test_ids_reach_the_hash_router():
+    """One expert per parity of the id: if ids do not come, or are another's, the numbers differ."""
+    model = encoder(router=keras_moe.HashRouter(), num_experts=2, group=5)
+    moe = model.get_layer("block_2").feed_forward
+    x = inputs()
+    output(model, x)
+    even = np.sum((x["token_ids"] % 2 == 0) & (x["padding_mask"] > 0))
+    odd = np.sum((x["token_ids"] % 2 == 1) & (x["padding_mask"] > 0))
+    _, expert_tokens = moe.statistics
+    assert ops.convert_to_numpy(expert_tokens).tolist() == [even, odd] and even != odd
 
 
 def test_options_reach_the_layers():
