@@ -2,6 +2,7 @@
 
 from keras_moe import callbacks, losses, metrics
 from keras_moe.experts import FeedForwardExperts, LayerExperts
+from keras_moe.hierarchical import HierarchicalMoE, HierarchicalRouter
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ExpertChoiceRouter",
     "FeedForwardExperts",
+    "HierarchicalMoE",
+    "HierarchicalRouter",
     "LayerExperts",
     "MixtureOfExperts",
     "NoisyTopKRouter",

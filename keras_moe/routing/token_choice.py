@@ -111,31 +111,33 @@ class TopKRouter(Router):
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
         if mask is not None:
             expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
-        tokens = ops.shape(logits_GSE)[1]
-        capacity, slack = self._capacity(tokens, training)
+        seats = self.seat(expert_index_GSK, weight_GSK, training, compact)
+        return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
+
+    def seat(self, expert_index_GSK, weight_GSK, training, compact):
+        """The first four fields of a `Routing`, by the capacity that holds."""
+        _, tokens, k = ops.shape(expert_index_GSK)
+        capacity, slack = self._capacity(tokens, k, training)
         if compact and slack >= 1.5:
             roomy = isinstance(tokens, int) and capacity >= tokens
             capacity = None if roomy else capacity
         else:
             compact = False
-        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
-        return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
+        return seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
 
     def choose(self, probabilities_GSE, training):
         """Probability and number of each token's experts, the best first, `[groups, tokens, k]`."""
         return top_k(probabilities_GSE, self.k)
 
-    def _capacity(self, tokens, training):
+    def _capacity(self, tokens, k, training):
         """Slots per expert and group, and how many slots there are at least per choice."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor is None:
             return None, 1.0
-        capacity = slots.capacity(
-            tokens, self.num_experts, factor, self.k, minimum=self.min_capacity
-        )
+        capacity = slots.capacity(tokens, self.num_experts, factor, k, minimum=self.min_capacity)
         if not isinstance(tokens, int):
             return capacity, factor
-        return capacity, self.num_experts * capacity / (tokens * self.k)
+        return capacity, self.num_experts * capacity / (tokens * k)
 
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)

@@ -27,6 +27,7 @@ ORDER = (
     "experts",
     "metrics",
     "moe",
+    "hierarchical",
     "callbacks",
     "__init__",
 )
