@@ -2,6 +2,7 @@
 
 from keras_moe import callbacks, losses, metrics, surgery
 from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
+from keras_moe.hierarchical import HierarchicalMoE, HierarchicalRouter
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
@@ -20,6 +21,8 @@ __all__ = [
     "ExpertChoiceRouter",
     "FeedForwardExperts",
     "HashRouter",
+    "HierarchicalMoE",
+    "HierarchicalRouter",
     "LayerExperts",
     "LinearExperts",
     "MixtureOfExperts",

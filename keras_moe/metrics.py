@@ -21,17 +21,19 @@ def statistics_shapes(num_experts):
     return {"routing_totals": (len(TOTALS),), "expert_tokens": (num_experts,)}
 
 
-def statistics(routing):
+def statistics(routing, num_experts=None):
     """What one call adds to the statistics.
 
     Args:
         routing: a `Routing`.
+        num_experts: integer; `None`: as many as the routing has probabilities.
 
     Returns:
         Tuple of `routing_totals` `[7]` (in the order of `TOTALS`) and `expert_tokens` `[experts]`,
         how many choices fell on each expert before any was dropped; both float32.
     """
-    num_experts = routing.probabilities.shape[-1]
+    outcomes = routing.probabilities.shape[-1]
+    num_experts = num_experts or outcomes
     groups, tokens = ops.shape(routing.probabilities)[:2]
     valid_GS = (
         ops.ones((groups, tokens)) if routing.mask is None else ops.cast(routing.mask, "float32")
@@ -48,7 +50,7 @@ def statistics(routing):
         "wanted": wanted,
         "kept": ops.sum(experts_per_token_GS),
         "untaken": ops.sum(valid_GS * ops.cast(experts_per_token_GS == 0, "float32")),
-        "entropy": ops.sum(valid_GS * entropy_GS) / max(np.log(num_experts), 1e-30),
+        "entropy": ops.sum(valid_GS * entropy_GS) / max(np.log(outcomes), 1e-30),
         "max_share": ops.max(expert_tokens_E) * num_experts / ops.maximum(wanted, 1.0),
     }
     return ops.stack([totals[name] for name in TOTALS]), expert_tokens_E

@@ -124,7 +124,8 @@ class MixtureOfExperts(keras.layers.Layer):
 
         for loss in self.router.auxiliary_losses(routing):
             self.add_loss(loss)
-        for variable, value in zip(self.statistics, metrics.statistics(routing), strict=True):
+        statistics = metrics.statistics(routing, self.router.num_experts)
+        for variable, value in zip(self.statistics, statistics, strict=True):
             variable.assign_add(value)
         return self._join(y_GSD, inputs)
 

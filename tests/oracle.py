@@ -220,14 +220,10 @@ def importance(weight, mask=None):
 
 def load(logits, noisy_logits, noise_scale, k, mask=None):
     """Shazeer et al. 2017, Eqs. 8-11."""
-    num_experts = logits.shape[-1]
-    total = np.zeros(num_experts)
+    total = np.zeros(logits.shape[-1])
     for at in np.ndindex(*logits.shape[:-1]):
-        for e in range(num_experts):
-            if mask is None or mask[at]:
-                others = np.sort(np.delete(noisy_logits[at], e))[::-1]
-                z = (logits[at][e] - others[k - 1]) / noise_scale[at][e] if k < num_experts else 9
-                total[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
+        if mask is None or mask[at]:
+            total += chances(logits[at], noisy_logits[at], noise_scale[at], k)
     return squared_variation(total)
 
 
@@ -244,6 +240,54 @@ def mixture_loss(form, target, outputs_EO, gate_logits_E):
             distance = np.sum((target - output) ** 2)
             total += p * (distance if form == "competitive" else np.exp(-0.5 * distance))
     return float(total if form == "competitive" else -np.log(total))
+
+
+def chances(logits_E, noisy_E, scale_E, k):
+    """Eq. 9: the probability of each expert to be chosen with new noise of its own."""
+    result = np.ones(len(logits_E))
+    for e in range(len(result) if k < len(result) else 0):
+        others = np.sort(np.delete(noisy_E, e))[::-1]
+        z = (logits_E[e] - others[k - 1]) / scale_E[e]
+        result[e] = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    return result
+
+
+def hierarchical(primary, secondary, k, secondary_k, mask):
+    """Shazeer et al. 2017, appendix B: gates `[G, S, A*B]` (Eq. 12), and both losses (13, 14).
+
+    `primary` is logits, noise and its scale, `[G, S, A]` each; of `secondary` logits and scale are
+    `[G, S, A, B]`, while the noise, `[G, S, k, B]`, is that of the token's best group, the next...
+    """
+    groups, tokens, a, b = secondary[0].shape
+    gates, load_A = np.zeros((groups, tokens, a, b)), np.zeros(a)
+    load_AB, members_A = np.zeros((a, b)), np.zeros(a)
+
+    def gate(logits, k):
+        p = softmax(logits)
+        best = np.argsort(-p, kind="stable")[:k]
+        return p[best] / (p[best].sum() if k > 1 else 1.0), best
+
+    for g, s in zip(*np.nonzero(mask), strict=True):
+        clean_A, noise_A, scale_A = (x[g, s] for x in primary)
+        noisy_A = clean_A + noise_A * scale_A
+        load_A += chances(clean_A, noisy_A, scale_A, k)
+        for rank, (weight, i) in enumerate(zip(*gate(noisy_A, k), strict=True)):
+            clean_B, scale_B = secondary[0][g, s, i], secondary[2][g, s, i]
+            noisy_B = clean_B + secondary[1][g, s, rank] * scale_B
+            load_AB[i] += chances(clean_B, noisy_B, scale_B, secondary_k)
+            members_A[i] += 1
+            weight_P, best_P = gate(noisy_B, secondary_k)
+            gates[g, s, i, best_P] = weight * weight_P
+
+    load_AB = load_A[:, None] * load_AB / np.maximum(members_A, 1)[:, None]
+    importance_AB = gates.sum(axis=(0, 1))
+    gates = gates.reshape(groups, tokens, a * b)
+    return gates, squared_variation(importance_AB), squared_variation(load_AB)
+
+
+def drop(weight_GSE, capacity):
+    """What is left of the weights when each expert keeps a group's first `capacity` tokens."""
+    return weight_GSE * (np.cumsum(weight_GSE > 0, axis=1) <= capacity)
 
 
 def gradient(function, arrays, step=1e-6):

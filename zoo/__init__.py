@@ -11,6 +11,10 @@ _HOME = {
     "EncoderBackbone": "zoo.models.encoder",
     "EncoderTextClassifier": "zoo.models.encoder",
     "EncoderTextClassifierPreprocessor": "zoo.models.encoder",
+    "InverseSquareRoot": "zoo.schedules",
+    "LstmBackbone": "zoo.models.moe_lstm",
+    "LstmCausalLM": "zoo.models.moe_lstm",
+    "LstmCausalLMPreprocessor": "zoo.models.moe_lstm",
     "ZooTokenizer": "zoo.tokenizer",
     "adaptive_mixture": "zoo.models.adaptive_mixture",
     "default_tokenizer": "zoo.tokenizer",
@@ -20,6 +24,7 @@ _HOME = {
     "switch_transformer": "zoo.models.builders",
     "finetune": "zoo.training",
     "from_preset": "zoo.presets",
+    "moe_lstm": "zoo.models.moe_lstm",
 }
 
 __all__ = sorted(_HOME)

@@ -5,7 +5,7 @@ import math
 from keras import ops
 
 from keras_moe import slots
-from keras_moe.ops import top_k
+from keras_moe.ops import add_rows, top_k
 
 
 def load_balancing(probabilities, expert_index, mask=None):
@@ -94,17 +94,83 @@ def load(logits, noisy_logits, noise_scale, k, mask=None):
     Returns:
         A scalar.
     """
+    return _squared_variation(_mean(_chances(logits, noisy_logits, noise_scale, k), mask))
+
+
+def hierarchical_importance(weights, expert_index, num_experts, mask=None):
+    """`importance` where experts are chosen in two levels, from the choices alone.
+
+    The importance of an expert is the sum over all tokens of the product of its group's weight and
+    of its own within the group.
+
+    Source: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eq. 13, without its weight.
+
+    Args:
+        weights: `[..., k]`, the product of both levels' weights for each of a token's experts.
+        expert_index: `[..., k]` integers, those experts; an index outside `[0, num_experts)` is not
+            counted.
+        num_experts: integer, of all groups together.
+        mask: `[...]` booleans, `False` for padding.
+
+    Returns:
+        A scalar.
+    """
+    weights = ops.cast(weights, "float32")[..., None]
+    return _squared_variation(_sums(weights, expert_index, num_experts, mask))
+
+
+def hierarchical_load(primary, secondary, group_index, secondary_k, mask=None):
+    """`load` where experts are chosen in two levels: the primary gate learns from it too.
+
+    The load of expert `j` of group `i` is the primary load of the group times the mean, over the
+    tokens that chose the group, of the probability that the secondary gate of the group chooses `j`
+    when its noise is drawn anew. A group that no token chose has experts without load.
+
+    Source: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eq. 14, without its weight.
+
+    Args:
+        primary: tuple of logits without noise, logits with noise and the noise's standard
+            deviation, `[..., groups]` each.
+        secondary: the same of the gates of the chosen groups, `[..., k, group_size]` each.
+        group_index: `[..., k]` integers, the chosen groups; an index outside `[0, groups)` is not
+            counted.
+        secondary_k: experts per token and chosen group.
+        mask: `[...]` booleans, `False` for padding.
+
+    Returns:
+        A scalar.
+    """
+    num_groups = primary[0].shape[-1]
+    load_A = _mean(_chances(*primary, group_index.shape[-1]), mask)
+    chances = _chances(*secondary, secondary_k)
+    total_AB = _sums(chances, group_index, num_groups, mask)
+    count_A1 = _sums(ops.ones_like(chances[..., :1]), group_index, num_groups, mask)
+    mean_AB = total_AB / ops.maximum(count_A1, 1.0)
+    return _squared_variation(load_A[:, None] * mean_AB)
+
+
+def _sums(values, index, size, mask):
+    """Sum of the rows `[..., n]` of each index in `[0, size)`, `[size, n]`; others do not count."""
+    index = ops.cast(index, "int32")
+    index = ops.where((index >= 0) & (index < size), index, size)
+    if mask is not None:
+        index = ops.where(mask[..., None], index, size)
+    index_M = ops.reshape(index, (-1,))
+    return add_rows(ops.reshape(values, (-1, values.shape[-1])), index_M, size)
+
+
+def _chances(logits, noisy_logits, noise_scale, k):
+    """Probability of being among the `k` largest when one's own noise is drawn anew, `[..., n]`."""
     logits, noisy_logits, noise_scale = (
         ops.cast(x, "float32") for x in (logits, noisy_logits, noise_scale)
     )
     if k >= logits.shape[-1]:
-        return ops.zeros(())
+        return ops.ones_like(logits)
     largest, _ = top_k(noisy_logits, k + 1)
     kth, next_one = largest[..., k - 1 : k], largest[..., k:]
     threshold = ops.where(noisy_logits > next_one, next_one, kth)
     deviations = (logits - threshold) / ops.maximum(noise_scale, 1e-6)
-    probability = 0.5 * (1.0 + ops.erf(deviations / math.sqrt(2)))
-    return _squared_variation(_mean(probability, mask))
+    return 0.5 * (1.0 + ops.erf(deviations / math.sqrt(2)))
 
 
 def _squared_variation(x):

@@ -27,6 +27,7 @@ class Routing(NamedTuple):
     mask: Any  # [G, S] booleans, False for padding; None when there is none
     clean_logits: Any = None  # [G, S, E] float32, the logits without noise; None: there is no noise
     noise_scale: Any = None  # [G, S, E] float32, the standard deviation of the noise
+    secondary: Any = None  # the second level of a hierarchical gate; see `hierarchical.py`
 
 
 def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compact=False):
@@ -139,9 +140,14 @@ class Router(keras.layers.Layer):
         """Makes the weight that `score` multiplies tokens of width `dim` with."""
         self.kernel = self.add_weight(
             name="kernel",
-            shape=(dim, self.num_experts),
+            shape=(dim, self.num_logits),
             initializer=self.kernel_initializer,
         )
+
+    @property
+    def num_logits(self):
+        """Width of the kernel: one logit per expert, unless experts are chosen in two levels."""
+        return self.num_experts
 
     def score(self, inputs, mask=None, training=False):
         """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""

@@ -79,7 +79,7 @@ class NoisyTopKRouter(TopKRouter):
         super().build(input_shape)
         self.noise_kernel = self.add_weight(
             name="noise_kernel",
-            shape=(input_shape[-1], self.num_experts),
+            shape=(input_shape[-1], self.num_logits),
             initializer=self.noise_initializer,
         )
 
@@ -87,37 +87,40 @@ class NoisyTopKRouter(TopKRouter):
         inputs = self.prepare(inputs, mask, training)
         clean_GSE = ops.matmul(inputs, self.kernel)
         scale_GSE = ops.softplus(ops.matmul(inputs, self.noise_kernel))
-        logits_GSE = clean_GSE
-        if training:
-            noise_GSE = normal(ops.shape(clean_GSE), self.seed_generator)
-            logits_GSE = clean_GSE + noise_GSE * scale_GSE
+        logits_GSE = self.add_noise(clean_GSE, scale_GSE, training)
         probabilities_GSE = ops.softmax(logits_GSE, axis=-1)
         routing = self.route(logits_GSE, probabilities_GSE, mask, training, compact)
         return routing._replace(clean_logits=clean_GSE, noise_scale=scale_GSE)
 
+    def add_noise(self, logits, scale, training):
+        """Eq. 4, while training."""
+        if not training:
+            return logits
+        return logits + normal(ops.shape(logits), self.seed_generator) * scale
+
     def choose(self, probabilities_GSE, training):
         if training:  # the noise leaves no ties
             return super().choose(probabilities_GSE, training)
-        _, tokens, num_experts = ops.shape(probabilities_GSE)
-        first_S1 = ops.arange(tokens, dtype="int32")[:, None]
-        turned_SE = (first_S1 + ops.arange(num_experts, dtype="int32")) % num_experts
-        turned_GSE = ops.broadcast_to(turned_SE[None], ops.shape(probabilities_GSE))
-        weight_GSK, place_GSK = top_k(
-            ops.take_along_axis(probabilities_GSE, turned_GSE, axis=-1), self.k
-        )
-        return weight_GSK, (first_S1 + place_GSK) % num_experts
+        first_S1 = ops.arange(ops.shape(probabilities_GSE)[1], dtype="int32")[:, None]
+        return top_k_in_turn(probabilities_GSE, self.k, first_S1)
 
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)
         if self.importance_weight != 0:
-            loss = losses.importance(self._gates(routing), routing.mask)
-            result.append(self.importance_weight * loss)
+            result.append(self.importance_weight * self.importance(routing))
         if self.load_weight != 0:
-            loss = losses.load(
-                routing.clean_logits, routing.logits, routing.noise_scale, self.k, routing.mask
-            )
-            result.append(self.load_weight * loss)
+            result.append(self.load_weight * self.load(routing))
         return result
+
+    def importance(self, routing):
+        """The importance loss, without its weight."""
+        return losses.importance(self._gates(routing), routing.mask)
+
+    def load(self, routing):
+        """The load loss, without its weight."""
+        return losses.load(
+            routing.clean_logits, routing.logits, routing.noise_scale, self.k, routing.mask
+        )
 
     def _gates(self, routing):
         """`G(x)` of Eq. 3, `[groups, tokens, experts]`, before anything is dropped."""
@@ -137,3 +140,22 @@ class NoisyTopKRouter(TopKRouter):
             "load_weight": self.load_weight,
             "noise_initializer": keras.initializers.serialize(self.noise_initializer),
         }
+
+
+def top_k_in_turn(x, k, first):
+    """`top_k`, but of equal entries those come first that stand at `first` or next after it.
+
+    Args:
+        x: `[..., n]` tensor.
+        k: integer.
+        first: `[..., 1]` integers that broadcast to `x`; the order goes on from the start at `n`.
+
+    Returns:
+        Tuple of values and int32 positions, both `[..., k]`, in descending order.
+    """
+    n = x.shape[-1]
+    turned = (first + ops.arange(n, dtype="int32")) % n
+    values, place = top_k(
+        ops.take_along_axis(x, ops.broadcast_to(turned, ops.shape(x)), axis=-1), k
+    )
+    return values, (first + place) % n

@@ -112,12 +112,7 @@ class TopKRouter(Router):
         if mask is not None:
             expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
         tokens = ops.shape(probabilities_GSE)[1]
-        capacity, slack = self._capacity(tokens, training)
-        if compact and slack >= 1.5:
-            roomy = isinstance(tokens, int) and capacity >= tokens
-            capacity = None if roomy else capacity
-        else:
-            compact = False
+        capacity, compact = self.seating(tokens, self.k, training, compact)
         taken = self.settle(probabilities_GSE, weight_GSK, expert_index_GSK, capacity)
         seats = seat_choices(*taken, self.num_experts, capacity, compact)
         return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
@@ -130,17 +125,23 @@ class TopKRouter(Router):
         """The experts that take the tokens, and their weights, `[groups, tokens, k]` each."""
         return expert_index_GSK, weight_GSK
 
-    def _capacity(self, tokens, training):
+    def seating(self, tokens, k, training, compact):
+        """How `k` choices per token are seated: `capacity` and `compact` of `seat_choices`."""
+        capacity, slack = self._capacity(tokens, k, training)
+        if not compact or slack < 1.5:
+            return capacity, False
+        roomy = isinstance(tokens, int) and capacity >= tokens
+        return None if roomy else capacity, True
+
+    def _capacity(self, tokens, k, training):
         """Slots per expert and group, and how many slots there are at least per choice."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor is None:
             return None, 1.0
-        capacity = slots.capacity(
-            tokens, self.num_experts, factor, self.k, minimum=self.min_capacity
-        )
+        capacity = slots.capacity(tokens, self.num_experts, factor, k, minimum=self.min_capacity)
         if not isinstance(tokens, int):
             return capacity, factor
-        return capacity, self.num_experts * capacity / (tokens * self.k)
+        return capacity, self.num_experts * capacity / (tokens * k)
 
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)

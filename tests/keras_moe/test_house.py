@@ -31,6 +31,7 @@ ORDER = (
     "experts",
     "metrics",
     "moe",
+    "hierarchical",
     "callbacks",
     "surgery.distil",
     "surgery.__init__",
