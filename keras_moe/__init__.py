@@ -1,6 +1,6 @@
 """Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, losses, metrics
+from keras_moe import callbacks, losses, metrics, optimizers
 from keras_moe.experts import FeedForwardExperts, LayerExperts
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
@@ -9,6 +9,7 @@ from keras_moe.routing import (
     Router,
     Routing,
     SoftmaxRouter,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -24,9 +25,11 @@ __all__ = [
     "Router",
     "Routing",
     "SoftmaxRouter",
+    "StrictlyBalancedRouter",
     "SwitchRouter",
     "TopKRouter",
     "callbacks",
     "losses",
     "metrics",
+    "optimizers",
 ]

@@ -111,12 +111,16 @@ class FeedForwardExperts(keras.layers.Layer):
             distribution="truncated_normal",
             seed=None if self.seed is None else self.seed + index,
         )
-        return self.add_weight(
-            name=name, shape=(self.num_experts, fan_in, fan_out), initializer=initializer
-        )
+        return self._add(name, (fan_in, fan_out), initializer)
 
     def _add_bias(self, name, dim):
-        return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
+        return self._add(name, (dim,), "zeros")
+
+    def _add(self, name, shape, initializer):
+        shape = (self.num_experts, *shape)
+        weight = self.add_weight(name=name, shape=shape, initializer=initializer)
+        weight.per_expert = True  # see `keras_moe.optimizers`
+        return weight
 
     def call(self, inputs, row_expert=None, training=False):
         kept_RCF = self._kept(inputs, training)

@@ -4,6 +4,7 @@ from keras_moe.routing.base import Router, Routing, seat_choices
 from keras_moe.routing.expert_choice import ExpertChoiceRouter
 from keras_moe.routing.noisy import NoisyTopKRouter
 from keras_moe.routing.softmax import SoftmaxRouter
+from keras_moe.routing.strict import StrictlyBalancedRouter
 from keras_moe.routing.token_choice import SwitchRouter, TopKRouter
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Router",
     "Routing",
     "SoftmaxRouter",
+    "StrictlyBalancedRouter",
     "SwitchRouter",
     "TopKRouter",
     "seat_choices",

@@ -22,12 +22,14 @@ ORDER = (
     "routing.noisy",
     "routing.softmax",
     "routing.expert_choice",
+    "routing.strict",
     "routing.__init__",
     "dispatch",
     "experts",
     "metrics",
     "moe",
     "callbacks",
+    "optimizers",
     "__init__",
 )
 FOLDER = pathlib.Path(keras_moe.__file__).parent

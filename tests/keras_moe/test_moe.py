@@ -12,6 +12,7 @@ from keras_moe import (
     FeedForwardExperts,
     LayerExperts,
     MixtureOfExperts,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -171,6 +172,7 @@ EVERY = {
     "dropless": lambda **kwargs: TopKRouter(2, E, **kwargs),
     "expert choice": lambda **kwargs: ExpertChoiceRouter(E, **kwargs),
     "threshold": lambda **kwargs: ExpertChoiceRouter(E, inference="threshold", **kwargs),
+    "strict": lambda **kwargs: StrictlyBalancedRouter(E, **kwargs),
 }
 ROUTERS = pytest.mark.parametrize("router", EVERY.values(), ids=EVERY)
 
@@ -331,7 +333,7 @@ class TestLeaks:
             largest = np.maximum(largest, np.abs(call(layer, x, **kwargs)[0] - before).max(axis=-1))
         return largest
 
-    @pytest.mark.parametrize("name", ["switch", "k=2", "dropless", "threshold"])
+    @pytest.mark.parametrize("name", ["switch", "k=2", "dropless", "threshold", "strict"])
     def test_nothing_from_the_future_nor_from_another_sequence(self, name):
         layer = set_threshold(built(EVERY[name]()))
         for first in (2, 4):
@@ -622,6 +624,7 @@ class TestErrors:
             SwitchRouter(eval_capacity_factor=None),
             SwitchRouter(capacity_factor=None),
             ExpertChoiceRouter(inference="threshold"),
+            StrictlyBalancedRouter(),
         ],
     )
     def test_batched_experts_without_a_capacity(self, router):
