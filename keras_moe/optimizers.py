@@ -53,13 +53,16 @@ class Adafactor(keras.optimizers.Adafactor):
         if self.built:
             return
         keras.optimizers.Optimizer.build(self, var_list)  # without Keras' own second moments
-        # Now, since what TensorFlow updates are not these variables, but its own inside them.
-        self._per_expert = [getattr(variable, "per_expert", False) for variable in var_list]
+        # How many axes count experts, 0 or 1. Asked here, since what TensorFlow updates are not
+        # these variables, but its own inside them.
+        self._expert_axes = [int(getattr(v, "per_expert", False)) for v in var_list]
         self._moments = []
-        for variable, per_expert in zip(var_list, self._per_expert, strict=True):
-            shape, shapes = tuple(variable.shape), {"second_moment": variable.shape}
-            if len(shape) - per_expert >= 2:
+        for variable, expert_axes in zip(var_list, self._expert_axes, strict=True):
+            shape = tuple(variable.shape)
+            if len(shape) - expert_axes >= 2:
                 shapes = {"rows": shape[:-1], "columns": shape[:-2] + shape[-1:]}
+            else:
+                shapes = {"second_moment": shape}
             name = variable.path.replace("/", "_")
             self._moments.append(
                 [
@@ -70,13 +73,33 @@ class Adafactor(keras.optimizers.Adafactor):
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
-        shape, experts = tuple(variable.shape), tuple(variable.shape)[: self._per_expert[index]]
+        shape = tuple(variable.shape)
+        experts = shape[: self._expert_axes[index]]
         # The whole of it, where TensorFlow has the rows alone that were looked up.
         gradient = ops.reshape(ops.cast(gradient, "float32"), shape)
         step = ops.cast(self.iterations + 1, "float32")
         rate = ops.cast(learning_rate, "float32")
         if self.relative_step and not callable(self._learning_rate):
             rate = ops.minimum(rate, ops.rsqrt(step))
+
+        def size(x):
+            """The root mean square, one for all or one per expert; of as many axes as `x`."""
+            mean = ops.mean(ops.reshape(ops.square(x), (*experts, -1)), axis=-1)
+            return ops.reshape(ops.sqrt(mean), experts + (1,) * (len(shape) - len(experts)))
+
+        # One tensor of the variable's size at a time, and one more while it is made.
+        rate = rate * ops.maximum(self.epsilon_2, size(ops.cast(variable, "float32")))
+        update = gradient
+        for factor in self._factors(gradient, self._moments[index], step):
+            update = update * factor
+        update = update * (rate / ops.maximum(1.0, size(update) / self.clip_threshold))
+        self.assign_sub(variable, ops.cast(update, variable.dtype))
+
+    def _factors(self, gradient, moments, step):
+        """Takes the gradient into the second moment; one over its root, as factors to multiply by.
+
+        Not as their product: of a row and a column without gradient it is too large for float32.
+        """
         past = 1.0 - ops.power(step, self.beta_2_decay)
 
         def remember(moment, squares):
@@ -84,21 +107,10 @@ class Adafactor(keras.optimizers.Adafactor):
             self.assign(moment, value)
             return value
 
-        def size(x):
-            """The root mean square, one for all or one per expert; of as many axes as `x`."""
-            mean = ops.mean(ops.reshape(ops.square(x), (*experts, -1)), axis=-1)
-            return ops.reshape(ops.sqrt(mean), experts + (1,) * (len(shape) - len(experts)))
-
-        squares, moments = ops.square(gradient), self._moments[index]
+        squares = ops.square(gradient)
         if len(moments) == 1:
-            update = gradient * ops.rsqrt(remember(moments[0], squares))
-        else:
-            rows = remember(moments[0], ops.mean(squares, axis=-1))
-            columns = remember(moments[1], ops.mean(squares, axis=-2))
-            mean = ops.mean(rows, axis=-1, keepdims=True)
-            # Not the product of rows and columns first: it may be too small for float32.
-            update = gradient * (ops.sqrt(mean) * ops.rsqrt(rows))[..., :, None]
-            update = update * ops.rsqrt(columns)[..., None, :]
-        rate = rate * ops.maximum(self.epsilon_2, size(ops.cast(variable, "float32")))
-        rate = rate / ops.maximum(1.0, size(update) / self.clip_threshold)
-        self.assign_sub(variable, ops.cast(rate * update, variable.dtype))
+            return [ops.rsqrt(remember(moments[0], squares))]
+        rows = remember(moments[0], ops.mean(squares, axis=-1))
+        columns = remember(moments[1], ops.mean(squares, axis=-2))
+        rows = ops.sqrt(ops.mean(rows, axis=-1, keepdims=True)) * ops.rsqrt(rows)
+        return [rows[..., :, None], ops.rsqrt(columns)[..., None, :]]
