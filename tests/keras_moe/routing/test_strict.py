@@ -102,7 +102,6 @@ class TestByHand:
     def test_a_token_that_nobody_takes(self):
         layer, _ = layer_and_weights()
         layer.router.threshold.assign([1.0] * E)
-        layer.router.threshold.trainable = False  # in inference it has no gradient
         y, _, by_x, by_weight = run(layer, X, np.ones(X.shape))
         assert (y == 0).all() and (by_x == 0).all()
         assert all((gradient == 0).all() for gradient in by_weight)
