@@ -1,6 +1,6 @@
 """Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, losses, metrics, surgery
+from keras_moe import callbacks, losses, metrics, optimizers, surgery
 from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
 from keras_moe.hierarchical import HierarchicalMoE, HierarchicalRouter
 from keras_moe.moe import MixtureOfExperts
@@ -11,6 +11,7 @@ from keras_moe.routing import (
     Router,
     Routing,
     SoftmaxRouter,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -30,10 +31,12 @@ __all__ = [
     "Router",
     "Routing",
     "SoftmaxRouter",
+    "StrictlyBalancedRouter",
     "SwitchRouter",
     "TopKRouter",
     "callbacks",
     "losses",
     "metrics",
+    "optimizers",
     "surgery",
 ]

@@ -105,14 +105,17 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def _add_kernel(self, name, fan_in, fan_out, index):
         seed = None if self.seed is None else self.seed + index
-        return self.add_weight(
-            name=name,
-            shape=(self.num_experts, fan_in, fan_out),
-            initializer=_kernel_initializer(self.num_experts, self.init_scale, seed),
-        )
+        initializer = _kernel_initializer(self.num_experts, self.init_scale, seed)
+        return self._add(name, (fan_in, fan_out), initializer)
 
     def _add_bias(self, name, dim):
-        return self.add_weight(name=name, shape=(self.num_experts, dim), initializer="zeros")
+        return self._add(name, (dim,), "zeros")
+
+    def _add(self, name, shape, initializer):
+        shape = (self.num_experts, *shape)
+        weight = self.add_weight(name=name, shape=shape, initializer=initializer)
+        weight.per_expert = True  # see `keras_moe.optimizers`
+        return weight
 
     def call(self, inputs, row_expert=None, training=False):
         kept_RCF = self._kept(inputs, training)
@@ -244,6 +247,7 @@ class LinearExperts(keras.layers.Layer):
             shape=(self.num_experts, input_shape[-1], self.output_dim),
             initializer=_kernel_initializer(self.num_experts, self.init_scale, self.seed),
         )
+        self.kernel.per_expert = True  # see `keras_moe.optimizers`
 
     def call(self, inputs, row_expert=None):
         return expert_product(inputs, self.kernel, row_expert)

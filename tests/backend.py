@@ -20,7 +20,7 @@ def run(layer, x, cotangent, jit=True, **call):
     Returns:
         Tuple of the outputs, the sum of `layer.losses`, and the gradients of
         `sum(outputs * cotangent) + sum(layer.losses)` with respect to `x` and, a list, to
-        `layer.trainable_variables`.
+        `layer.trainable_variables`, zeros for those that have no part in it.
     """
     function, arguments = _differentiated(layer, x, cotangent, call)
     y, loss, by_x, by_weight = (compiled(function) if jit else function)(*arguments)
@@ -60,7 +60,7 @@ def _differentiated(layer, x, cotangent, call):
                 y = layer(x, **call)
                 losses = sum(layer.losses, tf.zeros(()))
                 loss = tf.reduce_sum(tf.cast(y, tf.float32) * cotangent) + losses
-            by_x, *by_weight = tape.gradient(loss, [x, *weights])
+            by_x, *by_weight = tape.gradient(loss, [x, *weights], None, "zero")
             return y, losses, by_x, by_weight
 
         return function, (tf.constant(x),)
@@ -70,7 +70,7 @@ def _differentiated(layer, x, cotangent, call):
         y = layer(x, **call)
         losses = sum(layer.losses, torch.zeros(()))
         loss = (y * torch.tensor(cotangent)).sum() + losses
-        by_x, *by_weight = torch.autograd.grad(loss, [x, *weights])
+        by_x, *by_weight = torch.autograd.grad(loss, [x, *weights], materialize_grads=True)
         return y, losses, by_x, by_weight
 
     return function, (torch.tensor(x, requires_grad=True),)

@@ -155,6 +155,12 @@ def threshold_choice(probabilities_GSE, threshold_E, cap, mask=None):
     return weight
 
 
+def strictly_balanced(weight_GSE):
+    """Shazeer et al. 2017, Eq. 16: scores where an expert takes a token, divided by their sum."""
+    total = weight_GSE.sum(axis=-1, keepdims=True)
+    return np.divide(weight_GSE, total, where=total > 0, out=np.zeros(weight_GSE.shape))
+
+
 def in_groups(x, mask, group):
     """Tokens as `[G, S, D]` and their mask `[G, S]`; the last group is filled up with padding."""
     if x.ndim == 3 and group == "sequence":
@@ -288,6 +294,44 @@ def hierarchical(primary, secondary, k, secondary_k, mask):
 def drop(weight_GSE, capacity):
     """What is left of the weights when each expert keeps a group's first `capacity` tokens."""
     return weight_GSE * (np.cumsum(weight_GSE > 0, axis=1) <= capacity)
+
+
+def batchwise_threshold(probabilities_GSE, taken_GSE, threshold_E, mask=None):
+    """Shazeer et al. 2017, Eq. 20, divided by the number of tokens."""
+    valid = np.ones(probabilities_GSE.shape[:2], bool) if mask is None else mask
+    total = 0.0
+    for g, s, e in np.ndindex(*probabilities_GSE.shape):
+        if valid[g, s]:
+            beyond = probabilities_GSE[g, s, e] - threshold_E[e]
+            total += (int(beyond > 0) - int(taken_GSE[g, s, e] > 0)) * beyond
+    return float(total / max(valid.sum(), 1))
+
+
+def adafactor(variable, gradients, rate, per_expert=False):
+    """A variable after some steps of Adafactor, each expert's slice by itself.
+
+    Shazeer and Stern 2018, Algorithms 4 and 5, with its defaults: beta_2 = 1 - t^-.8, epsilons
+    1e-30 and 1e-3, clipping at 1.
+    """
+    if per_expert:
+        slices = zip(variable, np.swapaxes(gradients, 0, 1), strict=True)
+        return np.stack([adafactor(x, g, rate) for x, g in slices])
+    x = variable.astype("float64")
+    rows = columns = whole = 0.0
+    for t, g in enumerate(gradients, 1):
+        past = 1 - t**-0.8
+        squares = g.astype("float64") ** 2 + 1e-30
+        if x.ndim < 2:
+            v = whole = past * whole + (1 - past) * squares
+        else:
+            rows = past * rows + (1 - past) * squares.mean(axis=-1)
+            columns = past * columns + (1 - past) * squares.mean(axis=-2)
+            outer = rows[..., :, None] * columns[..., None, :]
+            v = outer / rows.mean(axis=-1)[..., None, None]
+        u = g / np.sqrt(v)
+        u = u / max(1, np.sqrt(np.mean(u**2)))
+        x = x - min(rate, t**-0.5) * max(1e-3, np.sqrt(np.mean(x**2))) * u
+    return x
 
 
 def gradient(function, arrays, step=1e-6):

@@ -173,6 +173,37 @@ def _chances(logits, noisy_logits, noise_scale, k):
     return 0.5 * (1.0 + ops.erf(deviations / math.sqrt(2)))
 
 
+def batchwise_threshold(probabilities, token_index, threshold, mask=None):
+    """How far thresholds are from choosing the tokens that the experts chose.
+
+    `sum_te (over_te - taken_te) * (p_te - threshold_e)`, where `over` is 1 for a score above the
+    threshold and `taken` is 1 for a token that the expert took, divided by the number of tokens
+    (the paper adds up). It is 0 where the two agree and positive elsewhere, and pushes a threshold
+    up that lets more tokens through than its expert takes, and down if fewer.
+
+    Source: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eq. 20.
+
+    Args:
+        probabilities: `[groups, tokens, experts]` softmax over experts.
+        token_index: `[groups, experts, slots]` integers, the tokens that each expert took; an empty
+            slot has the number of tokens.
+        threshold: `[experts]` tensor.
+        mask: `[groups, tokens]` booleans, `False` for padding.
+
+    Returns:
+        A scalar.
+    """
+    probabilities, threshold = (ops.cast(x, "float32") for x in (probabilities, threshold))
+    beyond_GSE = _without_padding(probabilities - threshold, mask)
+    groups, tokens, _ = ops.shape(beyond_GSE)
+    over = ops.sum(ops.relu(beyond_GSE))
+    beyond_GES = ops.transpose(beyond_GSE, (0, 2, 1))
+    beyond_GEC = ops.take_along_axis(beyond_GES, ops.minimum(token_index, tokens - 1), axis=2)
+    taken = ops.sum(ops.where(token_index < tokens, beyond_GEC, 0.0))
+    count = groups * tokens if mask is None else ops.sum(ops.cast(mask, "int32"))
+    return (over - taken) / ops.cast(ops.maximum(count, 1), "float32")
+
+
 def _squared_variation(x):
     """Variance over squared mean; 0 where all of `x` is 0."""
     return ops.var(x) / ops.maximum(ops.square(ops.mean(x)), 1e-30)

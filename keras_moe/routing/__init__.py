@@ -5,6 +5,7 @@ from keras_moe.routing.expert_choice import ExpertChoiceRouter
 from keras_moe.routing.hashing import HashRouter
 from keras_moe.routing.noisy import NoisyTopKRouter
 from keras_moe.routing.softmax import SoftmaxRouter
+from keras_moe.routing.strict import StrictlyBalancedRouter
 from keras_moe.routing.token_choice import SwitchRouter, TopKRouter
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Router",
     "Routing",
     "SoftmaxRouter",
+    "StrictlyBalancedRouter",
     "SwitchRouter",
     "TopKRouter",
     "seat_choices",

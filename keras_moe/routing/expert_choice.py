@@ -124,23 +124,38 @@ class ExpertChoiceRouter(Router):
     def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
         if self.inference == "threshold" and not training:
-            return self._route_by_threshold(logits_GSE, probabilities_GSE, mask)
+            taken_GSE = probabilities_GSE >= self.threshold
+            return self.route_each_alone(taken_GSE, logits_GSE, probabilities_GSE, mask)
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        tokens = ops.shape(inputs)[1]
+        routing = self.route_the_best(factor, logits_GSE, probabilities_GSE, mask)
+        if self.inference == "threshold":
+            self._learn_threshold(routing.token_index, routing.weight, ops.shape(inputs)[1])
+        return routing
+
+    def route_the_best(self, factor, logits_GSE, probabilities_GSE, mask):
+        """The `Routing` by which every expert takes its best tokens of the group."""
+        tokens = ops.shape(probabilities_GSE)[1]
         capacity = slots.capacity(tokens, self.num_experts, factor)
         capacity = (
             min(tokens, capacity) if isinstance(tokens, int) else ops.minimum(tokens, capacity)
         )
-        token_index_GEC, weight_GEC = slots.by_score(
+        seats = slots.by_score(
             probabilities_GSE, capacity, mask, self.max_experts_per_token, self.linear_programme
         )
-        if self.inference == "threshold":
-            self._learn_threshold(token_index_GEC, weight_GEC, tokens)
-        return Routing(
-            token_index_GEC, weight_GEC, None, None, None, logits_GSE, probabilities_GSE, mask
-        )
+        return Routing(*seats, None, None, None, logits_GSE, probabilities_GSE, mask)
+
+    def route_each_alone(self, taken_GSE, logits_GSE, probabilities_GSE, mask):
+        """The `Routing` of every token to those of its best experts that take it."""
+        cap = self.max_experts_per_token or math.ceil(2 * self.capacity_factor)
+        weight_GSK, expert_index_GSK = top_k(probabilities_GSE, min(cap, self.num_experts))
+        taken_GSK = ops.take_along_axis(taken_GSE, expert_index_GSK, axis=-1)
+        if mask is not None:
+            taken_GSK = taken_GSK & mask[:, :, None]
+        expert_index_GSK = ops.where(taken_GSK, expert_index_GSK, self.num_experts)
+        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts)
+        return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
 
     def _learn_threshold(self, token_index_GEC, weight_GEC, tokens):
         # An expert that could not fill its slots took every token there was: its cut-off is 0.
@@ -153,16 +168,6 @@ class ExpertChoiceRouter(Router):
         momentum = ops.where(self.threshold < 0, 0.0, self.threshold_momentum)
         momentum = ops.where(ops.any(seen_G > 0), momentum, 1.0)
         self.threshold.assign(momentum * self.threshold + (1.0 - momentum) * cutoff_E)
-
-    def _route_by_threshold(self, logits_GSE, probabilities_GSE, mask):
-        cap = self.max_experts_per_token or math.ceil(2 * self.capacity_factor)
-        weight_GSK, expert_index_GSK = top_k(probabilities_GSE, min(cap, self.num_experts))
-        taken_GSK = weight_GSK >= ops.take(self.threshold, expert_index_GSK)
-        if mask is not None:
-            taken_GSK = taken_GSK & mask[:, :, None]
-        expert_index_GSK = ops.where(taken_GSK, expert_index_GSK, self.num_experts)
-        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts)
-        return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
 
     def get_config(self):
         return {

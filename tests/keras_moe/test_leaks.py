@@ -9,9 +9,11 @@ from keras_moe import (
     ExpertChoiceRouter,
     FeedForwardExperts,
     HashRouter,
+    HierarchicalRouter,
     MixtureOfExperts,
     NoisyTopKRouter,
     SoftmaxRouter,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -71,9 +73,11 @@ BOTH, TRAINING, NEVER = (False, True), (True,), ()
 # How each is made, when it sees the future, and whether it drops tokens.
 CASES = {
     "switch": (lambda: SwitchRouter(jitter=0.1, **TIGHT), NEVER, True),
+    "switch, rerouted": (lambda: SwitchRouter(jitter=0.1, reroutes=1, **TIGHT), BOTH, True),
     "k=2": (lambda: TopKRouter(2, **TIGHT), NEVER, True),
     "k=2, dropless": (lambda: TopKRouter(2), NEVER, False),
     "noisy": (lambda: NoisyTopKRouter(2, **TIGHT), NEVER, True),
+    "hierarchical": (lambda: HierarchicalRouter(2, secondary_k=1, **TIGHT), NEVER, True),
     "softmax": (lambda: SoftmaxRouter(), NEVER, False),
     "hash": (lambda: HashRouter(**TIGHT), NEVER, True),
     "expert choice": (lambda: ExpertChoiceRouter(capacity_factor=1.0), BOTH, False),
@@ -89,6 +93,7 @@ CASES = {
         TRAINING,
         False,
     ),
+    "strict": (lambda: StrictlyBalancedRouter(capacity_factor=1.0), TRAINING, False),
 }
 
 

@@ -12,6 +12,7 @@ from keras_moe import (
     FeedForwardExperts,
     LayerExperts,
     MixtureOfExperts,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -181,6 +182,7 @@ EVERY = {
     "dropless": lambda **kwargs: TopKRouter(2, E, **kwargs),
     "expert choice": lambda **kwargs: ExpertChoiceRouter(E, **kwargs),
     "threshold": lambda **kwargs: ExpertChoiceRouter(E, inference="threshold", **kwargs),
+    "strict": lambda **kwargs: StrictlyBalancedRouter(E, **kwargs),
 }
 ROUTERS = pytest.mark.parametrize("router", EVERY.values(), ids=EVERY)
 
@@ -612,6 +614,7 @@ class TestErrors:
             SwitchRouter(eval_capacity_factor=None),
             SwitchRouter(capacity_factor=None),
             ExpertChoiceRouter(inference="threshold"),
+            StrictlyBalancedRouter(),
         ],
     )
     def test_batched_experts_without_a_capacity(self, router):

@@ -12,6 +12,7 @@ from keras_moe import (
     FeedForwardExperts,
     LayerExperts,
     MixtureOfExperts,
+    StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
 )
@@ -23,6 +24,7 @@ ROUTERS = {
     "top-k": lambda: TopKRouter(2, normalize=False, kernel_initializer="random_normal"),
     "expert choice": lambda: ExpertChoiceRouter(capacity_factor=1.0, max_experts_per_token=2),
     "threshold": lambda: ExpertChoiceRouter(inference="threshold", threshold_momentum=0.5),
+    "strict": lambda: StrictlyBalancedRouter(capacity_factor=1.0, max_experts_per_token=4),
 }
 
 

@@ -140,3 +140,56 @@ class TestLoad:
     def test_no_noise_is_finite(self):
         logits, _, scale = self.draws()
         assert np.isfinite(value(losses.load(logits, logits, 0 * scale, 2)))
+
+
+class TestBatchwiseThreshold:
+    # Two experts, three tokens, T = (.4, .3); expert 0 took token 0 and expert 1 took token 1:
+    #   token 0 (.7, .3): expert 0 agrees (over and taken), expert 1 agrees (neither)
+    #   token 1 (.5, .5): expert 0 lets it through and did not take it: .5 - .4 = .1; 1 agrees
+    #   token 2 (.2, .8): expert 0 agrees; expert 1 lets it through and did not: .8 - .3 = .5
+    P = np.array([[[0.7, 0.3], [0.5, 0.5], [0.2, 0.8]]], "float32")
+    TAKEN = np.array([[[0], [1]]], "int32")
+
+    def test_value(self):
+        loss = losses.batchwise_threshold(self.P, self.TAKEN, np.array([0.4, 0.3], "float32"))
+        assert value(loss) == pytest.approx(0.6 / 3, rel=1e-5)
+
+    def test_of_a_token_refused_that_was_taken(self):
+        # Expert 0 refuses token 0: (0 - 1) * (.7 - .9) = .2; expert 1, T = .9, refuses token 1: .4.
+        loss = losses.batchwise_threshold(self.P, self.TAKEN, np.array([0.9, 0.9], "float32"))
+        assert value(loss) == pytest.approx(0.6 / 3, rel=1e-5)
+
+    def test_zero_where_the_two_agree(self):
+        taken = np.array([[[0, 3], [2, 1]]], "int32")  # 3: an empty slot
+        loss = losses.batchwise_threshold(self.P, taken, np.array([0.6, 0.4], "float32"))
+        assert value(loss) == pytest.approx(0.0, abs=1e-7)
+
+    # A threshold that lets two tokens through for one taken is pushed up by descent, and down where
+    # it refuses what was taken.
+    @pytest.mark.parametrize(("threshold", "slope"), [(0.4, -1), (0.9, 1), (0.6, 0), (0.1, -2)])
+    def test_gradient_with_respect_to_the_threshold(self, threshold, slope):
+        def loss(t):
+            return losses.batchwise_threshold(self.P[..., :1], self.TAKEN[:, :1], t)
+
+        layer = keras.layers.Lambda(loss)
+        layer.build((1,))
+        by_threshold = run(layer, [threshold], 1.0)[2]
+        assert by_threshold.tolist() == pytest.approx([slope / 3])
+
+    def test_random_with_padding(self):
+        rng = np.random.default_rng(0)
+        p = oracle.softmax(rng.normal(size=(2, 6, 4)))
+        mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+        taken = oracle.expert_choice(p, 2, mask)
+        index = [[[*np.flatnonzero(by), 6, 6][:2] for by in of.T] for of in taken]
+        threshold = rng.uniform(size=4)
+        dirty = np.where(mask[..., None], p, np.nan).astype("float32")
+        loss = losses.batchwise_threshold(
+            dirty, np.array(index, "int32"), threshold.astype("float32"), mask
+        )
+        expected = oracle.batchwise_threshold(p, taken, threshold, mask)
+        assert value(loss) == pytest.approx(expected, rel=1e-5)
+
+    def test_nothing_but_padding_is_zero(self):
+        taken, mask = np.full((1, 2, 1), 3, "int32"), np.zeros((1, 3), bool)
+        assert value(losses.batchwise_threshold(self.P, taken, np.zeros(2, "float32"), mask)) == 0
