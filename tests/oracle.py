@@ -14,24 +14,27 @@ def softmax(x):
     return x / x.sum(axis=-1, keepdims=True)
 
 
-def token_choice(probabilities_GSE, k, capacity=None, normalize=True, mask=None):
+def token_choice(
+    probabilities_GSE, k, capacity=None, normalize=True, mask=None, priority="position"
+):
     """Combine weights `[G, S, E]`, 0 where a token does not reach an expert; and the choices."""
-    groups, tokens, num_experts = probabilities_GSE.shape
     weight = np.zeros(probabilities_GSE.shape)
     chosen = np.zeros(probabilities_GSE.shape)
-    for g in range(groups):
-        taken = [0] * num_experts
-        for s in range(tokens):
-            if mask is not None and not mask[g, s]:
-                continue
-            p = probabilities_GSE[g, s]
-            best = np.argsort(-p, kind="stable")[:k]
-            total = p[best].sum() if normalize and k > 1 else 1.0
-            for e in best:
-                chosen[g, s, e] = 1
-                if capacity is None or taken[e] < capacity:
-                    weight[g, s, e] = p[e] / total
-                taken[e] += 1
+    for g, p_SE in enumerate(probabilities_GSE):
+        taken = [0] * p_SE.shape[1]
+        valid = [s for s in range(len(p_SE)) if mask is None or mask[g, s]]
+        best = np.argsort(-p_SE, axis=1, kind="stable")[:, :k]
+        if priority == "position":
+            turns = [(s, i) for s in valid for i in range(k)]
+        else:  # V-MoE, Algorithm 2
+            surest_first = sorted(valid, key=lambda s, p_SE=p_SE: -p_SE[s].max())
+            turns = [(s, i) for i in range(k) for s in surest_first]
+        for s, i in turns:
+            e, total = best[s, i], p_SE[s, best[s]].sum() if normalize and k > 1 else 1.0
+            chosen[g, s, e] = 1
+            if capacity is None or taken[e] < capacity:
+                weight[g, s, e] = p_SE[s, e] / total
+            taken[e] += 1
     return weight, chosen
 
 

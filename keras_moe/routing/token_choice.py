@@ -27,6 +27,11 @@ class TopKRouter(Router):
             `None` drops nothing.
         eval_capacity_factor: the same in inference.
         min_capacity: fewest slots per expert and group.
+        priority: who sits first under a capacity. `"position"`: earlier tokens. `"probability"`:
+            the tokens that are surest of their first choice, all first choices before any second
+            choice (Batch Prioritized Routing, V-MoE, https://arxiv.org/abs/2106.05974, section 4).
+            With a tight capacity it drops what matters least, but whether a token is dropped then
+            depends on the whole group, later tokens too: for encoders only.
         normalize: divides the weights by their sum over the `k` chosen experts. With `k=1` the
             weight would always be 1 and the task would teach the router nothing, so there the
             weight is the raw probability.
@@ -57,6 +62,7 @@ class TopKRouter(Router):
         capacity_factor=None,
         eval_capacity_factor=None,
         min_capacity=4,
+        priority="position",
         normalize=True,
         load_balancing_weight=1e-2,
         jitter=0.0,
@@ -71,6 +77,10 @@ class TopKRouter(Router):
             raise ValueError(
                 f"`min_capacity` must be a positive integer. Received: min_capacity={min_capacity}"
             )
+        if priority not in ("position", "probability"):
+            raise ValueError(
+                f"`priority` must be 'position' or 'probability'. Received: priority={priority!r}"
+            )
         super().__init__(
             num_experts,
             capacity_factor,
@@ -83,6 +93,7 @@ class TopKRouter(Router):
         )
         self.k = k
         self.min_capacity = min_capacity
+        self.priority = priority
         self.normalize = normalize
         self.load_balancing_weight = load_balancing_weight
         if num_experts is not None:
@@ -107,6 +118,7 @@ class TopKRouter(Router):
     def route(self, logits_GSE, probabilities_GSE, mask, training, compact):
         """The `Routing` that follows from the scores."""
         weight_GSK, expert_index_GSK = self.choose(probabilities_GSE, training)
+        confidence_GS = weight_GSK[..., 0] if self.priority == "probability" else None
         if self.normalize and self.k > 1:
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
         if mask is not None:
@@ -118,7 +130,9 @@ class TopKRouter(Router):
             capacity = None if roomy else capacity
         else:
             compact = False
-        seats = seat_choices(expert_index_GSK, weight_GSK, self.num_experts, capacity, compact)
+        seats = seat_choices(
+            expert_index_GSK, weight_GSK, self.num_experts, capacity, compact, confidence_GS
+        )
         return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
 
     def choose(self, probabilities_GSE, training):
@@ -149,6 +163,7 @@ class TopKRouter(Router):
             **super().get_config(),
             "k": self.k,
             "min_capacity": self.min_capacity,
+            "priority": self.priority,
             "normalize": self.normalize,
             "load_balancing_weight": self.load_balancing_weight,
         }
@@ -168,6 +183,7 @@ class SwitchRouter(TopKRouter):
             `None` drops nothing.
         eval_capacity_factor: the same in inference.
         min_capacity: fewest slots per expert and group.
+        priority: see `TopKRouter`.
         load_balancing_weight: weight of `keras_moe.losses.load_balancing`, the paper's alpha.
         jitter: see `Router`.
         router_z_weight: weight of `keras_moe.losses.router_z`.
@@ -183,6 +199,7 @@ class SwitchRouter(TopKRouter):
         capacity_factor=1.25,
         eval_capacity_factor=2.0,
         min_capacity=4,
+        priority="position",
         load_balancing_weight=1e-2,
         jitter=1e-2,
         router_z_weight=0.0,
@@ -196,6 +213,7 @@ class SwitchRouter(TopKRouter):
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
             min_capacity=min_capacity,
+            priority=priority,
             load_balancing_weight=load_balancing_weight,
             jitter=jitter,
             router_z_weight=router_z_weight,

@@ -57,7 +57,9 @@ def expected(router, group, x, mask, weights, training):
         capacity = factor and oracle.capacity(
             tokens, num_experts, factor, router.k, router.min_capacity
         )
-        weight, chosen = oracle.token_choice(p, router.k, capacity, router.normalize, mask_GS)
+        weight, chosen = oracle.token_choice(
+            p, router.k, capacity, router.normalize, mask_GS, router.priority
+        )
         losses += router.load_balancing_weight * oracle.load_balancing(p, chosen, mask_GS)
     y = oracle.mixture(x_GSD, weight, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
     y = y.reshape(-1, y.shape[-1])[: math.prod(x.shape[:-1])].reshape(x.shape)
@@ -65,6 +67,7 @@ def expected(router, group, x, mask, weights, training):
 
 
 TIGHT = {"capacity_factor": 0.75, "min_capacity": 1}
+SUREST = {**TIGHT, "priority": "probability"}
 LOSSES = {"load_balancing_weight": 0.5, "router_z_weight": 0.25}
 RICH = {"gated": True, "use_bias": True}
 
@@ -96,6 +99,9 @@ CASES = {
     "k=2, raw, dropless, 2-D, mask": (lambda: top(2, False), "batch", 2, True, {}),
     "k=3, 4, mask": (lambda: top(3, True, **TIGHT), 4, 3, True, {"use_bias": True}),
     "k=3, raw, dropless, 7": (lambda: top(3, False), 7, 3, False, {}),
+    "switch, surest first, batch": (lambda: switch(**SUREST), "batch", 3, False, {}),
+    "k=2, surest first, mask": (lambda: top(2, True, **SUREST), "sequence", 3, True, {}),
+    "k=3, raw, surest first, 7, mask": (lambda: top(3, False, **SUREST), 7, 3, True, {}),
     "expert choice": (lambda: experts_choose(1.0), "sequence", 3, False, RICH),
     "expert choice, batch, mask": (lambda: experts_choose(2.0), "batch", 3, True, {}),
     "expert choice, 7": (lambda: experts_choose(1.0), 7, 3, False, {}),
@@ -169,6 +175,9 @@ EVERY = {
     "switch": lambda **kwargs: SwitchRouter(E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
     "k=2": lambda **kwargs: TopKRouter(2, E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
     "dropless": lambda **kwargs: TopKRouter(2, E, **kwargs),
+    "surest first": lambda **kwargs: TopKRouter(
+        2, E, eval_capacity_factor=0.75, min_capacity=1, priority="probability", **kwargs
+    ),
     "expert choice": lambda **kwargs: ExpertChoiceRouter(E, **kwargs),
     "threshold": lambda **kwargs: ExpertChoiceRouter(E, inference="threshold", **kwargs),
 }
@@ -297,6 +306,18 @@ class TestCompact:
         kept = numpy(routing.slot_index) < np.prod(routing.token_index.shape[1:])
         np.testing.assert_array_equal(kept, numpy(table.slot_index) < 16 * 2)
 
+    def test_keeps_the_surest(self):
+        # Token s wants expert 5 with logit 1, 3, 2, 3, 0, 4 and there are 2 slots for it.
+        router = TopKRouter(1, 16, eval_capacity_factor=1.0, min_capacity=2, priority="probability")
+        router.build((None, None, 1))
+        router.kernel.assign(np.eye(16)[5:6])
+        x = tensor([[[1.0], [3.0], [2.0], [3.0], [0.5], [4.0]]])
+        for compact in (False, True):
+            routing = numpy(router(x, compact=compact))
+            assert (routing.row_expert is None) == (not compact)
+            slots = np.prod(routing.token_index.shape[1:])
+            assert np.flatnonzero(routing.slot_index < slots).tolist() == [1, 5]
+
     def test_few_tokens_cost_the_same_with_many_experts(self):
         def products(experts):
             layer = MixtureOfExperts(FeedForwardExperts(experts, 4), SwitchRouter())
@@ -347,6 +368,11 @@ class TestLeaks:
 
     def test_expert_choice_sees_the_future(self):
         changed = self.change(built(ExpertChoiceRouter(E, 1.0)), np.s_[0, 3:])
+        assert changed[0, :3].max() > 0.1
+        assert changed[1].max() < 1e-6
+
+    def test_the_surest_first_sees_the_future(self):
+        changed = self.change(built(EVERY["surest first"]()), np.s_[0, 3:])
         assert changed[0, :3].max() > 0.1
         assert changed[1].max() < 1e-6
 

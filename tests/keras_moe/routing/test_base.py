@@ -134,6 +134,7 @@ CONFIGS = {
         "capacity_factor": 1.5,
         "eval_capacity_factor": 3.0,
         "min_capacity": 2,
+        "priority": "probability",
         "load_balancing_weight": 0.5,
         "jitter": 0.25,
         "router_z_weight": 0.125,
@@ -146,6 +147,7 @@ CONFIGS = {
         "capacity_factor": 1.5,
         "eval_capacity_factor": 3.0,
         "min_capacity": 2,
+        "priority": "probability",
         "normalize": False,
         "load_balancing_weight": 0.5,
         "jitter": 0.25,
@@ -207,6 +209,10 @@ class TestErrors:
             (lambda: TopKRouter(0), "`k` must be a positive integer. Received: k=0"),
             (lambda: TopKRouter(5, 4), "`k` must be at most the number of experts.*k=5.*=4"),
             (lambda: SwitchRouter(min_capacity=0), "`min_capacity` must be a positive.*=0"),
+            (
+                lambda: SwitchRouter(priority="batch"),
+                "`priority` must be 'position' or 'probability'. Received: priority='batch'",
+            ),
             (lambda: ExpertChoiceRouter(capacity_factor=None), "mean number of experts per token"),
             (
                 lambda: ExpertChoiceRouter(max_experts_per_token=0),
