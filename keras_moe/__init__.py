@@ -5,6 +5,7 @@ from keras_moe.experts import FeedForwardExperts, LayerExperts
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
+    LossFreeRouter,
     NoisyTopKRouter,
     Router,
     Routing,
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "FeedForwardExperts",
     "LayerExperts",
+    "LossFreeRouter",
     "MixtureOfExperts",
     "NoisyTopKRouter",
     "Router",

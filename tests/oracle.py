@@ -38,6 +38,16 @@ def token_choice(
     return weight, chosen
 
 
+def biased_choice(score_E, bias_E, k, num_groups=None, top_groups=None, best_of_group=2):
+    """One token's experts in DeepSeek-V3, section 2.1.2; in V2 with `best_of_group=1`."""
+    wish_E = score_E + bias_E
+    groups = np.split(np.arange(len(wish_E)), num_groups or 1)
+    total = [np.sort(wish_E[group])[::-1][:best_of_group].sum() for group in groups]
+    best = np.argsort(-np.array(total), kind="stable")[: top_groups or 1]
+    eligible = np.concatenate([groups[g] for g in np.sort(best)])
+    return eligible[np.argsort(-wish_E[eligible], kind="stable")[:k]]
+
+
 def expert_choice(probabilities_GSE, capacity, mask=None, max_experts_per_token=None):
     """Combine weights `[G, S, E]` when every expert takes its best tokens.
 
@@ -118,6 +128,13 @@ def load_balancing(probabilities, chosen, mask=None):
     valid = np.ones(probabilities.shape[:-1], bool) if mask is None else mask
     share = chosen[valid].sum(axis=0) / chosen[valid].sum()
     return probabilities.shape[-1] * float(share @ probabilities[valid].mean(axis=0))
+
+
+def sequence_balancing(probabilities, chosen, mask=None):
+    """DeepSeek-V3, Eqs. 17-20: the mean over the sequences that are not padding altogether."""
+    mask = np.ones(probabilities.shape[:-1], bool) if mask is None else mask
+    sequences = zip(probabilities, chosen, mask, strict=True)
+    return np.mean([load_balancing(p, c, m) for p, c, m in sequences if m.any()])
 
 
 def router_z(logits, mask=None):

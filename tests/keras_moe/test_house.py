@@ -20,6 +20,7 @@ ORDER = (
     "routing.base",
     "routing.token_choice",
     "routing.noisy",
+    "routing.loss_free",
     "routing.softmax",
     "routing.expert_choice",
     "routing.__init__",
