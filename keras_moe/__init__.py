@@ -13,6 +13,7 @@ from keras_moe.routing import (
     SwitchRouter,
     TopKRouter,
 )
+from keras_moe.soft import SoftMoE
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "NoisyTopKRouter",
     "Router",
     "Routing",
+    "SoftMoE",
     "SoftmaxRouter",
     "SwitchRouter",
     "TopKRouter",

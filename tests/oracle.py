@@ -123,6 +123,17 @@ def mixture(x_GSD, weight_GSE, expert):
     return y
 
 
+def soft_moe(x_SD, phi_DEP, scale, expert):
+    """Puigcerver et al. 2023, sections 2.1 and 2.3, of one sequence without padding."""
+    x_SD, dim = np.asarray(x_SD), len(phi_DEP)
+    unit_x_SD = x_SD / np.linalg.norm(x_SD, axis=1, keepdims=True)
+    phi_DN = phi_DEP.reshape(dim, -1)
+    logits_SN = unit_x_SD @ (scale * phi_DN / np.linalg.norm(phi_DN, axis=0))
+    slots_ND = softmax(logits_SN.T) @ x_SD
+    y_ND = [expert(slot_D, n // phi_DEP.shape[2]) for n, slot_D in enumerate(slots_ND)]
+    return softmax(logits_SN) @ np.array(y_ND)
+
+
 def load_balancing(probabilities, chosen, mask=None):
     """Switch Transformers, Eqs. 4-6, over all tokens that are not padding."""
     valid = np.ones(probabilities.shape[:-1], bool) if mask is None else mask

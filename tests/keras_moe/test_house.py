@@ -28,6 +28,7 @@ ORDER = (
     "experts",
     "metrics",
     "moe",
+    "soft",
     "callbacks",
     "__init__",
 )

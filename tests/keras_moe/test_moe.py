@@ -443,6 +443,163 @@ class TestRandomness:
         np.testing.assert_array_equal(call(layer, X)[0], call(layer, X, training=True)[0])
 
 
+def dense(**kwargs):
+    return keras.layers.Dense(D, activation="tanh", name="shared", **kwargs)
+
+
+def bank(experts=2, **kwargs):
+    return FeedForwardExperts(experts, F, name="shared", **kwargs)
+
+
+def layers():
+    return LayerExperts([dense(), keras.layers.Dense(D, name="other")], name="shared")
+
+
+def model():
+    return keras.Sequential([keras.layers.Dense(5, "relu"), keras.layers.Dense(D)], name="shared")
+
+
+SHARED = {"layer": dense, "model": model, "bank": bank, "layers": layers}
+
+
+def with_shared(shared, router=None, group="sequence"):
+    router = TopKRouter(2, E) if router is None else router
+    layer = MixtureOfExperts(FeedForwardExperts(E, F), router, group, shared)
+    layer.build((None, None, D))
+    rng = np.random.default_rng(1)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    return layer
+
+
+class TestShared:
+    def by_hand(self, layer, x):
+        """What the shared layer alone makes of the tokens."""
+        if not hasattr(layer.shared, "num_experts"):
+            return numpy(layer.shared(x))
+        tokens = x.reshape(1, -1, D)
+        each = numpy(layer.shared(np.repeat(tokens, layer.shared.num_experts, axis=0)))
+        return each.sum(axis=0).reshape(x.shape)
+
+    @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+    @pytest.mark.parametrize("group", ["sequence", 7])
+    @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+    def test_is_added_to_every_token_but_padding(self, shared, group, masked):
+        router = SwitchRouter(E, eval_capacity_factor=0.5, min_capacity=1)
+        layer = with_shared(shared(), router, group)
+        x, mask = X.astype("float32"), MASK if masked else None
+        y, losses, _ = call(layer, x, mask=mask)
+        alone = self.by_hand(layer, x)
+        layer.shared = None
+        routed, routed_losses, _ = call(layer, x, mask=mask)
+        assert (routed == 0).all(axis=-1).any() and losses == routed_losses
+        expected = np.where(MASK[..., None], alone, 0.0) if masked else alone
+        np.testing.assert_allclose(y, routed + expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_gradients(self, shared):
+        """Of the tanh layer by hand: W, 1 - y^2; of the bank by differences of the oracle."""
+        layer, x = with_shared(shared()), X.copy()
+        weights = {v.path.split("/", 1)[1]: numpy(v) for v in layer.trainable_variables}
+        weights = {path: w.astype("float64") for path, w in weights.items()}
+        routed = {path.split("/")[1]: w for path, w in weights.items() if "shared" not in path}
+        own = {path.split("/")[1]: w for path, w in weights.items() if "shared" in path}
+
+        def loss():
+            y, losses, _ = expected(layer.router, "sequence", x, MASK, routed, training=True)
+            for at in zip(*np.nonzero(MASK), strict=True):
+                if shared is dense:
+                    y[at] += np.tanh(x[at] @ own["kernel"] + own["bias"])
+                else:
+                    y[at] += sum(oracle.feed_forward(x[at], own, e) for e in range(2))
+            return y.sum() + losses
+
+        *_, by_x, by_weight = run(layer, X, np.ones(X.shape), mask=MASK, training=True)
+        slopes = oracle.gradient(loss, [x, *weights.values()])
+        for ours, slope in zip([by_x, *by_weight], slopes, strict=True):
+            np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_padding_of_nan_and_infinity(self, shared):
+        layer = with_shared(shared())
+        zeros = np.where(MASK[..., None], X, 0.0)
+        other = zeros.copy()
+        other[1, 3], other[1, 5] = np.nan, np.inf
+        one, two = (run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other))
+        for a, b in zip((one[0], one[2], *one[3]), (two[0], two[2], *two[3]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+    def test_trains_with_dropout_only_in_training(self):
+        shared = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(D)], name="shared")
+        layer = with_shared(shared)
+        np.testing.assert_array_equal(call(layer, X)[0], call(layer, X)[0])
+        assert (call(layer, X, training=True)[0] != call(layer, X)[0]).any()
+
+    @pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D), (0, D), (6, D)])
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_few_tokens_or_none(self, shared, shape):
+        y = numpy(with_shared(shared())(ops.ones(shape), training=True))
+        assert y.shape == shape and np.isfinite(y).all()
+
+    @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+    def test_comes_back_from_a_file(self, shared, tmp_path):
+        inputs = keras.Input((None, D))
+        layer = with_shared(shared())
+        keras.Model(inputs, layer(inputs)).save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert type(loaded.layers[1].shared) is type(layer.shared)
+        np.testing.assert_array_equal(numpy(loaded(X)), numpy(layer(tensor(X, "float32"))))
+
+    def test_fit(self):
+        keras.utils.set_random_seed(0)
+        x, y = tiny_problem()
+        inputs = keras.Input((None, D))
+        layer = MixtureOfExperts(FeedForwardExperts(E, 16), TopKRouter(2), shared=bank(1))
+        model = keras.Model(inputs, inputs + layer(inputs))
+        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=JIT)
+        loss = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+        assert loss[-1] < 0.7 * loss[0]
+        paths = {v.path.split("/", 1)[1] for v in layer.trainable_variables}
+        assert {"shared/kernel_in", "experts/kernel_in", "router/kernel"} <= paths
+
+    def test_in_a_lower_precision(self):
+        experts = FeedForwardExperts(E, F, dtype="mixed_bfloat16")
+        layer = MixtureOfExperts(
+            experts, TopKRouter(2), shared=bank(dtype="mixed_bfloat16"), dtype="mixed_bfloat16"
+        )
+        y = layer(X, mask=MASK)
+        assert ops.dtype(y) == "bfloat16" and (numpy(ops.cast(y, "float32"))[~MASK] == 0).all()
+
+
+class TestFineGrained:
+    """4 experts of width 16, 2 for each token, against 16 of width 4, 8 for each token."""
+
+    def layer(self, m, shared=0):
+        width = 16 // m
+        extra = FeedForwardExperts(1, shared * width, name="shared") if shared else None
+        experts = FeedForwardExperts(4 * m - shared, width)
+        layer = MixtureOfExperts(experts, TopKRouter(2 * m - shared), shared=extra)
+        layer.build((None, None, D))
+        return layer
+
+    def test_as_many_weights_and_multiplications(self):
+        coarse, fine, shared = self.layer(1), self.layer(4), self.layer(4, shared=2)
+        weights = [
+            sum(math.prod(v.shape) for v in layer.trainable_variables if "router" not in v.path)
+            for layer in (coarse, fine, shared)
+        ]
+        assert weights == [4 * 2 * 16 * D] * 3
+        x = np.random.default_rng(0).normal(size=(2, 64, D))
+        products = []
+        for layer in (coarse, fine, shared):
+            router = 3 * 128 * D * layer.experts.num_experts
+            products.append(cost(layer, x, np.ones(x.shape), training=True)[1] - router)
+        ideal = 3 * 2 * 128 * 2 * D * 16  # 3 products forward and back, k, tokens, in and out
+        # Rows of slots are not quite full where XLA compiles, and an expert has its own last row.
+        for got in products:
+            assert ideal <= got <= 1.6 * ideal
+
+
 class TestGradientOfTheRouter:
     @pytest.mark.parametrize("normalize", [True, False])
     def test_one_choice_teaches_it_the_task(self, normalize):
@@ -597,6 +754,7 @@ def test_every_config_key_makes_the_round_trip():
         "experts": LayerExperts([keras.layers.Dense(5), keras.layers.Dense(5)]),
         "router": TopKRouter(2, normalize=False),
         "group": 7,
+        "shared": keras.layers.Dense(5, use_bias=False, name="shared"),
     }
     assert set(arguments) == set(inspect.signature(MixtureOfExperts).parameters) - {"kwargs"}
     made = MixtureOfExperts(**arguments, name="mine", dtype="mixed_bfloat16")
@@ -605,6 +763,7 @@ def test_every_config_key_makes_the_round_trip():
     assert (copy.name, copy.group, copy.dtype_policy.name) == ("mine", 7, "mixed_bfloat16")
     assert type(copy.router) is TopKRouter and copy.router.normalize is False
     assert type(copy.experts) is LayerExperts and copy.experts.num_experts == 2
+    assert type(copy.shared) is keras.layers.Dense and copy.shared.use_bias is False
 
 
 class TestErrors:
@@ -623,6 +782,18 @@ class TestErrors:
             (
                 lambda e, r: MixtureOfExperts(e, r, group="row"),
                 "`group` must be 'sequence', 'batch' or a positive number.*Received: group='row'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared="dense"),
+                "`shared` must be a Keras layer or None. Received: shared='dense'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared=FeedForwardExperts(1, 4)),
+                "`shared` must have a name of its own.* Received: a layer named 'experts'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared=keras.layers.Dense(3, name="router")),
+                "`shared` must have a name of its own.* Received: a layer named 'router'",
             ),
             (lambda e, r: MixtureOfExperts(e, r, group=0), "`group` must be .* group=0"),
             (lambda e, r: MixtureOfExperts(e, r, group=True), "`group` must be .* group=True"),
@@ -672,6 +843,13 @@ class TestErrors:
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
         with pytest.raises(ValueError, match="with a known dim. Received: .*None"):
             layer.build((None, 4, None))
+
+    @pytest.mark.parametrize("width", [1, 2])
+    def test_width_of_the_shared_layer(self, width):
+        shared = keras.layers.Dense(width)
+        layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter(), shared=shared)
+        with pytest.raises(ValueError, match="`shared` must have the experts' output width.* 3"):
+            layer.build((None, None, 3))
 
     @pytest.mark.parametrize("shape", [(2, 5), (2,), (2, 6, 3), (12,)])
     def test_shape_of_the_mask(self, shape):
