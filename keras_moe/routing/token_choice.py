@@ -25,7 +25,9 @@ class TopKRouter(Router):
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
         capacity_factor: slots per expert, relative to `k * tokens / num_experts`, while training;
             `None` drops nothing.
-        eval_capacity_factor: the same in inference.
+        eval_capacity_factor: the same in inference. The weights do not depend on it: what was
+            trained with a capacity is evaluated without drops when it is `None`, and it may be set
+            on the router of a loaded model, before that first predicts.
         min_capacity: fewest slots per expert and group.
         priority: who sits first under a capacity. `"position"`: earlier tokens. `"probability"`:
             the tokens that are surest of their first choice, all first choices before any second
