@@ -123,6 +123,18 @@ def test_no_tokens(shape):
     assert tuple(layer(ops.zeros(shape)).shape) == shape
 
 
+def test_shapes_not_known_to_the_graph():
+    """As a data set of ragged batches has it: TensorFlow's graph then knows no shape."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("only TensorFlow's graphs have unknown shapes")
+    import tensorflow as tf
+
+    layer, weights = built()
+    graph = tf.function(layer, input_signature=[tf.TensorSpec((None, None, D))])
+    y = numpy(graph(tf.constant(X, "float32")))
+    np.testing.assert_allclose(y, by_hand(X, weights), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_as_experts_of_another_width():
     layer = SoftMoE(LayerExperts([keras.layers.Dense(7), keras.layers.Dense(7)]), 2)
     assert layer(keras.Input((None, D))).shape == (None, None, 7)

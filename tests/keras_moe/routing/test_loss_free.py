@@ -3,6 +3,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_moe import FeedForwardExperts, LossFreeRouter, MixtureOfExperts
 from tests import oracle
@@ -269,6 +270,40 @@ def test_the_bias_is_saved_and_not_trained(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(numpy(loaded.layers[1].router.bias), numpy(router.bias))
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
+
+
+@pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D)])
+def test_no_tokens(shape):
+    router = LossFreeRouter(2, bias_update_rate=0.5, sequence_balancing_weight=1.0)
+    layer = MixtureOfExperts(FeedForwardExperts(E, F), router)
+    layer.build((None, None, D))
+    assert tuple(layer(ops.zeros(shape), training=True).shape) == shape
+    assert [float(loss) for loss in layer.losses] == [0.0]
+    assert (numpy(router.bias) == 0).all()
+
+
+def test_shapes_not_known_to_the_graph():
+    """As a data set of ragged batches has it: TensorFlow's graph then knows no shape."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("only TensorFlow's graphs have unknown shapes")
+    import tensorflow as tf
+
+    router = LossFreeRouter(
+        2, num_groups=3, top_groups=2, bias_update_rate=0.0, sequence_balancing_weight=1.0,
+        load_balancing_weight=1.0, capacity_factor=0.75, priority="probability",
+    )  # fmt: skip
+    layer = MixtureOfExperts(
+        FeedForwardExperts(E, F), router, shared=FeedForwardExperts(2, F, name="shared")
+    )
+    layer.build((None, None, D))
+
+    def call(x):
+        return layer(x, training=True), sum(layer.losses)
+
+    graph = tf.function(call, input_signature=[tf.TensorSpec((None, None, D))])
+    x = tf.constant(X, "float32")
+    for ours, theirs in zip(graph(x), call(x), strict=True):
+        np.testing.assert_allclose(numpy(ours), numpy(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_float32_under_a_lower_policy():
