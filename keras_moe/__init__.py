@@ -7,6 +7,7 @@ from keras_moe.moe import MixtureOfExperts
 from keras_moe.routing import (
     ExpertChoiceRouter,
     HashRouter,
+    LossFreeRouter,
     NoisyTopKRouter,
     Router,
     Routing,
@@ -15,6 +16,7 @@ from keras_moe.routing import (
     SwitchRouter,
     TopKRouter,
 )
+from keras_moe.soft import SoftMoE
 
 __version__ = "0.1.0"
 
@@ -26,10 +28,12 @@ __all__ = [
     "HierarchicalRouter",
     "LayerExperts",
     "LinearExperts",
+    "LossFreeRouter",
     "MixtureOfExperts",
     "NoisyTopKRouter",
     "Router",
     "Routing",
+    "SoftMoE",
     "SoftmaxRouter",
     "StrictlyBalancedRouter",
     "SwitchRouter",

@@ -34,6 +34,21 @@ class MixtureOfExperts(keras.layers.Layer):
     outputs = inputs + layer(inputs)  # [batch, length, dim]
     ```
 
+    Fine-grained and shared experts, as in DeepSeekMoE (https://arxiv.org/abs/2401.06066): in place
+    of `n` experts of hidden width `h`, `k` for each token, take `m * n` experts of width `h / m`,
+    `m * k` for each token. These are as many weights and multiplications, and far more combinations
+    of experts (section 3.1). `s` of them may serve every token and are not routed (section 3.2):
+    `shared` then has the width `s * h / m`, and `m * n - s` experts are left for the router, which
+    sends each token to `m * k - s`. For `n = 16`, `h = 1024`, `k = 2`, `m = 4` and `s = 1`:
+
+    ```python
+    layer = keras_moe.MixtureOfExperts(
+        keras_moe.FeedForwardExperts(num_experts=63, hidden_dim=256, gated=True),
+        keras_moe.TopKRouter(7),
+        shared=keras_moe.FeedForwardExperts(1, 256, gated=True, name="shared"),
+    )
+    ```
+
     Args:
         experts: a bank of experts: `FeedForwardExperts`, `LayerExperts`, or any layer with
             `num_experts` that maps `[rows, slots, dim]` and `row_expert` to `[rows, slots, out]`.
@@ -43,6 +58,10 @@ class MixtureOfExperts(keras.layers.Layer):
             tokens of the batch. A number: that many tokens at a time, in order, the last group
             filled up with padding. An encoder routes better in large groups (a small group wastes
             the `min_capacity` slots of many experts); a decoder needs `"sequence"`.
+        shared: a layer that is called on all inputs, and whose outputs are added to the experts'
+            weighted sum: any Keras layer or model that keeps the inputs' shape but for the width,
+            or a bank of experts, all of which then serve every token. Padding reaches it as zeros.
+            `None`: there is none.
 
     Call arguments:
         inputs: `[batch, length, dim]` tensor, or `[tokens, dim]`, which is one group unless `group`
@@ -62,7 +81,7 @@ class MixtureOfExperts(keras.layers.Layer):
             or given for nothing.
     """
 
-    def __init__(self, experts, router, group="sequence", **kwargs):
+    def __init__(self, experts, router, group="sequence", shared=None, **kwargs):
         super().__init__(**kwargs)
         if not isinstance(router, Router):
             raise ValueError(f"`router` must be a `keras_moe` router. Received: router={router!r}")
@@ -77,6 +96,13 @@ class MixtureOfExperts(keras.layers.Layer):
                 "`group` must be 'sequence', 'batch' or a positive number of tokens. "
                 f"Received: group={group!r}"
             )
+        if shared is not None and not isinstance(shared, keras.Layer):
+            raise ValueError(f"`shared` must be a Keras layer or None. Received: shared={shared!r}")
+        if shared is not None and shared.name in (experts.name, router.name):
+            raise ValueError(
+                "`shared` must have a name of its own, under which its weights are kept, such as "
+                f"'shared'. Received: a layer named {shared.name!r}"
+            )
         batched = getattr(experts, "implementation", None) == "batched"
         if batched and not router.one_row_per_expert:
             raise ValueError(
@@ -87,6 +113,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self.experts = experts
         self.router = router
         self.group = group
+        self.shared = shared
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -99,6 +126,8 @@ class MixtureOfExperts(keras.layers.Layer):
             self.router.build((None, None, input_shape[-1]))
         if not self.experts.built:
             self.experts.build((None, None, input_shape[-1]))
+        if self.shared is not None:
+            self._build_shared(input_shape)
         self.statistics = [
             self.add_weight(
                 name=name,
@@ -111,6 +140,19 @@ class MixtureOfExperts(keras.layers.Layer):
             )
             for name, shape in metrics.statistics_shapes(self.router.num_experts).items()
         ]
+
+    def _build_shared(self, input_shape):
+        is_bank = hasattr(self.shared, "num_experts")
+        shape = (None, None, input_shape[-1]) if is_bank else input_shape
+        if not self.shared.built:
+            self.shared.build(shape)
+        width = self.shared.compute_output_shape(shape)[-1]
+        expected = self.compute_output_shape(input_shape)[-1]
+        if width != expected:
+            raise ValueError(
+                "`shared` must have the experts' output width. "
+                f"Received: shared of width {width} for experts of width {expected}"
+            )
 
     def call(self, inputs, mask=None, training=False, token_ids=None):
         x_GSD, mask_GS = self._split(inputs, mask)
@@ -127,7 +169,8 @@ class MixtureOfExperts(keras.layers.Layer):
         statistics = metrics.statistics(routing, self.router.num_experts)
         for variable, value in zip(self.statistics, statistics, strict=True):
             variable.assign_add(value)
-        return self._join(y_GSD, inputs)
+        y = self._join(y_GSD, inputs)
+        return y if self.shared is None else y + self._shared_outputs(inputs, mask, training)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Plain: the experts, made in the same `keras.RematScope`, are what is computed again."""
@@ -183,6 +226,20 @@ class MixtureOfExperts(keras.layers.Layer):
         y = ops.reshape(y_TD, (*leading, y_GSD.shape[-1]))
         return ops.cast(y, self.compute_dtype)
 
+    def _shared_outputs(self, inputs, mask, training):
+        if mask is not None:
+            valid = ops.cast(mask, "bool")[..., None]
+            inputs = ops.where(valid, inputs, 0.0)
+        if hasattr(self.shared, "num_experts"):
+            x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))
+            x_RTD = ops.broadcast_to(x_TD, (self.shared.num_experts, *ops.shape(x_TD)))
+            y_TD = ops.sum(self.shared(x_RTD, training=training), axis=0)
+            y = ops.reshape(y_TD, (*ops.shape(inputs)[:-1], y_TD.shape[-1]))
+        else:
+            y = self.shared(inputs, training=training)
+        y = ops.cast(y, self.compute_dtype)
+        return y if mask is None else ops.where(valid, y, 0.0)
+
     def _check_shape(self, name, value, inputs):
         given, allowed = tuple(value.shape), tuple(inputs.shape[:-1])
         fits = len(given) == len(allowed) and all(
@@ -210,6 +267,7 @@ class MixtureOfExperts(keras.layers.Layer):
             "experts": keras.saving.serialize_keras_object(self.experts),
             "router": keras.saving.serialize_keras_object(self.router),
             "group": self.group,
+            "shared": keras.saving.serialize_keras_object(self.shared),
         }
 
     @classmethod
@@ -217,6 +275,7 @@ class MixtureOfExperts(keras.layers.Layer):
         # Not built on their own, or their weights' paths would lack this layer's name.
         parts = {
             name: keras.saving.deserialize_keras_object({**config[name], "build_config": None})
-            for name in ("experts", "router")
+            for name in ("experts", "router", "shared")
+            if config.get(name) is not None
         }
         return cls(**{**config, **parts})

@@ -53,7 +53,27 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
     return ops.cast(ops.maximum(minimum, slots), "int32")
 
 
-def by_capacity(expert_index_GN, num_experts, capacity):
+def by_confidence(confidence_GS, k):
+    """The order in which the most confident tokens sit first, for `by_capacity` and `by_rows`.
+
+    All first choices come before any second choice, and within them the more confident token before
+    the less; equal ones in token order. Batch Prioritized Routing of V-MoE
+    (https://arxiv.org/abs/2106.05974), section 4.
+
+    Args:
+        confidence_GS: `[groups, tokens]` numbers.
+        k: choices per token.
+
+    Returns:
+        `[groups, tokens * k]` int32: the assignments, token `s`'s choice `i` being `s * k + i`.
+    """
+    groups, tokens = ops.shape(confidence_GS)
+    token_GS = ops.cast(ops.argsort(-confidence_GS, axis=1), "int32")
+    choice_K1 = ops.arange(k, dtype="int32")[:, None]
+    return ops.reshape(token_GS[:, None] * k + choice_K1, (groups, tokens * k))
+
+
+def by_capacity(expert_index_GN, num_experts, capacity, order_GN=None):
     """Seats assignments in their order, `capacity` at most per expert and group.
 
     Args:
@@ -61,19 +81,21 @@ def by_capacity(expert_index_GN, num_experts, capacity):
             takes no slot (padding).
         num_experts: integer.
         capacity: slots per expert and group.
+        order_GN: `[groups, assignments]` integers, the assignments in the order in which they are
+            seated; `None`: in their own.
 
     Returns:
         `Slots` with `R = num_experts` rows of `capacity` slots.
     """
     groups = ops.shape(expert_index_GN)[0]
-    rank_GN, _ = _rank(expert_index_GN, num_experts)
+    rank_GN, _ = _rank(expert_index_GN, num_experts, order_GN)
     kept_GN = (rank_GN < capacity) & (expert_index_GN < num_experts)
     slot_GN = ops.where(kept_GN, expert_index_GN * capacity + rank_GN, num_experts * capacity)
     assignment_GM = _inverse(slot_GN, num_experts * capacity)
     return Slots(ops.reshape(assignment_GM, (groups, num_experts, capacity)), slot_GN, None)
 
 
-def by_rows(expert_index_GN, num_experts, capacity=None):
+def by_rows(expert_index_GN, num_experts, capacity=None, order_GN=None):
     """Seats assignments sorted by expert, each expert in as many rows as it needs.
 
     The shapes do not depend on the routing, so that it compiles: `m` experts with `N` assignments
@@ -82,13 +104,14 @@ def by_rows(expert_index_GN, num_experts, capacity=None):
     Args:
         expert_index_GN: `[groups, assignments]` integers; `num_experts` marks padding.
         num_experts: integer.
-        capacity: slots per expert and group, in assignment order; `None` drops nothing.
+        capacity: slots per expert and group; `None` drops nothing.
+        order_GN: see `by_capacity`.
 
     Returns:
         `Slots` of one group (the groups share their rows), so `assignment_index` is `[1, R, C]`
         and `slot_index` `[1, G*N]`. Rows that are left over are of expert `num_experts`.
     """
-    rank_GN, count_GE = _rank(expert_index_GN, num_experts)
+    rank_GN, count_GE = _rank(expert_index_GN, num_experts, order_GN)
     if capacity is not None:
         expert_index_GN = ops.where(rank_GN < capacity, expert_index_GN, num_experts)
         count_GE = ops.minimum(count_GE, capacity)
@@ -114,16 +137,18 @@ def by_rows(expert_index_GN, num_experts, capacity=None):
     return Slots(assignment_1RC, slot_1N, ops.cast(row_expert_R, "int32"))
 
 
-def reroute(wish_GSK, num_experts, capacity):
+def reroute(wish_GSK, num_experts, capacity, order_GS=None):
     """Seats tokens in rounds: one that finds an expert full asks the next on its list.
 
-    Round k seats, in token order, those that the rounds before left standing; nobody loses a seat.
+    Round k seats those that the rounds before left standing; nobody loses a seat.
 
     Args:
         wish_GSK: `[groups, tokens, k]` integers, the experts that each token asks, in this order;
             `num_experts` as the first marks padding.
         num_experts: integer.
         capacity: slots per expert and group.
+        order_GS: `[groups, tokens]` integers, the order in which tokens are seated; `None`: their
+            own.
 
     Returns:
         `[groups, tokens]` int32, the expert that took each token; `num_experts`: none.
@@ -135,7 +160,7 @@ def reroute(wish_GSK, num_experts, capacity):
     for choice in range(k):
         stands_GS = (expert_GS == num_experts) & ~padding_GS
         asked_GS = ops.where(stands_GS, wish_GSK[..., choice], num_experts)
-        rank_GS, count_GE = _rank(asked_GS, num_experts)
+        rank_GS, count_GE = _rank(asked_GS, num_experts, order_GS)
         seated_GS = rank_GS + _of_experts(taken_GE, asked_GS) < capacity
         expert_GS = ops.where(stands_GS & seated_GS, asked_GS, expert_GS)
         taken_GE = taken_GE + count_GE  # of a full expert any number above its capacity
@@ -213,15 +238,19 @@ def count(expert_index_GN, num_experts):
     return ops.reshape(count_M[:-1], (groups, num_experts))
 
 
-def _rank(expert_index_GN, num_experts):
-    """How many earlier assignments of its group went to the same expert.
+def _rank(expert_index_GN, num_experts, order_GN=None):
+    """How many assignments that its group seats earlier went to the same expert.
 
     Returns:
         Tuple of the rank `[G, N]`, of no meaning for padding, and the assignments per expert
         `[G, E]`; int32 each.
     """
-    order_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in token order
-    sorted_at_GN = _inverse(order_GN, ops.shape(order_GN)[1])
+    if order_GN is None:
+        sorted_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in order
+    else:
+        place_GN = ops.argsort(ops.take_along_axis(expert_index_GN, order_GN, axis=1), axis=1)
+        sorted_GN = ops.take_along_axis(order_GN, place_GN, axis=1)
+    sorted_at_GN = _inverse(sorted_GN, ops.shape(sorted_GN)[1])
     count_GE = count(expert_index_GN, num_experts)
     first_GE = ops.cumsum(count_GE, axis=1) - count_GE
     return sorted_at_GN - _of_experts(first_GE, expert_index_GN), count_GE

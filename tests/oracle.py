@@ -14,24 +14,27 @@ def softmax(x):
     return x / x.sum(axis=-1, keepdims=True)
 
 
-def token_choice(probabilities_GSE, k, capacity=None, normalize=True, mask=None):
+def token_choice(
+    probabilities_GSE, k, capacity=None, normalize=True, mask=None, priority="position"
+):
     """Combine weights `[G, S, E]`, 0 where a token does not reach an expert; and the choices."""
-    groups, tokens, num_experts = probabilities_GSE.shape
     weight = np.zeros(probabilities_GSE.shape)
     chosen = np.zeros(probabilities_GSE.shape)
-    for g in range(groups):
-        taken = [0] * num_experts
-        for s in range(tokens):
-            if mask is not None and not mask[g, s]:
-                continue
-            p = probabilities_GSE[g, s]
-            best = np.argsort(-p, kind="stable")[:k]
-            total = p[best].sum() if normalize and k > 1 else 1.0
-            for e in best:
-                chosen[g, s, e] = 1
-                if capacity is None or taken[e] < capacity:
-                    weight[g, s, e] = p[e] / total
-                taken[e] += 1
+    for g, p_SE in enumerate(probabilities_GSE):
+        taken = [0] * p_SE.shape[1]
+        valid = [s for s in range(len(p_SE)) if mask is None or mask[g, s]]
+        best = np.argsort(-p_SE, axis=1, kind="stable")[:, :k]
+        if priority == "position":
+            turns = [(s, i) for s in valid for i in range(k)]
+        else:  # V-MoE, Algorithm 2
+            surest_first = sorted(valid, key=lambda s, p_SE=p_SE: -p_SE[s].max())
+            turns = [(s, i) for i in range(k) for s in surest_first]
+        for s, i in turns:
+            e, total = best[s, i], p_SE[s, best[s]].sum() if normalize and k > 1 else 1.0
+            chosen[g, s, e] = 1
+            if capacity is None or taken[e] < capacity:
+                weight[g, s, e] = p_SE[s, e] / total
+            taken[e] += 1
     return weight, chosen
 
 
@@ -58,6 +61,16 @@ def switch_choice(probabilities_GSE, first_GS, reroutes, capacity, mask=None):
                     weight[g, s, e] = p[e]
                     standing.remove(s)
     return weight, chosen
+
+
+def biased_choice(score_E, bias_E, k, num_groups=None, top_groups=None, best_of_group=2):
+    """One token's experts in DeepSeek-V3, section 2.1.2; in V2 with `best_of_group=1`."""
+    wish_E = score_E + bias_E
+    groups = np.split(np.arange(len(wish_E)), num_groups or 1)
+    total = [np.sort(wish_E[group])[::-1][:best_of_group].sum() for group in groups]
+    best = np.argsort(-np.array(total), kind="stable")[: top_groups or 1]
+    eligible = np.concatenate([groups[g] for g in np.sort(best)])
+    return eligible[np.argsort(-wish_E[eligible], kind="stable")[:k]]
 
 
 def expert_choice(
@@ -199,11 +212,29 @@ def mixture(x_GSD, weight_GSE, expert):
     return y
 
 
+def soft_moe(x_SD, phi_DEP, scale, expert):
+    """Puigcerver et al. 2023, sections 2.1 and 2.3, of one sequence without padding."""
+    x_SD, dim = np.asarray(x_SD), len(phi_DEP)
+    unit_x_SD = x_SD / np.linalg.norm(x_SD, axis=1, keepdims=True)
+    phi_DN = phi_DEP.reshape(dim, -1)
+    logits_SN = unit_x_SD @ (scale * phi_DN / np.linalg.norm(phi_DN, axis=0))
+    slots_ND = softmax(logits_SN.T) @ x_SD
+    y_ND = [expert(slot_D, n // phi_DEP.shape[2]) for n, slot_D in enumerate(slots_ND)]
+    return softmax(logits_SN) @ np.array(y_ND)
+
+
 def load_balancing(probabilities, chosen, mask=None):
     """Switch Transformers, Eqs. 4-6, over all tokens that are not padding."""
     valid = np.ones(probabilities.shape[:-1], bool) if mask is None else mask
     share = chosen[valid].sum(axis=0) / chosen[valid].sum()
     return probabilities.shape[-1] * float(share @ probabilities[valid].mean(axis=0))
+
+
+def sequence_balancing(probabilities, chosen, mask=None):
+    """DeepSeek-V3, Eqs. 17-20: the mean over the sequences that are not padding altogether."""
+    mask = np.ones(probabilities.shape[:-1], bool) if mask is None else mask
+    sequences = zip(probabilities, chosen, mask, strict=True)
+    return np.mean([load_balancing(p, c, m) for p, c, m in sequences if m.any()])
 
 
 def router_z(logits, mask=None):

@@ -8,6 +8,7 @@ from keras_moe.losses.balance import (
     load,
     load_balancing,
     router_z,
+    sequence_balancing,
 )
 from keras_moe.losses.mixture import MixtureOfExpertsLoss, blend, pack, responsibilities, unpack
 
@@ -23,5 +24,6 @@ __all__ = [
     "pack",
     "responsibilities",
     "router_z",
+    "sequence_balancing",
     "unpack",
 ]

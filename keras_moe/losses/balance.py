@@ -27,17 +27,39 @@ def load_balancing(probabilities, expert_index, mask=None):
     Returns:
         A scalar.
     """
-    num_experts = probabilities.shape[-1]
-    probabilities = ops.cast(probabilities, "float32")
-    counted = (expert_index >= 0) & (expert_index < num_experts)
-    choices = ops.size(expert_index)
+    one = [ops.reshape(x, (1, -1, x.shape[-1])) for x in (probabilities, expert_index)]
+    return sequence_balancing(*one, None if mask is None else ops.reshape(mask, (1, -1)))
+
+
+def sequence_balancing(probabilities, expert_index, mask=None):
+    """`load_balancing` of every sequence by itself, the mean over sequences.
+
+    Source: DeepSeek-V3 (https://arxiv.org/abs/2412.19437), Eqs. 17-20, without its weight alpha.
+
+    Args:
+        probabilities: `[sequences, tokens, experts]`, each token's adding up to 1.
+        expert_index: `[sequences, tokens, k]` integers, the chosen experts; an index outside
+            `[0, experts)` is not counted.
+        mask: `[sequences, tokens]` booleans, `False` for padding; a sequence of nothing else does
+            not count.
+
+    Returns:
+        A scalar.
+    """
+    groups, tokens, num_experts = ops.shape(probabilities)
+    k = expert_index.shape[-1]
+    counted_GSK = (expert_index >= 0) & (expert_index < num_experts)
+    tokens_G1 = ops.broadcast_to(ops.cast(tokens, "float32"), (groups, 1))
     if mask is not None:
-        counted = counted & mask[..., None]
-        choices = ops.sum(ops.cast(mask, "int32")) * expert_index.shape[-1]
-    expert_index = ops.where(counted, ops.cast(expert_index, "int32"), num_experts)
-    count = slots.count(ops.reshape(expert_index, (1, -1)), num_experts)[0]
-    share = ops.cast(count, "float32") / ops.cast(ops.maximum(choices, 1), "float32")
-    return num_experts * ops.sum(share * _mean(probabilities, mask))
+        counted_GSK = counted_GSK & mask[..., None]
+        tokens_G1 = ops.sum(ops.cast(mask, "float32"), axis=1, keepdims=True)
+    expert_GSK = ops.where(counted_GSK, ops.cast(expert_index, "int32"), num_experts)
+    count_GE = slots.count(ops.reshape(expert_GSK, (groups, tokens * k)), num_experts)
+    total_GE = ops.sum(_without_padding(ops.cast(probabilities, "float32"), mask), axis=1)
+    # Shares of the choices times mean probabilities.
+    product_GE = ops.cast(count_GE, "float32") * total_GE / ops.maximum(k * tokens_G1**2, 1.0)
+    sequences = ops.sum(ops.cast(tokens_G1 > 0, "float32"))
+    return num_experts * ops.sum(product_GE) / ops.maximum(sequences, 1.0)
 
 
 def router_z(logits, mask=None):

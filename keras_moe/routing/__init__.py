@@ -3,6 +3,7 @@
 from keras_moe.routing.base import Router, Routing, seat_choices
 from keras_moe.routing.expert_choice import ExpertChoiceRouter
 from keras_moe.routing.hashing import HashRouter
+from keras_moe.routing.loss_free import LossFreeRouter
 from keras_moe.routing.noisy import NoisyTopKRouter
 from keras_moe.routing.softmax import SoftmaxRouter
 from keras_moe.routing.strict import StrictlyBalancedRouter
@@ -11,6 +12,7 @@ from keras_moe.routing.token_choice import SwitchRouter, TopKRouter
 __all__ = [
     "ExpertChoiceRouter",
     "HashRouter",
+    "LossFreeRouter",
     "NoisyTopKRouter",
     "Router",
     "Routing",

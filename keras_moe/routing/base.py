@@ -30,7 +30,9 @@ class Routing(NamedTuple):
     secondary: Any = None  # the second level of a hierarchical gate; see `hierarchical.py`
 
 
-def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compact=False):
+def seat_choices(
+    expert_index_GSK, weight_GSK, num_experts, capacity=None, compact=False, confidence_GS=None
+):
     """Seats the tokens' choices: the first four fields of a `Routing`.
 
     Args:
@@ -40,17 +42,22 @@ def seat_choices(expert_index_GSK, weight_GSK, num_experts, capacity=None, compa
         capacity: slots per expert and group; `None` seats every choice.
         compact: whether experts get as many rows as they need, the groups pooled, with a capacity
             too; without one they always do.
+        confidence_GS: `[groups, tokens]`, by which the tokens are seated, see
+            `slots.by_confidence`; `None`: in token order, all choices of one before the next's.
 
     Returns:
         Tuple `(token_index, weight, slot_index, row_expert)`.
     """
     groups, tokens, k = ops.shape(expert_index_GSK)
     expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
+    order_GN = None
+    if confidence_GS is not None and capacity is not None:
+        order_GN = slots.by_confidence(confidence_GS, k)
     if capacity is None or compact:
-        table = slots.by_rows(expert_index_GN, num_experts, capacity)
+        table = slots.by_rows(expert_index_GN, num_experts, capacity, order_GN)
         weight_GN = ops.reshape(weight_GSK, (1, groups * tokens * k))
     else:
-        table = slots.by_capacity(expert_index_GN, num_experts, capacity)
+        table = slots.by_capacity(expert_index_GN, num_experts, capacity, order_GN)
         weight_GN = ops.reshape(weight_GSK, (groups, tokens * k))
     weight_GRC = slots.look_up(weight_GN, table.assignment_index)
     slot_index_GSK = ops.reshape(table.slot_index, (groups, tokens, k))

@@ -133,7 +133,7 @@ class NoisyTopKRouter(TopKRouter):
 
     def get_config(self):
         config = super().get_config()
-        del config["normalize"], config["load_balancing_weight"]
+        del config["priority"], config["normalize"], config["load_balancing_weight"]
         return {
             **config,
             "importance_weight": self.importance_weight,

@@ -25,8 +25,15 @@ class TopKRouter(Router):
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
         capacity_factor: slots per expert, relative to `k * tokens / num_experts`, while training;
             `None` drops nothing.
-        eval_capacity_factor: the same in inference.
+        eval_capacity_factor: the same in inference. The weights do not depend on it: what was
+            trained with a capacity is evaluated without drops when it is `None`, and it may be set
+            on the router of a loaded model, before that first predicts.
         min_capacity: fewest slots per expert and group.
+        priority: who sits first under a capacity. `"position"`: earlier tokens. `"probability"`:
+            the tokens that are surest of their first choice, all first choices before any second
+            choice (Batch Prioritized Routing, V-MoE, https://arxiv.org/abs/2106.05974, section 4).
+            With a tight capacity it drops what matters least, but whether a token is dropped then
+            depends on the whole group, later tokens too: for encoders only.
         normalize: divides the weights by their sum over the `k` chosen experts. With `k=1` the
             weight would always be 1 and the task would teach the router nothing, so there the
             weight is the raw probability.
@@ -57,6 +64,7 @@ class TopKRouter(Router):
         capacity_factor=None,
         eval_capacity_factor=None,
         min_capacity=4,
+        priority="position",
         normalize=True,
         load_balancing_weight=1e-2,
         jitter=0.0,
@@ -71,6 +79,10 @@ class TopKRouter(Router):
             raise ValueError(
                 f"`min_capacity` must be a positive integer. Received: min_capacity={min_capacity}"
             )
+        if priority not in ("position", "probability"):
+            raise ValueError(
+                f"`priority` must be 'position' or 'probability'. Received: priority={priority!r}"
+            )
         super().__init__(
             num_experts,
             capacity_factor,
@@ -83,6 +95,7 @@ class TopKRouter(Router):
         )
         self.k = k
         self.min_capacity = min_capacity
+        self.priority = priority
         self.normalize = normalize
         self.load_balancing_weight = load_balancing_weight
         if num_experts is not None:
@@ -107,21 +120,24 @@ class TopKRouter(Router):
     def route(self, logits_GSE, probabilities_GSE, mask, training, compact):
         """The `Routing` that follows from the scores."""
         weight_GSK, expert_index_GSK = self.choose(probabilities_GSE, training)
+        confidence_GS = weight_GSK[..., 0] if self.priority == "probability" else None
         if self.normalize and self.k > 1:
             weight_GSK = weight_GSK / ops.sum(weight_GSK, axis=-1, keepdims=True)
         if mask is not None:
             expert_index_GSK = ops.where(mask[:, :, None], expert_index_GSK, self.num_experts)
         tokens = ops.shape(probabilities_GSE)[1]
         capacity, compact = self.seating(tokens, self.k, training, compact)
-        taken = self.settle(probabilities_GSE, weight_GSK, expert_index_GSK, capacity)
-        seats = seat_choices(*taken, self.num_experts, capacity, compact)
+        taken = self.settle(
+            probabilities_GSE, weight_GSK, expert_index_GSK, capacity, confidence_GS
+        )
+        seats = seat_choices(*taken, self.num_experts, capacity, compact, confidence_GS)
         return Routing(*seats, expert_index_GSK, logits_GSE, probabilities_GSE, mask)
 
     def choose(self, probabilities_GSE, training):
         """Probability and number of each token's experts, the best first, `[groups, tokens, k]`."""
         return top_k(probabilities_GSE, self.k)
 
-    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity):
+    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity, confidence_GS):
         """The experts that take the tokens, and their weights, `[groups, tokens, k]` each."""
         return expert_index_GSK, weight_GSK
 
@@ -155,6 +171,7 @@ class TopKRouter(Router):
             **super().get_config(),
             "k": self.k,
             "min_capacity": self.min_capacity,
+            "priority": self.priority,
             "normalize": self.normalize,
             "load_balancing_weight": self.load_balancing_weight,
         }
@@ -174,6 +191,7 @@ class SwitchRouter(TopKRouter):
             `None` drops nothing.
         eval_capacity_factor: the same in inference.
         min_capacity: fewest slots per expert and group.
+        priority: see `TopKRouter`.
         load_balancing_weight: weight of `keras_moe.losses.load_balancing`, the paper's alpha. The
             loss counts first choices, before any is dropped or rerouted.
         exploration: how experts are tried that are not the most probable ones, while training only
@@ -202,6 +220,7 @@ class SwitchRouter(TopKRouter):
         capacity_factor=1.25,
         eval_capacity_factor=2.0,
         min_capacity=4,
+        priority="position",
         load_balancing_weight=1e-2,
         exploration="jitter",
         jitter=1e-2,
@@ -232,6 +251,7 @@ class SwitchRouter(TopKRouter):
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
             min_capacity=min_capacity,
+            priority=priority,
             load_balancing_weight=load_balancing_weight,
             jitter=jitter,
             router_z_weight=router_z_weight,
@@ -265,13 +285,14 @@ class SwitchRouter(TopKRouter):
         expert_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)  # they may sum to 1 - 1e-7
         return ops.take_along_axis(probabilities_GSE, expert_GS1, axis=-1), expert_GS1
 
-    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity):
+    def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity, confidence_GS):
         if self.reroutes == 0 or capacity is None:
             return expert_index_GSK, weight_GSK
         first_GSE = expert_index_GSK == ops.arange(self.num_experts, dtype="int32")
         _, next_GSK = top_k(ops.where(first_GSE, -1.0, probabilities_GSE), self.reroutes)
         wish_GSK = ops.concatenate([expert_index_GSK, next_GSK], axis=-1)
-        expert_GS1 = slots.reroute(wish_GSK, self.num_experts, capacity)[..., None]
+        order_GS = None if confidence_GS is None else slots.by_confidence(confidence_GS, 1)
+        expert_GS1 = slots.reroute(wish_GSK, self.num_experts, capacity, order_GS)[..., None]
         known_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)
         return expert_GS1, ops.take_along_axis(probabilities_GSE, known_GS1, axis=-1)
 

@@ -60,7 +60,9 @@ def expected(router, group, x, mask, weights, training):
         capacity = factor and oracle.capacity(
             tokens, num_experts, factor, router.k, router.min_capacity
         )
-        weight, chosen = oracle.token_choice(p, router.k, capacity, router.normalize, mask_GS)
+        weight, chosen = oracle.token_choice(
+            p, router.k, capacity, router.normalize, mask_GS, router.priority
+        )
         losses += router.load_balancing_weight * oracle.load_balancing(p, chosen, mask_GS)
     y = oracle.mixture(x_GSD, weight, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
     y = y.reshape(-1, y.shape[-1])[: math.prod(x.shape[:-1])].reshape(x.shape)
@@ -68,6 +70,7 @@ def expected(router, group, x, mask, weights, training):
 
 
 TIGHT = {"capacity_factor": 0.75, "min_capacity": 1}
+SUREST = {**TIGHT, "priority": "probability"}
 LOSSES = {"load_balancing_weight": 0.5, "router_z_weight": 0.25}
 RICH = {"gated": True, "use_bias": True}
 
@@ -99,6 +102,9 @@ CASES = {
     "k=2, raw, dropless, 2-D, mask": (lambda: top(2, False), "batch", 2, True, {}),
     "k=3, 4, mask": (lambda: top(3, True, **TIGHT), 4, 3, True, {"use_bias": True}),
     "k=3, raw, dropless, 7": (lambda: top(3, False), 7, 3, False, {}),
+    "switch, surest first, batch": (lambda: switch(**SUREST), "batch", 3, False, {}),
+    "k=2, surest first, mask": (lambda: top(2, True, **SUREST), "sequence", 3, True, {}),
+    "k=3, raw, surest first, 7, mask": (lambda: top(3, False, **SUREST), 7, 3, True, {}),
     "expert choice": (lambda: experts_choose(1.0), "sequence", 3, False, RICH),
     "expert choice, batch, mask": (lambda: experts_choose(2.0), "batch", 3, True, {}),
     "expert choice, 7": (lambda: experts_choose(1.0), 7, 3, False, {}),
@@ -180,6 +186,9 @@ EVERY = {
     "switch": lambda **kwargs: SwitchRouter(E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
     "k=2": lambda **kwargs: TopKRouter(2, E, eval_capacity_factor=0.75, min_capacity=1, **kwargs),
     "dropless": lambda **kwargs: TopKRouter(2, E, **kwargs),
+    "surest first": lambda **kwargs: TopKRouter(
+        2, E, eval_capacity_factor=0.75, min_capacity=1, priority="probability", **kwargs
+    ),
     "expert choice": lambda **kwargs: ExpertChoiceRouter(E, **kwargs),
     "threshold": lambda **kwargs: ExpertChoiceRouter(E, inference="threshold", **kwargs),
     "strict": lambda **kwargs: StrictlyBalancedRouter(E, **kwargs),
@@ -315,6 +324,18 @@ class TestCompact:
         kept = numpy(routing.slot_index) < np.prod(routing.token_index.shape[1:])
         np.testing.assert_array_equal(kept, numpy(table.slot_index) < 16 * 2)
 
+    def test_keeps_the_surest(self):
+        # Token s wants expert 5 with logit 1, 3, 2, 3, 0, 4 and there are 2 slots for it.
+        router = TopKRouter(1, 16, eval_capacity_factor=1.0, min_capacity=2, priority="probability")
+        router.build((None, None, 1))
+        router.kernel.assign(np.eye(16)[5:6])
+        x = tensor([[[1.0], [3.0], [2.0], [3.0], [0.5], [4.0]]])
+        for compact in (False, True):
+            routing = numpy(router(x, compact=compact))
+            assert (routing.row_expert is None) == (not compact)
+            slots = np.prod(routing.token_index.shape[1:])
+            assert np.flatnonzero(routing.slot_index < slots).tolist() == [1, 5]
+
     def test_few_tokens_cost_the_same_with_many_experts(self):
         def products(experts):
             layer = MixtureOfExperts(FeedForwardExperts(experts, 4), SwitchRouter())
@@ -391,6 +412,163 @@ class TestRandomness:
         """One expert has probability 1 whatever the router's input."""
         layer = built(SwitchRouter(1, capacity_factor=None, eval_capacity_factor=None, jitter=0.5))
         np.testing.assert_array_equal(call(layer, X)[0], call(layer, X, training=True)[0])
+
+
+def dense(**kwargs):
+    return keras.layers.Dense(D, activation="tanh", name="shared", **kwargs)
+
+
+def bank(experts=2, **kwargs):
+    return FeedForwardExperts(experts, F, name="shared", **kwargs)
+
+
+def layers():
+    return LayerExperts([dense(), keras.layers.Dense(D, name="other")], name="shared")
+
+
+def model():
+    return keras.Sequential([keras.layers.Dense(5, "relu"), keras.layers.Dense(D)], name="shared")
+
+
+SHARED = {"layer": dense, "model": model, "bank": bank, "layers": layers}
+
+
+def with_shared(shared, router=None, group="sequence"):
+    router = TopKRouter(2, E) if router is None else router
+    layer = MixtureOfExperts(FeedForwardExperts(E, F), router, group, shared)
+    layer.build((None, None, D))
+    rng = np.random.default_rng(1)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    return layer
+
+
+class TestShared:
+    def by_hand(self, layer, x):
+        """What the shared layer alone makes of the tokens."""
+        if not hasattr(layer.shared, "num_experts"):
+            return numpy(layer.shared(x))
+        tokens = x.reshape(1, -1, D)
+        each = numpy(layer.shared(np.repeat(tokens, layer.shared.num_experts, axis=0)))
+        return each.sum(axis=0).reshape(x.shape)
+
+    @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+    @pytest.mark.parametrize("group", ["sequence", 7])
+    @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+    def test_is_added_to_every_token_but_padding(self, shared, group, masked):
+        router = SwitchRouter(E, eval_capacity_factor=0.5, min_capacity=1)
+        layer = with_shared(shared(), router, group)
+        x, mask = X.astype("float32"), MASK if masked else None
+        y, losses, _ = call(layer, x, mask=mask)
+        alone = self.by_hand(layer, x)
+        layer.shared = None
+        routed, routed_losses, _ = call(layer, x, mask=mask)
+        assert (routed == 0).all(axis=-1).any() and losses == routed_losses
+        expected = np.where(MASK[..., None], alone, 0.0) if masked else alone
+        np.testing.assert_allclose(y, routed + expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_gradients(self, shared):
+        """Of the tanh layer by hand: W, 1 - y^2; of the bank by differences of the oracle."""
+        layer, x = with_shared(shared()), X.copy()
+        weights = {v.path.split("/", 1)[1]: numpy(v) for v in layer.trainable_variables}
+        weights = {path: w.astype("float64") for path, w in weights.items()}
+        routed = {path.split("/")[1]: w for path, w in weights.items() if "shared" not in path}
+        own = {path.split("/")[1]: w for path, w in weights.items() if "shared" in path}
+
+        def loss():
+            y, losses, _ = expected(layer.router, "sequence", x, MASK, routed, training=True)
+            for at in zip(*np.nonzero(MASK), strict=True):
+                if shared is dense:
+                    y[at] += np.tanh(x[at] @ own["kernel"] + own["bias"])
+                else:
+                    y[at] += sum(oracle.feed_forward(x[at], own, e) for e in range(2))
+            return y.sum() + losses
+
+        *_, by_x, by_weight = run(layer, X, np.ones(X.shape), mask=MASK, training=True)
+        slopes = oracle.gradient(loss, [x, *weights.values()])
+        for ours, slope in zip([by_x, *by_weight], slopes, strict=True):
+            np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_padding_of_nan_and_infinity(self, shared):
+        layer = with_shared(shared())
+        zeros = np.where(MASK[..., None], X, 0.0)
+        other = zeros.copy()
+        other[1, 3], other[1, 5] = np.nan, np.inf
+        one, two = (run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other))
+        for a, b in zip((one[0], one[2], *one[3]), (two[0], two[2], *two[3]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+    def test_trains_with_dropout_only_in_training(self):
+        shared = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(D)], name="shared")
+        layer = with_shared(shared)
+        np.testing.assert_array_equal(call(layer, X)[0], call(layer, X)[0])
+        assert (call(layer, X, training=True)[0] != call(layer, X)[0]).any()
+
+    @pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D), (0, D), (6, D)])
+    @pytest.mark.parametrize("shared", [dense, bank])
+    def test_few_tokens_or_none(self, shared, shape):
+        y = numpy(with_shared(shared())(ops.ones(shape), training=True))
+        assert y.shape == shape and np.isfinite(y).all()
+
+    @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+    def test_comes_back_from_a_file(self, shared, tmp_path):
+        inputs = keras.Input((None, D))
+        layer = with_shared(shared())
+        keras.Model(inputs, layer(inputs)).save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert type(loaded.layers[1].shared) is type(layer.shared)
+        np.testing.assert_array_equal(numpy(loaded(X)), numpy(layer(tensor(X, "float32"))))
+
+    def test_fit(self):
+        keras.utils.set_random_seed(0)
+        x, y = tiny_problem()
+        inputs = keras.Input((None, D))
+        layer = MixtureOfExperts(FeedForwardExperts(E, 16), TopKRouter(2), shared=bank(1))
+        model = keras.Model(inputs, inputs + layer(inputs))
+        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=JIT)
+        loss = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+        assert loss[-1] < 0.7 * loss[0]
+        paths = {v.path.split("/", 1)[1] for v in layer.trainable_variables}
+        assert {"shared/kernel_in", "experts/kernel_in", "router/kernel"} <= paths
+
+    def test_in_a_lower_precision(self):
+        experts = FeedForwardExperts(E, F, dtype="mixed_bfloat16")
+        layer = MixtureOfExperts(
+            experts, TopKRouter(2), shared=bank(dtype="mixed_bfloat16"), dtype="mixed_bfloat16"
+        )
+        y = layer(X, mask=MASK)
+        assert ops.dtype(y) == "bfloat16" and (numpy(ops.cast(y, "float32"))[~MASK] == 0).all()
+
+
+class TestFineGrained:
+    """4 experts of width 16, 2 for each token, against 16 of width 4, 8 for each token."""
+
+    def layer(self, m, shared=0):
+        width = 16 // m
+        extra = FeedForwardExperts(1, shared * width, name="shared") if shared else None
+        experts = FeedForwardExperts(4 * m - shared, width)
+        layer = MixtureOfExperts(experts, TopKRouter(2 * m - shared), shared=extra)
+        layer.build((None, None, D))
+        return layer
+
+    def test_as_many_weights_and_multiplications(self):
+        coarse, fine, shared = self.layer(1), self.layer(4), self.layer(4, shared=2)
+        weights = [
+            sum(math.prod(v.shape) for v in layer.trainable_variables if "router" not in v.path)
+            for layer in (coarse, fine, shared)
+        ]
+        assert weights == [4 * 2 * 16 * D] * 3
+        x = np.random.default_rng(0).normal(size=(2, 16, D))
+        products = []
+        for layer in (coarse, fine, shared):
+            router = 3 * 32 * D * layer.experts.num_experts
+            products.append(cost(layer, x, np.ones(x.shape), training=True)[1] - router)
+        ideal = 3 * 2 * 32 * 2 * D * 16  # 3 products forward and back, k, tokens, in and out
+        # Rows of slots are not quite full where XLA compiles, and an expert has its own last row.
+        for got in products:
+            assert ideal <= got <= 1.6 * ideal
 
 
 class TestGradientOfTheRouter:
@@ -563,6 +741,7 @@ def test_every_config_key_makes_the_round_trip():
         "experts": LayerExperts([keras.layers.Dense(5), keras.layers.Dense(5)]),
         "router": TopKRouter(2, normalize=False),
         "group": 7,
+        "shared": keras.layers.Dense(5, use_bias=False, name="shared"),
     }
     assert set(arguments) == set(inspect.signature(MixtureOfExperts).parameters) - {"kwargs"}
     made = MixtureOfExperts(**arguments, name="mine", dtype="mixed_bfloat16")
@@ -571,6 +750,7 @@ def test_every_config_key_makes_the_round_trip():
     assert (copy.name, copy.group, copy.dtype_policy.name) == ("mine", 7, "mixed_bfloat16")
     assert type(copy.router) is TopKRouter and copy.router.normalize is False
     assert type(copy.experts) is LayerExperts and copy.experts.num_experts == 2
+    assert type(copy.shared) is keras.layers.Dense and copy.shared.use_bias is False
 
 
 class TestErrors:
@@ -589,6 +769,18 @@ class TestErrors:
             (
                 lambda e, r: MixtureOfExperts(e, r, group="row"),
                 "`group` must be 'sequence', 'batch' or a positive number.*Received: group='row'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared="dense"),
+                "`shared` must be a Keras layer or None. Received: shared='dense'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared=FeedForwardExperts(1, 4)),
+                "`shared` must have a name of its own.* Received: a layer named 'experts'",
+            ),
+            (
+                lambda e, r: MixtureOfExperts(e, r, shared=keras.layers.Dense(3, name="router")),
+                "`shared` must have a name of its own.* Received: a layer named 'router'",
             ),
             (lambda e, r: MixtureOfExperts(e, r, group=0), "`group` must be .* group=0"),
             (lambda e, r: MixtureOfExperts(e, r, group=True), "`group` must be .* group=True"),
@@ -639,6 +831,13 @@ class TestErrors:
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
         with pytest.raises(ValueError, match="with a known dim. Received: .*None"):
             layer.build((None, 4, None))
+
+    @pytest.mark.parametrize("width", [1, 2])
+    def test_width_of_the_shared_layer(self, width):
+        shared = keras.layers.Dense(width)
+        layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter(), shared=shared)
+        with pytest.raises(ValueError, match="`shared` must have the experts' output width.* 3"):
+            layer.build((None, None, 3))
 
     @pytest.mark.parametrize("shape", [(2, 5), (2,), (2, 6, 3), (12,)])
     def test_shape_of_the_mask(self, shape):

@@ -11,7 +11,9 @@ from keras_moe import (
     ExpertChoiceRouter,
     FeedForwardExperts,
     LayerExperts,
+    LossFreeRouter,
     MixtureOfExperts,
+    NoisyTopKRouter,
     StrictlyBalancedRouter,
     SwitchRouter,
     TopKRouter,
@@ -25,6 +27,7 @@ ROUTERS = {
     "expert choice": lambda: ExpertChoiceRouter(capacity_factor=1.0, max_experts_per_token=2),
     "threshold": lambda: ExpertChoiceRouter(inference="threshold", threshold_momentum=0.5),
     "strict": lambda: StrictlyBalancedRouter(capacity_factor=1.0, max_experts_per_token=4),
+    "loss-free": lambda: LossFreeRouter(2, num_groups=2, top_groups=1, scale=2.5),
 }
 
 
@@ -111,6 +114,55 @@ def test_the_learnt_threshold_is_saved_and_statistics_are_not(saved):
     np.testing.assert_array_equal(threshold, numpy(new.router.threshold))
     assert numpy(old.statistics[0])[0] > 0
     assert (numpy(new.statistics[0]) == 0).all()
+
+
+TIGHT = {"capacity_factor": 0.75, "eval_capacity_factor": 0.75, "min_capacity": 1}
+WITH_CAPACITY = {
+    "switch": lambda **kwargs: SwitchRouter(**kwargs),
+    "top-k": lambda **kwargs: TopKRouter(2, **kwargs),
+    "surest first": lambda **kwargs: TopKRouter(2, priority="probability", **kwargs),
+    "noisy": lambda **kwargs: NoisyTopKRouter(2, **kwargs),
+    "loss-free": lambda **kwargs: LossFreeRouter(2, **kwargs),
+}
+
+
+class TestDroplessEvaluation:
+    """Of what was trained with a capacity; expert choice has none in that sense."""
+
+    def trained(self, router, **options):
+        inputs = keras.Input((None, 3))
+        layer = MixtureOfExperts(FeedForwardExperts(4, 5, **options), router, name="moe")
+        model = keras.Model(inputs, layer(inputs))
+        rng = np.random.default_rng(1)
+        for variable in model.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape))
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+        model.fit(X, X, verbose=0)
+        return model
+
+    @pytest.mark.parametrize("router", WITH_CAPACITY.values(), ids=WITH_CAPACITY)
+    def test_after_loading(self, router, tmp_path):
+        model = self.trained(router(**TIGHT))
+        model.save(tmp_path / "tight.keras")
+        loaded = keras.models.load_model(tmp_path / "tight.keras")
+        loaded.get_layer("moe").router.eval_capacity_factor = None
+        for ours, theirs in zip(loaded.trainable_variables, model.trainable_variables, strict=True):
+            np.testing.assert_array_equal(numpy(ours), numpy(theirs))
+        tight, y = model.predict(X, verbose=0), loaded.predict(X, verbose=0)
+        # Without drops a token comes out as it does alone, which with a capacity some do not.
+        alone = numpy(model(X.reshape(12, 1, 3))).reshape(X.shape)
+        np.testing.assert_allclose(y, alone, rtol=1e-5, atol=1e-5)
+        assert 0 < (np.abs(tight - alone).max(axis=-1) > 1e-3).sum() < 12
+        # And so from then on.
+        loaded.save(tmp_path / "dropless.keras")
+        again = keras.models.load_model(tmp_path / "dropless.keras")
+        np.testing.assert_array_equal(again.predict(X, verbose=0), y)
+
+    def test_not_with_batched_experts(self):
+        model = self.trained(SwitchRouter(**TIGHT), implementation="batched")
+        model.get_layer("moe").router.eval_capacity_factor = None
+        with pytest.raises(ValueError, match="`implementation='batched'` must have one row"):
+            model(X)
 
 
 LOAD = """

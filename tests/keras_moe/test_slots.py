@@ -60,6 +60,31 @@ def test_by_capacity_keeps_exactly_the_capacity_in_order():
     assert row_expert is None
 
 
+def test_by_confidence():
+    # Tokens in order of confidence: 2, then 0 before 3, which ties, then 1. Of token s the first
+    # choice is assignment 2s, the second 2s + 1; all first choices come before any second.
+    order = slots.by_confidence(tensor([[0.5, 0.2, 0.9, 0.5]]), 2)
+    assert ops.dtype(order) == "int32"
+    assert numpy(order).tolist() == [[4, 0, 6, 2, 5, 1, 7, 3]]
+
+
+def test_another_order():
+    # As above, but the group is seated from its last assignment to its first:
+    #   0 0 1 0 1   expert 0: assignments 3, 1 (0 is dropped)    expert 1: 4, 2
+    #   1 2 1 1 2   expert 0: none                               expert 1: 3, 2 (0 is dropped)
+    index = tensor([[0, 0, 1, 0, 1], [1, 2, 1, 1, 2]], "int32")
+    backwards = tensor([[4, 3, 2, 1, 0]] * 2, "int32")
+    table = numpy(slots.by_capacity(index, 2, 2, backwards))
+    assert table.assignment_index.tolist() == [[[3, 1], [4, 2]], [[5, 5], [3, 2]]]
+    assert table.slot_index.tolist() == [[4, 1, 3, 0, 2], [4, 4, 3, 2, 4]]
+    rows = numpy(slots.by_rows(index, 2, 2, backwards))
+    kept = rows.slot_index[0] < np.prod(rows.assignment_index.shape)
+    assert np.flatnonzero(kept).tolist() == [1, 2, 3, 4, 7, 8]
+    for assignment in np.flatnonzero(kept):
+        slot = rows.slot_index[0, assignment]
+        assert rows.assignment_index.reshape(-1)[slot] == assignment
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_by_rows_seats_every_assignment_once_with_its_expert(data):

@@ -65,6 +65,32 @@ class TestLoadBalancing:
         assert value(loss) == 0.0
 
 
+class TestSequenceBalancing:
+    def test_sequences_that_are_unbalanced_each_in_another_way(self):
+        # All tokens of the first sequence go to expert 0, of the second to expert 1: 2 each, and
+        # yet 1 over the batch, f = P = (1/2, 1/2).
+        index = np.array([[[0]] * 3, [[1]] * 3], "int32")
+        probabilities = one_hot(index[..., 0], 2)
+        assert value(losses.load_balancing(probabilities, index)) == pytest.approx(1.0)
+        assert value(losses.sequence_balancing(probabilities, index)) == pytest.approx(2.0)
+
+    def test_padding_is_not_counted(self):
+        rng = np.random.default_rng(0)
+        probabilities = oracle.softmax(rng.normal(size=(3, 6, 4)))
+        index = np.argsort(rng.random((3, 6, 4)), axis=-1)[..., :2].astype("int32")
+        mask = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0], [0] * 6], bool)
+        chosen = np.eye(4)[index].sum(axis=2)
+        expected = oracle.sequence_balancing(probabilities, chosen, mask)
+        for content in (0.5, np.nan):
+            given = np.where(mask[..., None], probabilities, content).astype("float32")
+            loss = losses.sequence_balancing(given, index, mask)
+            assert value(loss) == pytest.approx(expected, rel=1e-5)
+
+    def test_nothing_but_padding_is_zero(self):
+        probabilities, index = np.full((2, 3, 2), 0.5, "float32"), np.zeros((2, 3, 1), "int32")
+        assert value(losses.sequence_balancing(probabilities, index, np.zeros((2, 3), bool))) == 0
+
+
 class TestRouterZ:
     def test_value(self):
         # logsumexp(0, 0) = log 2; logsumexp(log 3, 0) = log 4

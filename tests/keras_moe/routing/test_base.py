@@ -134,6 +134,7 @@ CONFIGS = {
         "capacity_factor": 1.5,
         "eval_capacity_factor": 3.0,
         "min_capacity": 2,
+        "priority": "probability",
         "load_balancing_weight": 0.5,
         "exploration": "sample",
         "jitter": 0.25,
@@ -149,6 +150,7 @@ CONFIGS = {
         "capacity_factor": 1.5,
         "eval_capacity_factor": 3.0,
         "min_capacity": 2,
+        "priority": "probability",
         "normalize": False,
         "load_balancing_weight": 0.5,
         "jitter": 0.25,
@@ -223,6 +225,10 @@ class TestErrors:
             (
                 lambda: SwitchRouter(4, reroutes=4),
                 "`reroutes` must be less than the number of experts. .*=4 for num_experts=4",
+            ),
+            (
+                lambda: SwitchRouter(priority="batch"),
+                "`priority` must be 'position' or 'probability'. Received: priority='batch'",
             ),
             (lambda: ExpertChoiceRouter(capacity_factor=None), "mean number of experts per token"),
             (

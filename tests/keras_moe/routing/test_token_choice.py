@@ -33,6 +33,16 @@ class TestSwitchRouter:
         assert routing.slot_index.tolist() == [[[0], [1], [6], [2]]]  # 6: dropped
         assert routing.row_expert is None
 
+    def test_the_surest_sit_first(self):
+        # Expert 0 has 2 slots for tokens 0 (.5), 1 (.6) and 2 (.5, which ties with 0).
+        router = with_identity(
+            SwitchRouter(3, eval_capacity_factor=1.5, min_capacity=1, priority="probability")
+        )
+        routing = numpy(router(logits_of(P)))
+        assert routing.token_index.tolist() == [[[1, 0], [3, 4], [4, 4]]]
+        np.testing.assert_allclose(routing.weight, [[[0.6, 0.5], [0.6, 0], [0, 0]]], rtol=1e-6)
+        assert routing.slot_index.tolist() == [[[1], [0], [6], [2]]]
+
     def test_padding_takes_no_slot(self):
         router = with_identity(SwitchRouter(3, eval_capacity_factor=1.5, min_capacity=1))
         mask = np.array([[False, True, True, True]])
@@ -240,6 +250,13 @@ class TestTopKRouter:
         routing = self.routing(2, eval_capacity_factor=1.0, min_capacity=1)
         assert routing.token_index.tolist() == [[[0, 1, 2], [0, 1, 3], [2, 4, 4]]]
         assert routing.slot_index.tolist() == [[[0, 3], [1, 4], [2, 6], [5, 9]]]
+
+    def test_the_surest_first_and_all_first_choices_before_any_second(self):
+        # In order of confidence: tokens 1 and 3 (.6), 0 and 2 (.5). First choices: 1 -> 0, 3 -> 1,
+        # 0 -> 0, 2 -> 0; second choices: 1 -> 1, 3 -> 0 which is full, 0 -> 1, 2 -> 2.
+        routing = self.routing(2, eval_capacity_factor=1.0, min_capacity=1, priority="probability")
+        assert routing.token_index.tolist() == [[[1, 0, 2], [3, 1, 0], [2, 4, 4]]]
+        assert routing.slot_index.tolist() == [[[1, 5], [0, 4], [2, 6], [3, 9]]]
 
     def test_dropless_seats_every_choice(self):
         routing = self.routing(3)
