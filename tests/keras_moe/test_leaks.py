@@ -70,11 +70,16 @@ def built(router, group="sequence"):
 
 
 TIGHT = {"capacity_factor": 0.75, "eval_capacity_factor": 0.75, "min_capacity": 1}
+TIGHTER = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5}
 BOTH, TRAINING, NEVER = (False, True), (True,), ()
 # How each is made, when it sees the future, and whether it drops tokens.
 CASES = {
     "switch": (lambda: SwitchRouter(jitter=0.1, **TIGHT), NEVER, True),
-    "switch, rerouted": (lambda: SwitchRouter(jitter=0.1, reroutes=1, **TIGHT), BOTH, True),
+    "switch, rerouted": (
+        lambda: SwitchRouter(jitter=0.1, reroutes=1, **{**TIGHT, **TIGHTER}),
+        BOTH,
+        True,
+    ),
     "k=2": (lambda: TopKRouter(2, **TIGHT), NEVER, True),
     "k=2, surest first": (lambda: TopKRouter(2, priority="probability", **TIGHT), BOTH, True),
     "loss-free": (lambda: LossFreeRouter(2, **TIGHT), NEVER, True),
