@@ -98,7 +98,7 @@ class Adafactor(keras.optimizers.Adafactor):
     def _factors(self, gradient, moments, step):
         """Takes the gradient into the second moment; one over its root, as factors to multiply by.
 
-        Not as their product: of a row and a column without gradient it is too large for float32.
+        The moment itself, put together, is too small for float32 where row and column are 1e-30.
         """
         past = 1.0 - ops.power(step, self.beta_2_decay)
 

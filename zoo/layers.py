@@ -96,6 +96,7 @@ class SelfAttention(keras.layers.Layer):
         position_bias: `[1, heads, length, length]` tensor.
         padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to.
         training: boolean.
+        token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
 
     Returns:
         `[batch, length, dim]` tensor.
@@ -131,8 +132,8 @@ class SelfAttention(keras.layers.Layer):
         layer.build((None, None, dim))
         return layer
 
-    def call(self, inputs, position_bias, padding_mask, training=False):
-        projected = self.project(inputs, padding_mask, training)
+    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
+        projected = self.project(inputs, padding_mask, training, token_ids)
         query_BHLK, key_BHLK, value_BHLK = (self._heads(x_BLD) for x_BLD in projected)
         logits_BHLL = ops.einsum("bhqk,bhsk->bhqs", query_BHLK, key_BHLK) + position_bias
         attended = ops.cast(padding_mask, "bool")[:, None, None, :]
@@ -146,7 +147,7 @@ class SelfAttention(keras.layers.Layer):
         )
         return self.output_projection(mixed_BLD)
 
-    def project(self, inputs, padding_mask, training):
+    def project(self, inputs, padding_mask, training, token_ids):
         """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
         return self.query(inputs), self.key(inputs), self.value(inputs)
 
@@ -198,10 +199,12 @@ class SwitchAttention(SelfAttention):
             if not mixture.built:
                 mixture.build(input_shape)
 
-    def project(self, inputs, padding_mask, training):
+    def project(self, inputs, padding_mask, training, token_ids):
         query, key_value = (
-            ops.cast(mixture(inputs, mask=padding_mask, training=training), self.compute_dtype)
-            for mixture in (self.query, self.key_value)
+            ops.cast(
+                call_mixture(layer, inputs, padding_mask, training, token_ids), self.compute_dtype
+            )
+            for layer in (self.query, self.key_value)
         )
         return query, key_value, key_value
 
@@ -290,8 +293,7 @@ class TransformerBlock(keras.layers.Layer):
         epsilon: of the RMS norm.
 
     Call arguments:
-        inputs, position_bias, padding_mask, training: as `SelfAttention`.
-        token_ids: `[batch, length]` integers, for a router that hashes them; no other gets them.
+        inputs, position_bias, padding_mask, training, token_ids: as `SelfAttention`.
     """
 
     def __init__(self, attention, feed_forward, dropout=0.0, epsilon=1e-6, **kwargs):
@@ -318,13 +320,12 @@ class TransformerBlock(keras.layers.Layer):
 
     def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
         x = self.attention_norm(inputs)
-        x = self.attention(x, position_bias, padding_mask, training=training)
+        x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
         inputs = inputs + self.residual_dropout(x, training=training)
 
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            ids = token_ids if self.feed_forward.router.needs_token_ids else None
-            x = self.feed_forward(x, mask=padding_mask, training=training, token_ids=ids)
+            x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids)
         else:
             x = self.feed_forward(x, training=training)
         return inputs + self.residual_dropout(x, training=training)
@@ -348,3 +349,9 @@ class TransformerBlock(keras.layers.Layer):
             for name in ("attention", "feed_forward")
         }
         return cls(**{**config, **parts})
+
+
+def call_mixture(mixture, inputs, padding_mask, training, token_ids):
+    """Calls a `MixtureOfExperts`, with `token_ids` if its router hashes them."""
+    ids = {"token_ids": token_ids} if mixture.router.needs_token_ids else {}
+    return mixture(inputs, mask=padding_mask, training=training, **ids)

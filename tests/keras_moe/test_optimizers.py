@@ -146,7 +146,7 @@ class TestExpertsAreApart:
 
 
 def test_a_row_and_a_column_without_gradient():
-    """A hidden unit that never fires and an input that is always 0: their product underflows."""
+    """An input that is always 0 and a hidden unit that never fires: 1e-30 * 1e-30 underflows."""
     x, gradient = normal(D, F), normal(D, F, seed=1)
     gradient[0], gradient[:, 0] = 0, 0
     result = after(x, [gradient] * 2)

@@ -106,13 +106,17 @@ class TestByHand:
         assert (y == 0).all() and (by_x == 0).all()
         assert all((gradient == 0).all() for gradient in by_weight)
 
+    # m = 1. Expert 0 takes token 1, expert 1 takes token 2, and expert 2, whose scores are all 0 in
+    # float32, must take one too: token 0, whose weight is 0 / 0.
     def test_scores_that_underflow(self):
-        """Expert 1 must take tokens whose score is 0 in float32: weight 0, and no NaN."""
-        layer, _ = layer_and_weights(capacity_factor=4.0)
-        layer.router.kernel.assign(np.eye(D, E) * 500)
-        y, *gradients, by_weight = run(layer, X, np.ones(X.shape), training=True)
-        for array in (y, *gradients, *by_weight):
-            assert np.isfinite(array).all()
+        layer = MixtureOfExperts(FeedForwardExperts(3, F), StrictlyBalancedRouter(3, 1.0))
+        layer.build((None, None, 3))
+        layer.router.kernel.assign(np.eye(3))
+        x = np.array([[[0.4, 0.0, -200.0], [0.0, -200.0, -200.0], [-200.0, 0.0, -200.0]]])
+        y, _, by_x, by_weight = run(layer, x, np.ones(x.shape), training=True)
+        assert (y[0, 0] == 0).all() and (y[0, 1:] != 0).any()
+        for gradient in (by_x, *by_weight):
+            assert np.isfinite(gradient).all()
 
     def test_untrained_it_refuses_nobody(self):
         routing = numpy(StrictlyBalancedRouter(4, 1.0)(np.ones((1, 3, D), "float32")))
