@@ -292,7 +292,7 @@ def test_trains_in_fit_saves_and_loads(tmp_path):
     collapsed[0, :2] = 3.0
     layer.router.kernel.assign(collapsed)
     model.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=JIT)
-    x = np.random.default_rng(0).normal(size=(40, 6, D)).astype("float32")
+    x = np.random.default_rng(0).normal(size=(32, 6, D)).astype("float32")
     x[..., 0] = 1.0
     history = model.fit(
         x, np.sin(x), batch_size=16, epochs=8, verbose=0, callbacks=[RoutingMetrics()]
