@@ -104,4 +104,6 @@ def _normalize(routing, groups, tokens):
     weight_M1 = ops.reshape(routing.weight, (-1, 1))
     total_T1 = add_rows(weight_M1, ops.reshape(token_GRC, (-1,)), groups * tokens)
     total_GRC = take_rows(total_T1, token_GRC)[..., 0]
-    return routing.weight / ops.maximum(total_GRC, 1e-30)  # 0 / 0 in an empty slot
+    # An empty slot has 0 / 0, and so have scores too small for float32; the gradient needs a square
+    # of the divisor that is not 0.
+    return routing.weight / ops.maximum(total_GRC, 1e-15)
