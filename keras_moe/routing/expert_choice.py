@@ -29,12 +29,13 @@ class ExpertChoiceRouter(Router):
         capacity_factor: mean number of experts per token while training.
         eval_capacity_factor: the same in inference; `None`: as while training.
         max_experts_per_token: most experts that may share a token (EC-CAP in the paper); `None`
-            for no cap. It always holds, and costs no expert a slot as long as it is not less than
-            the capacity factor: tokens keep the experts with the highest scores, and who was
-            refused takes its best tokens that have room.
+            for no cap. It always holds, and every slot is still filled if the tokens have room for
+            all: tokens keep the experts with the highest scores, and an expert that was refused
+            takes its best tokens that have room.
         linear_programme: whether experts ask first in the order that the paper's
-            entropy-regularised linear programme gives the tokens. Its hundred iterations cost much
-            and gain little: the scores taken add up to 99 to 100 % of the most possible either way.
+            entropy-regularised linear programme gives the tokens. Its hundred iterations take time
+            and gain little: either way the scores taken add up to 99 % of the most possible, or
+            more.
         inference: `"top_k"`: as while training; `"threshold"`: each token alone. A token then takes
             at most `max_experts_per_token` experts, or twice the capacity factor, rounded up, if
             there is no cap (3 % of the paper's tokens took more).
