@@ -5,8 +5,11 @@ not run again. To run something anew, take its lines out of the file.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import time
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,9 +39,7 @@ class Runs:
             whole_lines = text[: text.rfind("\n") + 1]
             if whole_lines != text:  # interrupted while it was written
                 self.path.write_text(whole_lines)
-            for line in whole_lines.splitlines():
-                record = json.loads(line)
-                self.results[_key(record["settings"])] = record["result"]
+            self._read()
 
     def __call__(self, run, /, **settings):
         """The result of `run(**settings)`; both it and the settings are what JSON can hold."""
@@ -59,6 +60,47 @@ class Runs:
                 file.write(line + "\n")
             self.results[key] = json.loads(line)["result"]
         return self.results[key]
+
+    def ahead(self, run, settings):
+        """Runs what is not there yet of a list of settings.
+
+        What another process is running is left to it, and waited for in the end: two processes of
+        one experiment share the work. A process that dies leaves nothing behind.
+        """
+        while missing := [each for each in settings if not self._is_known(each)]:
+            ran = False
+            for each in missing:
+                with self._claimed(each) as is_free:
+                    if is_free and not self._is_known(each):
+                        self(run, **each)
+                        ran = True
+            if not ran:
+                time.sleep(1)
+
+    def _is_known(self, settings):
+        if _key(settings) not in self.results:
+            self._read()
+        return _key(settings) in self.results
+
+    def _read(self):
+        """What is in the file, also from other processes."""
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            record = json.loads(line)
+            self.results[_key(record["settings"])] = record["result"]
+
+    @contextlib.contextmanager
+    def _claimed(self, settings):
+        """Whether no other process has claimed this run; it is ours until the block ends."""
+        lock = self.path.with_suffix(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            is_free = True
+            byte = zlib.crc32(_key(settings).encode())  # of the lock file, one for each run
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            except BlockingIOError:
+                is_free = False
+            yield is_free
 
 
 def _key(settings):

@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 
@@ -60,3 +62,24 @@ def test_options(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options("vowels_1991", "", "vowels", ["--data", str(tmp_path / "none")])
     assert "`--data` must be a folder that is there. Received: " in capsys.readouterr().err
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """The other process, a fork, holds a run; this one takes the rest and then waits for it."""
+    path, settings = tmp_path / "runs.jsonl", [{"a": a} for a in range(3)]
+    reader, writer = os.pipe()
+    if (other := os.fork()) == 0:
+        with Runs(path)._claimed(settings[1]) as is_free:
+            os.write(writer, b"x" if is_free else b"-")
+            time.sleep(1)
+            Runs(path)(counted([]), **settings[1])
+        os._exit(0)
+    assert os.read(reader, 1) == b"x"
+    calls = []
+    runs = Runs(path)
+    runs.ahead(counted(calls), settings)
+    os.waitpid(other, 0)
+    assert [call["a"] for call in calls] == [0, 2]
+    assert len(runs.results) == 3
+    runs.ahead(counted(calls), settings)
+    assert len(calls) == 2

@@ -1,0 +1,82 @@
+"""Expert choice against token choice on masked bytes, where looking ahead is allowed.
+
+    python -m benchmarks.papers.expert_choice_2022             4 hours on 2 cores, two at once
+    python -m benchmarks.papers.expert_choice_2022 --quick     3 minutes
+
+Zhou et al. 2022 (https://arxiv.org/abs/2202.09368), section 4: expert choice at capacity 2, 1 and
+0.5, GShard's top-2 and Switch, 16 experts each, and a dense model with the FLOPs of two experts.
+Bytes of novels, spans of three hidden, one pass, see `byte_model`; experts choose among the tokens
+of a batch.
+"""
+
+import numpy as np
+
+from benchmarks.papers import comparison
+from benchmarks.tables import markdown, mean_sd
+
+MASKED = {"objective": "masked", "hidden": 64}
+SPARSE = {**MASKED, "experts": 16}
+CHOICES = {
+    f"expert choice, {c:g}": {**SPARSE, "kind": "expert_choice", "capacity": c}
+    for c in (2.0, 1.0, 0.5)
+}
+CONTESTANTS = {
+    "top-2": {**SPARSE, "kind": "top_k", "k": 2, "capacity": 2.0},
+    "Switch": {**SPARSE, "kind": "switch", "capacity": 1.25},
+    **CHOICES,
+    "dense": {**MASKED, "kind": "dense", "hidden": 128},
+}
+MOST = 5  # experts per token that the table tells apart
+
+
+def main(arguments=None):
+    chosen, train, runs = comparison.start("expert_choice_2022", __doc__, arguments, watch=shares)
+    protocol = comparison.QUICK if chosen.quick else comparison.FULL
+    results = comparison.compare(runs, train, CONTESTANTS, protocol)
+    print(comparison.table(results, "top-2"))
+    print()
+    print(table(results))
+    comparison.draw(results, chosen.into / "expert_choice_2022.png", "nats per hidden byte")
+
+
+def shares(model, inputs):
+    """Share of the tokens that 0, 1, ... experts serve, means over batches and layers."""
+    import keras
+    from keras import ops
+
+    from benchmarks.papers.byte_model import BATCH
+    from keras_moe.metrics import experts_per_token_histogram
+
+    layers = [layer for layer in model.layers if hasattr(layer, "router")]
+    if not layers:
+        return {}
+    before = keras.Model(model.input, [layer.input for layer in layers])
+    found = []
+    for start in range(0, len(inputs), BATCH):
+        tokens = before(inputs[start : start + BATCH])
+        for layer, x in zip(layers, tokens if isinstance(tokens, list) else [tokens], strict=True):
+            routing = layer.router(ops.reshape(x, (1, -1, x.shape[-1])), training=True)
+            tokens_of = ops.convert_to_numpy(experts_per_token_histogram(routing))
+            share = tokens_of / tokens_of.sum()
+            found.append([*share[:MOST], share[MOST:].sum()])
+    return {"experts_per_token": np.mean(found, axis=0).tolist()}
+
+
+def table(results):
+    rows = [
+        [
+            name,
+            *(
+                mean_sd(100 * share, 1)
+                for share in np.transpose([r["experts_per_token"] for r in of_seeds])
+            ),
+        ]
+        for name, of_seeds in results.items()
+        if "experts_per_token" in of_seeds[0]
+    ]
+    header = ["% of tokens with experts", *map(str, range(MOST)), f"{MOST} or more"]
+    return markdown(header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The byte model and its comparisons, on a small text of two words."""
+
+import gzip
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+if keras.backend.backend() != "jax":
+    pytest.skip("the experiments run on JAX", allow_module_level=True)
+
+from benchmarks.papers import balancing_2017, byte_model, comparison, expert_choice_2022
+from benchmarks.papers.runs import Runs
+
+FIGURES = {"step_flops": 2.0, "step_seconds": 0.5, "parameters": 1000, "routing": {}}
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Words in an order that is not known, and a model small enough for them."""
+    for name, value in {"LENGTH": 16, "BATCH": 4, "CHECKPOINTS": 2, "EVALUATED": 8}.items():
+        monkeypatch.setattr(byte_model, name, value)
+    rng = np.random.default_rng(0)
+    for part, documents in (("train", 8), ("heldout", 2)):
+        with gzip.open(tmp_path / f"novels-{part}-00.jsonl.gz", "wt") as file:
+            for _ in range(documents):
+                words = " ".join(rng.choice(["ab", "cde"], 1200))
+                file.write(json.dumps({"title": "", "text": words}) + "\n")
+    return byte_model.Text(Path(tmp_path))
+
+
+def test_text(text):
+    assert text.train.shape[1] == 17 and text.evaluated["heldout"].shape == (8, 17)
+    # Documents of 8 for training: 3 of them are for tuning, so 5 are left, of 1,200 words of 3.5
+    # bytes with the space after them.
+    assert abs(text.train.size / (5 * 1200 * 3.5) - 1) < 0.05
+
+    x, y, weight = text.examples(text.train[:3], "next", seed=0)
+    np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+    assert weight.min() == 1
+
+    x, y, weight = text.examples(text.train, "masked", seed=0)
+    np.testing.assert_array_equal(y, text.train[:, :-1])
+    np.testing.assert_array_equal(x == 256, weight == 1)
+    np.testing.assert_array_equal(x[weight == 0], y[weight == 0])
+    # A byte is hidden if one of 3 spans starts at it or before: 1 - 0.95^3 = 0.143, less at the
+    # left end, where 1 and 2 bytes have fewer before them.
+    assert 0.12 < weight.mean() < 0.145
+
+
+@pytest.mark.parametrize(
+    ("settings", "watch", "seen"),
+    [
+        ({"kind": "dense"}, None, set()),
+        (
+            {"kind": "noisy", "experts": 8, "k": 2, "hidden": 8},
+            balancing_2017.balance,
+            {"cv_importance", "cv_load", "max_mean_load"},
+        ),
+        (
+            {"kind": "expert_choice", "experts": 4, "capacity": 2.0, "objective": "masked"},
+            expert_choice_2022.shares,
+            {"experts_per_token"},
+        ),
+    ],
+    ids=["dense", "noisy", "expert choice"],
+)
+def test_a_run(text, settings, watch, seen):
+    run = {**settings, "learning_rate": 1e-2, "steps": 24, "seed": 0}
+    result = byte_model.train(text, watch, **run)
+    assert json.loads(json.dumps(result)) == result
+    assert [step for step, _ in result["curve"]] == [12, 24]
+    # From log(256) = 5.5 down to the bytes that occur: 6 of them are log(6) = 1.8 at most.
+    assert result["loss"] == result["curve"][-1][1] < 3.5
+    assert set(result) >= seen
+    if settings["kind"] == "noisy":
+        assert result["routing"]["dropped"] == 0 and result["cv_importance"] < 0.5
+    if settings["kind"] == "expert_choice":
+        shares = result["experts_per_token"]
+        assert sum(shares) == pytest.approx(1)
+        assert np.dot(shares, range(6)) == pytest.approx(2)  # 2 experts on average, 4 at most
+
+
+def test_text_is_not_repeated(text):
+    with pytest.raises(ValueError, match="`steps` must leave the text unrepeated, at most"):
+        byte_model.train(text, kind="dense", learning_rate=1e-2, steps=10**6, seed=0)
+
+
+def test_step_flops():
+    # Per token and layer: attention 4*64*64 for the projections and 2*128*64 for the logits and the
+    # sums, 32,768 in all; the logits of bytes 64*256 = 16,384; 6 operations each, 4,096 tokens.
+    rest = 2 * 32768 + 16384
+    for settings, feed_forward in (
+        ({"kind": "dense", "hidden": 64}, 2 * 64 * 64),
+        ({"kind": "switch", "hidden": 64, "experts": 4, "capacity": 1.25}, 1.25 * 8192 + 64 * 4),
+        ({"kind": "noisy", "hidden": 16, "experts": 8, "k": 4}, 4 * 2048 + 2 * 64 * 8),
+        ({"kind": "top_k", "hidden": 64, "experts": 4, "k": 2, "capacity": 2}, 4 * 8192 + 64 * 4),
+        ({"kind": "expert_choice", "hidden": 64, "experts": 4, "capacity": 2}, 2 * 8192 + 64 * 4),
+    ):
+        assert byte_model.step_flops(settings) == 6 * 4096 * (rest + 2 * feed_forward)
+
+
+def test_steps_to_a_loss():
+    curve = [[10, 3.0], [20, 2.0], [30, 1.0]]
+    assert comparison.steps_to(curve, 1.5) == 25  # halfway from 2 to 1
+    assert comparison.steps_to(curve, 3.5) == 10
+    assert comparison.steps_to(curve, 0.5) == np.inf
+
+
+def test_speed_ups():
+    base = {**FIGURES, "curve": [[10, 2.0], [20, 1.0]], "loss": 1.0}
+    fast = {**FIGURES, "curve": [[10, 1.0], [20, 0.5]], "loss": 0.5, "step_flops": 4.0}
+    fast["step_seconds"] = 0.25
+    # 20 steps to 10; each twice the FLOPs, half the seconds.
+    assert comparison.speed_ups(fast, base) == {"steps": 2.0, "FLOPs": 1.0, "seconds": 4.0}
+    assert comparison.speed_ups(base, fast)["steps"] == 0
+
+
+def test_every_contestant_is_tuned_and_run_with_every_seed(tmp_path):
+    """Made-up runs: the loss is lowest at the rate 0.2, and 0.3 for the other contestant."""
+
+    def train(kind, learning_rate, seed, steps, split="heldout"):
+        best = {"a": 0.2, "b": 0.3}[kind]
+        loss = 1 + abs(learning_rate - best) + 0.01 * seed * (split == "heldout")
+        return {**FIGURES, "loss": loss, "curve": [[steps // 2, 2 * loss], [steps, loss]]}
+
+    runs = Runs(tmp_path / "runs.jsonl")
+    protocol = {"steps": 8, "learning_rates": (0.1, 0.2, 0.3), "seeds": 2}
+    contestants = {"A": {"kind": "a"}, "B": {"kind": "b"}}
+    results = comparison.compare(runs, train, contestants, protocol)
+    assert [r["learning_rate"] for r in results["A"] + results["B"]] == [0.2, 0.2, 0.3, 0.3]
+    np.testing.assert_allclose([r["loss"] for r in results["A"]], [1, 1.01])
+    assert len(runs.results) == 2 * 3 + 2 * 2
+
+    lines = comparison.table(results, "A").splitlines()
+    assert lines[2].startswith("| A | 1k | 1.00 | 0.2 | 1.005 ± 0.007 | 1.00 ± 0.00 |")
+    comparison.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
