@@ -15,6 +15,7 @@ from keras_moe.dispatch import combine, dispatch
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.ops import expert_product, top_k
 from keras_moe.routing import NoisyTopKRouter, Routing, seat_choices
+from keras_moe.routing.base import layer_options
 from keras_moe.routing.noisy import top_k_in_turn
 
 
@@ -38,11 +39,12 @@ class HierarchicalRouter(NoisyTopKRouter):
     single expert.
 
     A group's gate is computed for the tokens that chose the group, and for no others. A token costs
-    `dim * (num_groups + k * num_experts / num_groups)` multiplications, twice while there is noise,
-    and not `dim * num_experts`. For the same reason there is no logit of every expert. Of the
-    `Routing`, `logits`, `clean_logits` and `noise_scale` are the primary gate's, `secondary` holds
-    the same of the chosen groups' gates, and `probabilities`, `[groups, tokens, k * group_size]`,
-    are those of the experts in the chosen groups, which the entropy among the metrics is of.
+    `dim * (num_groups + k * num_experts / num_groups)` multiplications, twice with those of the
+    noise, and not `dim * num_experts`. For the same reason there is no logit of every expert. Of
+    the `Routing`, `logits`, `clean_logits` and `noise_scale` are the primary gate's, `secondary`
+    holds the same of the chosen groups' gates, and `probabilities`, `[groups, tokens, k *
+    group_size]`, are those of the experts in the chosen groups, which the entropy among the metrics
+    is of.
 
     Two losses keep all experts busy: `keras_moe.losses.hierarchical_importance` (Eq. 13) and
     `keras_moe.losses.hierarchical_load` (Eq. 14).
@@ -109,7 +111,7 @@ class HierarchicalRouter(NoisyTopKRouter):
             kernel_initializer,
             noise_initializer,
             seed,
-            **kwargs,
+            **layer_options(self, kwargs),
         )
         self.num_groups = num_groups
         self.secondary_k = secondary_k

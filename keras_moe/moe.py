@@ -44,7 +44,7 @@ class MixtureOfExperts(keras.layers.Layer):
     ```python
     layer = keras_moe.MixtureOfExperts(
         keras_moe.FeedForwardExperts(num_experts=63, hidden_dim=256, gated=True),
-        keras_moe.TopKRouter(7),
+        keras_moe.TopKRouter(7, normalize=False),
         shared=keras_moe.FeedForwardExperts(1, 256, gated=True, name="shared"),
     )
     ```

@@ -26,6 +26,8 @@ class Adafactor(keras.optimizers.Adafactor):
     long as nobody renames a layer. A bank of your own sets `variable.per_expert = True` where the
     first axis counts experts.
 
+    The kernel of a router and `SoftMoE`'s `phi` are matrices like any other, and factored.
+
     Other variables are updated as by `keras.optimizers.Adafactor`, which however keeps the whole
     second moment of every matrix too, computes in the dtype of the variable, and divides 0 by 0
     where a row and a column had no gradient yet. The rate is `min(learning_rate, 1 / sqrt(step))`;

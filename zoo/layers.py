@@ -11,7 +11,7 @@ import math
 import keras
 from keras import ops
 
-from keras_moe import MixtureOfExperts
+from keras_moe import MixtureOfExperts, SoftMoE
 from keras_moe.ops import dropout as fast_dropout
 
 
@@ -326,6 +326,8 @@ class TransformerBlock(keras.layers.Layer):
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
             x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids)
+        elif isinstance(self.feed_forward, SoftMoE):
+            x = self.feed_forward(x, mask=padding_mask, training=training)
         else:
             x = self.feed_forward(x, training=training)
         return inputs + self.residual_dropout(x, training=training)

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import keras_hub
 
-import zoo.models.encoder  # noqa: F401  (registers the classes that presets name)
+import zoo.models.encoder  # registers the classes that presets name
+import zoo.models.moe_lstm
 
 
 def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
-    """Loads a text classifier that was saved with `save_to_preset`, such as a fine-tuning's result.
+    """Loads what was saved with `save_to_preset`: a text classifier, or a language model.
 
     Args:
         preset: folder of the preset.
-        num_classes: makes a new head of that many classes; `None` keeps the saved one.
+        num_classes: makes a new head of that many classes; `None` keeps the saved one. Not for a
+            language model.
         load_weights: `False` leaves all weights as they are initialized.
         dtype: dtype or dtype policy of the backbone's layers; `None` for Keras' own.
 
     Returns:
-        A `zoo.EncoderTextClassifier`.
+        A `zoo.EncoderTextClassifier` or a `zoo.LstmCausalLM`.
 
     Raises:
         ValueError: if the folder holds no preset, or one in which something is missing or damaged,
@@ -35,6 +37,16 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
     _check_configs(folder, num_classes)
     if load_weights:
         _check_weights(folder, num_classes)
+    if _is_language_model(folder):
+        if num_classes is not None:
+            raise ValueError(
+                "`num_classes` must be None for a language model. "
+                f"Received: num_classes={num_classes}, preset={preset!r}"
+            )
+        with explained(folder):
+            return zoo.models.moe_lstm.LstmCausalLM.from_preset(
+                str(folder), load_weights=load_weights, dtype=dtype
+            )
     # KerasHub takes the head to be a new one whenever it is told of classes at all.
     head = {} if num_classes is None else {"num_classes": int(num_classes)}
     with explained(folder):
@@ -68,6 +80,11 @@ def _describes_an_object(path):
     except ValueError:
         return False
     return isinstance(config, dict) and "registered_name" in config
+
+
+def _is_language_model(folder):
+    task = folder / "task.json"
+    return task.is_file() and "CausalLM" in json.loads(task.read_text())["registered_name"]
 
 
 def _check_weights(folder, num_classes):

@@ -4,7 +4,8 @@
     python -m benchmarks.papers.expert_choice_2022 --quick     3 minutes
 
 Zhou et al. 2022 (https://arxiv.org/abs/2202.09368), section 4: expert choice at capacity 2, 1 and
-0.5, GShard's top-2 and Switch, 16 experts each, and a dense model with the FLOPs of two experts.
+0.5, top-2 with GShard's capacity (seated in token order, without its random second choice) and
+Switch, 16 experts each, and a dense model with the FLOPs of two experts.
 Bytes of novels, spans of three hidden, one pass, see `byte_model`; experts choose among the tokens
 of a batch.
 """
@@ -21,7 +22,7 @@ CHOICES = {
     for c in (2.0, 1.0, 0.5)
 }
 CONTESTANTS = {
-    "top-2": {**SPARSE, "kind": "top_k", "k": 2, "capacity": 2.0},
+    "top-2": {**SPARSE, "kind": "top_k", "k": 2, "capacity": 1.0},
     "Switch": {**SPARSE, "kind": "switch", "capacity": 1.25},
     **CHOICES,
     "dense": {**MASKED, "kind": "dense", "hidden": 128},

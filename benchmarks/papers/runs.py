@@ -34,12 +34,7 @@ class Runs:
     def __init__(self, path):
         self.path = Path(path)
         self.results = {}
-        if self.path.exists():
-            text = self.path.read_text()
-            whole_lines = text[: text.rfind("\n") + 1]
-            if whole_lines != text:  # interrupted while it was written
-                self.path.write_text(whole_lines)
-            self._read()
+        self._read()
 
     def __call__(self, run, /, **settings):
         """The result of `run(**settings)`; both it and the settings are what JSON can hold."""
@@ -57,7 +52,8 @@ class Runs:
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(line + "\n")
+                # After what an interruption left of a line a new one begins.
+                file.write(("" if self._ends_a_line() else "\n") + line + "\n")
             self.results[key] = json.loads(line)["result"]
         return self.results[key]
 
@@ -77,6 +73,9 @@ class Runs:
             if not ran:
                 time.sleep(1)
 
+    def _ends_a_line(self):
+        return not self.path.exists() or self.path.read_text()[-1:] in ("", "\n")
+
     def _is_known(self, settings):
         if _key(settings) not in self.results:
             self._read()
@@ -85,7 +84,10 @@ class Runs:
     def _read(self):
         """What is in the file, also from other processes."""
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:  # interrupted while it was written, or not yet written to its end
+                continue
             self.results[_key(record["settings"])] = record["result"]
 
     @contextlib.contextmanager

@@ -9,7 +9,8 @@ Data: `peterson_barney_1952.csv`, the table `pb52` of the R package phonTools.
 
 What is run: 25 seeds of every system on the split of the speakers in the order of the file and on 3
 random ones. The step size of a system is the one of 8 at which 10 other seeds learn fastest on the
-first split, among those at which all of them learn. Everything runs on JAX, the seeds as one batch.
+first split, among those at which most of them learn. Everything runs on JAX, the seeds as one
+batch.
 """
 
 import csv

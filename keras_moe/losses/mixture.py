@@ -180,4 +180,5 @@ def _log_probability(y_true, outputs_EO):
         )
     label_11 = ops.cast(y_true, "int32")[..., None, None]
     is_label_1O = label_11 == ops.arange(outputs_EO.shape[-1], dtype="int32")
-    return ops.sum(ops.where(is_label_1O, ops.log_softmax(outputs_EO), 0.0), axis=-1)
+    log_p_E = ops.sum(ops.where(is_label_1O, ops.log_softmax(outputs_EO), 0.0), axis=-1)
+    return ops.where(ops.any(is_label_1O, axis=-1), log_p_E, float("nan"))  # no such class

@@ -64,6 +64,20 @@ def seat_choices(
     return table.assignment_index // k, weight_GRC, slot_index_GSK, table.row_expert
 
 
+def layer_options(router, options):
+    """`options` of a router, none of them but a layer's own; its parents have others, fixed here.
+
+    Raises:
+        ValueError: if there are others.
+    """
+    if unknown := sorted(set(options) - {"name", "dtype", "trainable"}):
+        raise ValueError(
+            f"Unrecognized keyword arguments passed to {type(router).__name__}: "
+            f"{', '.join(unknown)}"
+        )
+    return options
+
+
 class Router(keras.layers.Layer):
     """Base of all routers: one linear layer without bias, its weight named `kernel`.
 
@@ -170,6 +184,11 @@ class Router(keras.layers.Layer):
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
             inputs = inputs * uniform(ops.shape(inputs), low, high, self.seed_generator)
         return inputs
+
+    @property
+    def is_causal(self):
+        """Whether no token is routed by what comes after it in its group, in inference."""
+        return True
 
     @property
     def one_row_per_expert(self):

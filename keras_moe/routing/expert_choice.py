@@ -74,6 +74,11 @@ class ExpertChoiceRouter(Router):
         seed=None,
         **kwargs,
     ):
+        if linear_programme and max_experts_per_token is None:
+            raise ValueError(
+                "`linear_programme` must come with a cap, `max_experts_per_token`. "
+                "Received: linear_programme=True, max_experts_per_token=None"
+            )
         if capacity_factor is None:
             raise ValueError(
                 "`capacity_factor` of expert choice is the mean number of experts per token and "
@@ -117,6 +122,10 @@ class ExpertChoiceRouter(Router):
                 initializer=keras.initializers.Constant(-1.0),  # nothing learnt yet
                 trainable=False,
             )
+
+    @property
+    def is_causal(self):
+        return self.inference == "threshold"
 
     @property
     def one_row_per_expert(self):

@@ -38,7 +38,7 @@ class LossFreeRouter(TopKRouter):
     )
     v2 = keras_moe.LossFreeRouter(
         6, score_function="softmax", bias_update_rate=0.0, num_groups=8, top_groups=3,
-        group_score="max", normalize=False, scale=16.0, sequence_balancing_weight=0.003,
+        group_score="max", normalize=False, scale=16.0, load_balancing_weight=0.003,
     )
     ```
 
@@ -171,7 +171,7 @@ class LossFreeRouter(TopKRouter):
         logits_GSE = ops.matmul(self.prepare(inputs, mask, training), self.kernel)
         if self.score_function == "softmax":
             return logits_GSE, ops.softmax(logits_GSE, axis=-1)
-        return logits_GSE, ops.sigmoid(logits_GSE) + 1e-20  # or all could be 0, and their sum
+        return logits_GSE, ops.sigmoid(logits_GSE) + 1e-15  # or their sum's square could be 0
 
     def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, scores_GSE = self.score(inputs, mask, training)

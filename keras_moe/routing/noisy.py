@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.ops import normal, top_k
+from keras_moe.routing.base import layer_options
 from keras_moe.routing.token_choice import TopKRouter
 
 
@@ -69,7 +70,7 @@ class NoisyTopKRouter(TopKRouter):
             router_z_weight=router_z_weight,
             kernel_initializer=kernel_initializer,
             seed=seed,
-            **kwargs,
+            **layer_options(self, kwargs),
         )
         self.importance_weight = importance_weight
         self.load_weight = load_weight

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.routing.base import Router, Routing
+from keras_moe.routing.base import Router, Routing, layer_options
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -50,7 +50,7 @@ class SoftmaxRouter(Router):
             router_z_weight=router_z_weight,
             kernel_initializer=kernel_initializer,
             seed=seed,
-            **kwargs,
+            **layer_options(self, kwargs),
         )
 
     def call(self, inputs, mask=None, training=False, compact=False):

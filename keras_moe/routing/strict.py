@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.ops import add_rows, take_rows
+from keras_moe.routing.base import layer_options
 from keras_moe.routing.expert_choice import ExpertChoiceRouter
 from keras_moe.slots import pool_groups
 
@@ -58,14 +59,20 @@ class StrictlyBalancedRouter(ExpertChoiceRouter):
             router_z_weight=router_z_weight,
             kernel_initializer=kernel_initializer,
             seed=seed,
-            **kwargs,
+            **layer_options(self, kwargs),
         )
 
     def build(self, input_shape):
         super().build(input_shape)
         self.threshold = self.add_weight(
-            name="threshold", shape=(self.num_experts,), initializer="zeros"
+            name="threshold",
+            shape=(self.num_experts,),
+            initializer=keras.initializers.Constant(1 / self.num_experts),  # the mean of all scores
         )
+
+    @property
+    def is_causal(self):
+        return True
 
     @property
     def one_row_per_expert(self):

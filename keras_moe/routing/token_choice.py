@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe import losses, slots
 from keras_moe.ops import dropout, top_k, uniform
-from keras_moe.routing.base import Router, Routing, seat_choices
+from keras_moe.routing.base import Router, Routing, layer_options, seat_choices
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -108,6 +108,10 @@ class TopKRouter(Router):
                 f"Received: k={self.k} for num_experts={num_experts}"
             )
         super().set_num_experts(num_experts)
+
+    @property
+    def is_causal(self):
+        return self.priority == "position"
 
     @property
     def one_row_per_expert(self):
@@ -257,8 +261,12 @@ class SwitchRouter(TopKRouter):
             router_z_weight=router_z_weight,
             kernel_initializer=kernel_initializer,
             seed=seed,
-            **kwargs,
+            **layer_options(self, kwargs),
         )
+
+    @property
+    def is_causal(self):
+        return super().is_causal and self.reroutes == 0
 
     def set_num_experts(self, num_experts):
         if self.reroutes >= num_experts:

@@ -123,6 +123,7 @@ def test_within_a_sequence(case, training):
         assert changed[0, :4].max() > 0.01
     else:
         assert changed[0, :4].max() < 1e-6
+    assert layer.router.is_causal == (False not in sees_when)
     totals, _ = (numpy(v) for v in layer.statistics)
     assert (totals[3] < totals[2]) == drops  # kept, wanted
 

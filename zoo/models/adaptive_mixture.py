@@ -3,6 +3,8 @@
 E experts, O outputs of an expert.
 """
 
+import numbers
+
 import keras
 from keras import ops
 
@@ -51,7 +53,7 @@ def adaptive_mixture(experts, output_dim=1, classification=False, gate=None, nam
         ValueError: if an argument is out of range; when the model is built, if the experts' output
             widths differ, or the gate does not give one logit per expert.
     """
-    if isinstance(experts, int):
+    if isinstance(experts, numbers.Integral):
         if experts < 1:
             raise ValueError(
                 "`experts` must be a positive integer or a list of Keras layers. "
@@ -86,7 +88,7 @@ class AdaptiveMixture(keras.Model):
     """
 
     def __init__(self, experts, gate=None, classification=False, **kwargs):
-        # The experts and the gate cast for themselves: the gate is float32 under every policy.
+        # The experts and the gate cast for themselves: the default gate is float32.
         super().__init__(autocast=False, **kwargs)
         experts = list(experts)
         if not experts or not all(isinstance(expert, keras.Layer) for expert in experts):
@@ -136,6 +138,16 @@ class AdaptiveMixture(keras.Model):
             packed, state = outputs
             return self.blend(packed), state
         return self.blend(outputs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        form = getattr(self.loss, "form", None)
+        if form is not None and (form == "classification") != self.classification:
+            raise ValueError(
+                "`form` of the loss must be 'classification' for a mixture that classifies, and "
+                "for no other. "
+                f"Received: form={form!r}, a mixture with classification={self.classification}"
+            )
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return super().compute_metrics(x, y, self.blend(y_pred), sample_weight)

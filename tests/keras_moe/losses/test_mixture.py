@@ -92,6 +92,12 @@ class TestLoss:
         assert each("mixture", target, packed) == pytest.approx(12.5)
         np.testing.assert_allclose(gradient("mixture", target, packed), [[[3, 4, 0]]], atol=1e-6)
 
+    def test_a_label_that_is_no_class(self):
+        labels = TARGETS["classification"].copy()
+        labels[0, 0], labels[1, 1] = -1, D
+        wrong = np.isnan(each("classification", labels, PACKED))
+        assert wrong[0, 0] and wrong[1, 1] and wrong.sum() == 2
+
     def test_one_output_without_an_axis(self):
         target, packed = TARGETS["mixture"][..., 0], PACKED[..., 1:]
         for form in FORMS[:3]:

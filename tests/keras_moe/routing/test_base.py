@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import ExpertChoiceRouter, SwitchRouter, TopKRouter
+from keras_moe import (
+    ExpertChoiceRouter,
+    HashRouter,
+    HierarchicalRouter,
+    NoisyTopKRouter,
+    SoftmaxRouter,
+    StrictlyBalancedRouter,
+    SwitchRouter,
+    TopKRouter,
+)
 from keras_moe.routing import seat_choices
 from tests import oracle
 from tests.backend import numpy
@@ -208,6 +217,22 @@ class TestErrors:
             router(**arguments)
 
     @pytest.mark.parametrize(
+        ("router", "argument"),
+        [
+            (SwitchRouter, "normalize"),
+            (NoisyTopKRouter, "priority"),
+            (HierarchicalRouter, "normalize"),
+            (HashRouter, "jitter"),
+            (SoftmaxRouter, "capacity_factor"),
+            (StrictlyBalancedRouter, "inference"),
+        ],
+    )
+    def test_what_a_parent_takes_is_not_swallowed(self, router, argument):
+        message = f"Unrecognized keyword arguments passed to {router.__name__}: {argument}"
+        with pytest.raises(ValueError, match=message):
+            router(2, **{argument: None})
+
+    @pytest.mark.parametrize(
         ("make", "message"),
         [
             (lambda: TopKRouter(0), "`k` must be a positive integer. Received: k=0"),
@@ -229,6 +254,10 @@ class TestErrors:
             (
                 lambda: SwitchRouter(priority="batch"),
                 "`priority` must be 'position' or 'probability'. Received: priority='batch'",
+            ),
+            (
+                lambda: ExpertChoiceRouter(linear_programme=True),
+                "`linear_programme` must come with a cap, .* Received: linear_programme=True",
             ),
             (lambda: ExpertChoiceRouter(capacity_factor=None), "mean number of experts per token"),
             (

@@ -91,7 +91,7 @@ class TestHashRouter:
     def test_every_config_key_makes_the_round_trip(self):
         arguments = {
             "num_experts": 4,
-            "table": (3, 1, 2),
+            "table": [3, 1, 2],
             "capacity_factor": 1.5,
             "eval_capacity_factor": 3.0,
             "min_capacity": 2,
@@ -157,6 +157,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
+            (lambda: HashRouter(table=[0.5]), "`table` must be a list of integers from 0 on"),
+            (lambda: HashRouter(table=[[0], [1]]), "`table` must be a list of integers from 0 on"),
+            (lambda: HashRouter(2)(np.zeros((1, 2, 3))), "`token_ids` must be given"),
             (lambda: HashRouter(table=[]), "`table` must be a list of integers from 0 on, or None"),
             (lambda: HashRouter(table=[0, -1]), "`table` must be a list .* Received: .*-1"),
             (

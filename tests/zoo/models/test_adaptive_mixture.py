@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_moe
 import zoo
 from keras_moe import LayerExperts, MixtureOfExperts, SoftmaxRouter
 from keras_moe.losses import MixtureOfExpertsLoss, blend, unpack
@@ -206,3 +207,12 @@ class TestErrors:
         model = zoo.adaptive_mixture(experts=2, gate=keras.layers.Dense(3))
         with pytest.raises(ValueError, match="one logit for each of 2 experts. Received: 3"):
             model.build(X.shape)
+
+
+@pytest.mark.parametrize("classification", [False, True])
+def test_loss_of_the_other_kind(classification):
+    model = zoo.adaptive_mixture(2, 3, classification=classification)
+    other = "mixture" if classification else "classification"
+    model.compile("sgd", keras_moe.losses.MixtureOfExpertsLoss(other))
+    with pytest.raises(ValueError, match=f"`form` of the loss must be .* Received: form='{other}'"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1 if not classification else 3)), verbose=0)

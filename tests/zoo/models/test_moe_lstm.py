@@ -179,13 +179,22 @@ def test_learns_from_strings_saves_and_loads(tmp_path):
     model.save_to_preset(str(tmp_path / "preset"))
     for loaded in (
         keras.saving.load_model(tmp_path / "model.keras"),
-        zoo.LstmCausalLM.from_preset(str(tmp_path / "preset")),
+        zoo.from_preset(tmp_path / "preset"),
         keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset")),
     ):
         assert type(loaded) is zoo.LstmCausalLM
         np.testing.assert_allclose(
             output(loaded, texts[:2]), output(model, texts[:2]), rtol=1e-5, atol=1e-5
         )
+
+
+def test_generates_only_what_the_tokenizer_knows():
+    """8,192 rows of the softmax, of which the tokenizer has 8,000 pieces; the rest is likelier."""
+    preprocessor = zoo.LstmCausalLMPreprocessor(zoo.default_tokenizer(), sequence_length=6)
+    model = zoo.moe_lstm("MoE-4", preprocessor=preprocessor, hidden_dim=8, expert_dim=4)
+    model.logits.bias.assign(100.0 * (np.arange(8192) >= 8000))
+    model.compile(sampler="greedy")
+    assert model.generate("the", max_length=6).startswith("the")
 
 
 ARGUMENTS = {
@@ -309,8 +318,22 @@ def test_projected_cell_round_trip():
         ({"stack": ("gru",)}, r"`stack` must be one or more of 'lstm', 'moe', .*\('gru',\)"),
         ({"stack": ()}, r"`stack` must be one or more of .* Received: stack=\(\)"),
         ({}, "`router` must be a `keras_moe` router for a stack with.*Received: router=None"),
+        *(
+            ({"router": router}, "`router` must route every token by itself or by earlier ones")
+            for router in (
+                keras_moe.ExpertChoiceRouter(),
+                keras_moe.HashRouter(),
+                keras_moe.TopKRouter(2, priority="probability"),
+                keras_moe.SwitchRouter(reroutes=1),
+            )
+        ),
     ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         zoo.LstmBackbone(V, **arguments)
+
+
+def test_a_language_model_has_an_lstm():
+    with pytest.raises(ValueError, match="`backbone` must have an LSTM, or no token would know"):
+        zoo.LstmCausalLM(zoo.LstmBackbone(V, hidden_dim=D, stack=("dense",)))
