@@ -1,7 +1,7 @@
 """The balancing losses of 2017: six weightings, and what they do to balance and to quality.
 
-    python -m benchmarks.papers.balancing_2017             3 hours on 2 cores, two at once
-    python -m benchmarks.papers.balancing_2017 --quick     2 minutes
+    python -m benchmarks.papers.balancing_2017             hours on 2 cores; start it twice
+    python -m benchmarks.papers.balancing_2017 --quick     2 to 3 minutes
 
 Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Table 6: noisy top-k gating with 4 of 64
 experts, nothing dropped, so that quality does not depend on balance by way of dropped tokens. The

@@ -1,7 +1,7 @@
 """Expert choice against token choice on masked bytes, where looking ahead is allowed.
 
-    python -m benchmarks.papers.expert_choice_2022             4 hours on 2 cores, two at once
-    python -m benchmarks.papers.expert_choice_2022 --quick     3 minutes
+    python -m benchmarks.papers.expert_choice_2022             hours on 2 cores; start it twice
+    python -m benchmarks.papers.expert_choice_2022 --quick     2 to 3 minutes
 
 Zhou et al. 2022 (https://arxiv.org/abs/2202.09368), section 4: expert choice at capacity 2, 1 and
 0.5, top-2 with GShard's capacity (seated in token order, without its random second choice) and

@@ -1,7 +1,7 @@
 """Switch Transformers: more experts at the same FLOPs per token.
 
-    python -m benchmarks.papers.experts_switch             3 hours on 2 cores, two at once
-    python -m benchmarks.papers.experts_switch --quick     2 minutes
+    python -m benchmarks.papers.experts_switch             hours on 2 cores; start it twice
+    python -m benchmarks.papers.experts_switch --quick     2 to 3 minutes
 
 Fedus et al. 2022 (https://arxiv.org/abs/2101.03961), Figure 4, appendix D and the speed-up of
 section 3.1: the steps that the dense model takes over those in which the sparse one reaches the
