@@ -291,15 +291,16 @@ def test_trains_in_fit_saves_and_loads(tmp_path):
     collapsed = np.zeros((D, A))
     collapsed[0, :2] = 3.0
     layer.router.kernel.assign(collapsed)
-    model.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=JIT)
+    model.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=JIT)
     x = np.random.default_rng(0).normal(size=(32, 6, D)).astype("float32")
     x[..., 0] = 1.0
     history = model.fit(
-        x, np.sin(x), batch_size=16, epochs=8, verbose=0, callbacks=[RoutingMetrics()]
+        x, np.sin(x), batch_size=16, epochs=16, verbose=0, callbacks=[RoutingMetrics()]
     ).history
     assert history["loss"][-1] < history["loss"][0]
-    assert history["moe/max_share"][-1] < history["moe/max_share"][0]
-    assert history["moe/dropped"] == [0.0] * 8
+    # Two groups of three have everything at first, 1.5 times a fair share.
+    assert history["moe/max_share"][-1] < 0.85 * history["moe/max_share"][0]
+    assert history["moe/dropped"] == [0.0] * 16
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
