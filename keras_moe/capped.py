@@ -31,10 +31,9 @@ def capped_choice(wish_GES, capacity, cap, by_programme=False):
         `[groups, experts, tokens]` booleans.
     """
     valid_G1S = wish_GES[:, :1] >= 0
-    target_G11 = ops.minimum(capacity, _count(valid_G1S, axis=2))
 
     def short(taken_GES):  # [G, E, 1]
-        return target_G11 - _count(taken_GES, axis=2)
+        return capacity - _count(taken_GES, axis=2)
 
     def room(taken_GES):  # [G, 1, S]
         return ops.where(valid_G1S, cap - _count(taken_GES, axis=1), 0)
@@ -77,13 +76,13 @@ def capped_choice(wish_GES, capacity, cap, by_programme=False):
 
     order_GES = wish_GES
     if by_programme:
-        order_GES = linear_programme(wish_GES, valid_G1S, target_G11, cap)
+        order_GES = linear_programme(wish_GES, valid_G1S, capacity, cap)
     taken_GES = ask(ops.zeros_like(wish_GES, dtype="bool"), order_GES)
     taken_GES = ops.while_loop(can_ask, lambda taken_GES: ask(taken_GES, wish_GES), taken_GES)
     return ops.while_loop(lambda taken_GES: ops.any(is_stuck(taken_GES)), swap, taken_GES)
 
 
-def linear_programme(score_GES, valid_G1S, capacity_G11, cap, temperature=1e-3, iterations=100):
+def linear_programme(score_GES, valid_G1S, capacity, cap, temperature=1e-3, iterations=100):
     """The order in which experts want tokens, by the paper's entropy-regularised programme.
 
     `max <S, A> + temperature * H(A)`, where every expert's row of `A` sums to the capacity, every
@@ -97,7 +96,7 @@ def linear_programme(score_GES, valid_G1S, capacity_G11, cap, temperature=1e-3, 
     Args:
         score_GES: `[groups, experts, tokens]` scores from 0 to 1.
         valid_G1S: `[groups, 1, tokens]` booleans, `False` for padding.
-        capacity_G11: `[groups, 1, 1]` integers, tokens per expert.
+        capacity: tokens per expert and group.
         cap: most experts per token.
         temperature: lambda in the paper.
         iterations: number of rounds of three projections.
@@ -107,13 +106,12 @@ def linear_programme(score_GES, valid_G1S, capacity_G11, cap, temperature=1e-3, 
         of 1, `y` tells how far the bound is exceeded without the last projection, so that entries
         at the bound are no ties.
     """
-    log_capacity_G11 = ops.log(ops.maximum(ops.cast(capacity_G11, "float32"), 1.0))
-    log_cap = math.log(cap)
+    log_capacity, log_cap = ops.log(ops.cast(capacity, "float32")), math.log(cap)
 
     def project(_, state):
         y_GES, column_G1S = state
         a_GES = ops.minimum(y_GES, 0.0)
-        a_GES = a_GES + log_capacity_G11 - ops.logsumexp(a_GES, axis=2, keepdims=True)
+        a_GES = a_GES + log_capacity - ops.logsumexp(a_GES, axis=2, keepdims=True)
         a_GES = a_GES + column_G1S  # Dykstra: what the last projection took is given back first
         column_G1S = ops.maximum(ops.logsumexp(a_GES, axis=1, keepdims=True) - log_cap, 0.0)
         return a_GES - column_G1S + ops.maximum(y_GES, 0.0), column_G1S

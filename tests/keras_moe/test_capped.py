@@ -138,8 +138,9 @@ def test_total_score_is_near_the_best(by_programme, scale):
 class TestLinearProgramme:
     def programme(self, p_SE, capacity, cap, valid=None, **options):
         valid = np.ones(len(p_SE), bool) if valid is None else valid
-        valid_G1S, capacity_G11 = tensor(valid[None, None]), tensor([[[capacity]]], "int32")
-        y = linear_programme(tensor(p_SE.T[None]), valid_G1S, capacity_G11, cap, **options)
+        y = linear_programme(
+            tensor(p_SE.T[None]), tensor(valid[None, None]), capacity, cap, **options
+        )
         return numpy(y)[0].astype("float64")
 
     @pytest.mark.parametrize("iterations", [1, 2, 7, 100])

@@ -66,9 +66,9 @@ class TestHashRouter:
         assert routing.weight.sum() == 6 and set(routing.weight.reshape(-1)) <= {0.0, 1.0}
 
     def test_table(self):
-        # Ids past the table's end begin again: 5 is 2, 6 is 0.
-        routing = routed(HashRouter(3, table=[2, 2, 0]), [[0, 1, 2, 5, 6]])
-        assert routing.expert_index[..., 0].tolist() == [[2, 2, 0, 0, 2]]
+        # Ids past the table's end begin again: 5 is 1, 6 is 2.
+        routing = routed(HashRouter(3, table=[2, 2, 0, 1]), [[0, 1, 2, 3, 5, 6]])
+        assert routing.expert_index[..., 0].tolist() == [[2, 2, 0, 1, 2, 0]]
 
     def test_capacity_is_filled_in_token_order(self):
         # ceil(6 tokens * .5 / 2 experts) = 2 slots
