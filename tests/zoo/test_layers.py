@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import LinearExperts, MixtureOfExperts, SwitchRouter
+from keras_moe import FeedForwardExperts, LinearExperts, MixtureOfExperts, SoftMoE, SwitchRouter
 from tests import oracle
 from tests.backend import numpy, run
-from zoo.layers import SwitchAttention
+from zoo.layers import SelfAttention, SwitchAttention, TransformerBlock
 
 HEADS, K, D, E, L = 2, 3, 4, 3, 5
 MASK = np.array([[True] * 5, [True, True, True, False, False]])
@@ -93,3 +93,13 @@ class TestSwitchAttention:
         np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
         paths = [v.path for v in loaded.get_layer("attention").trainable_variables]
         assert paths == [v.path for v in model.get_layer("attention").trainable_variables]
+
+
+def test_a_block_keeps_padding_out_of_soft_moe():
+    block = TransformerBlock(SelfAttention(HEADS, K), SoftMoE(FeedForwardExperts(E, 4, seed=0), 2))
+    x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")
+    bias = np.zeros((1, HEADS, L, L), "float32")
+    before = numpy(block(x, bias, MASK))
+    changed = np.where(MASK[..., None], x, 9.0).astype("float32")
+    after = numpy(block(changed, bias, MASK))
+    np.testing.assert_allclose(after[MASK], before[MASK], rtol=1e-5, atol=1e-5)

@@ -177,6 +177,8 @@ def test_learns_from_strings_saves_and_loads(tmp_path):
 
     model.save(tmp_path / "model.keras")
     model.save_to_preset(str(tmp_path / "preset"))
+    with pytest.raises(ValueError, match="`num_classes` must be None for a language model"):
+        zoo.from_preset(tmp_path / "preset", num_classes=2)
     for loaded in (
         keras.saving.load_model(tmp_path / "model.keras"),
         zoo.from_preset(tmp_path / "preset"),
