@@ -25,7 +25,7 @@ CONTESTANTS = {
     }
     for importance, load in WEIGHTS
 }
-FULL = {**comparison.FULL, "steps": 1200}
+FULL = {**comparison.FULL, "steps": 600}
 
 
 def main(arguments=None):

@@ -1,4 +1,4 @@
-"""A small Transformer over bytes, trained in one pass by `model.fit`: what the experiments vary.
+"""A small Transformer over bytes, trained by `model.fit`: what the experiments vary.
 
 Everything that a run depends on is in its settings, a dictionary that JSON can hold:
 
@@ -8,9 +8,13 @@ Everything that a run depends on is in its settings, a dictionary that JSON can 
     capacity        capacity factor; None drops nothing
     router          further arguments of the router
     init_scale      of the experts' kernels
+    dropout         after attention and feed-forward layers
+    expert_dropout  inside the experts
+    precision       "float32"; "selective": bfloat16 but for the router; "bfloat16": with the router
     objective       "next": predict the next byte; "masked": predict bytes that are hidden
     learning_rate   peak of Adam's, after a linear warm-up of a tenth of the steps, then a cosine
     steps, seed
+    sequences       of the text, seen again and again; None: all of it, in one pass
     split           what it is evaluated on: "heldout", or "tuning", documents kept from training
 
 B batch, L length, D width.
@@ -23,6 +27,7 @@ import time
 import keras
 import keras_hub
 import numpy as np
+from keras import ops
 
 import keras_moe
 
@@ -38,6 +43,10 @@ DEFAULTS = {
     "capacity": None,
     "router": {},
     "init_scale": 1.0,
+    "dropout": 0.0,
+    "expert_dropout": 0.0,
+    "precision": "float32",
+    "sequences": None,
     "objective": "next",
     "split": "heldout",
 }
@@ -74,6 +83,30 @@ class Text:
         joined = np.frombuffer(b"\0".join(texts), "uint8")
         return joined[: len(joined) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
 
+    def order(self, wanted, sequences, seed):
+        """Places in the training text: `wanted` of them to train on, 20 batches to watch after it.
+
+        Args:
+            wanted: integer.
+            sequences: how many different ones; `None`: as many as wanted.
+            seed: integer, of the order.
+
+        Raises:
+            ValueError: if the text is too short.
+        """
+        rng = np.random.default_rng(seed)
+        different = wanted if sequences is None else sequences
+        order = rng.permutation(len(self.train))
+        if len(order) < different + 20 * BATCH:
+            raise ValueError(
+                f"`steps` must leave the text unrepeated, at most {len(order) // BATCH - 20}. "
+                f"Received: steps={wanted // BATCH}"
+            )
+        passes = [order[:different]]
+        while len(passes) * different < wanted:
+            passes.append(rng.permutation(passes[0]))
+        return np.concatenate(passes)[:wanted], order[different : different + 20 * BATCH]
+
     def examples(self, sequences, objective, seed):
         """Inputs, targets and weights of a loss, `[sequences, length]` each.
 
@@ -90,21 +123,47 @@ class Text:
         return np.where(hidden, BYTES, inputs), inputs, hidden.astype("float32")
 
 
-def make_router(kind, k, capacity, options):
+class Bfloat16SwitchRouter(keras_moe.SwitchRouter):
+    """A router as it is without selective precision: logits and softmax in bfloat16."""
+
+    def score(self, inputs, mask=None, training=False):
+        inputs = ops.cast(self.prepare(inputs, mask, training), "bfloat16")
+        logits = ops.matmul(inputs, ops.cast(self.kernel, "bfloat16"))
+        return ops.cast(logits, "float32"), ops.cast(ops.softmax(logits), "float32")
+
+
+def make_router(options):
     """The router of a kind of feed-forward layer."""
+    kind, capacity = options["kind"], options["capacity"]
     if kind == "switch":
-        return keras_moe.SwitchRouter(
-            capacity_factor=capacity, eval_capacity_factor=capacity, **options
-        )
+        low = options["precision"] == "bfloat16"
+        router = Bfloat16SwitchRouter if low else keras_moe.SwitchRouter
+        return router(capacity_factor=capacity, eval_capacity_factor=capacity, **options["router"])
     if kind == "expert_choice":
-        return keras_moe.ExpertChoiceRouter(capacity_factor=capacity, **options)
+        return keras_moe.ExpertChoiceRouter(capacity_factor=capacity, **options["router"])
     router = {"top_k": keras_moe.TopKRouter, "noisy": keras_moe.NoisyTopKRouter}[kind]
-    return router(k, capacity_factor=capacity, eval_capacity_factor=capacity, **options)
+    return router(
+        options["k"],
+        capacity_factor=capacity,
+        eval_capacity_factor=capacity,
+        **options["router"],
+    )
 
 
 def make_model(settings):
     """The model of a run, logits of bytes from bytes."""
     options = {**DEFAULTS, **settings}
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(
+        "float32" if options["precision"] == "float32" else "mixed_bfloat16"
+    )
+    try:
+        return _model(options)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _model(options):
     causal = options["objective"] == "next"
 
     def feed_forward(number):
@@ -116,19 +175,27 @@ def make_model(settings):
                 ]
             )
         experts = keras_moe.FeedForwardExperts(
-            options["experts"], options["hidden"], init_scale=options["init_scale"]
+            options["experts"],
+            options["hidden"],
+            init_scale=options["init_scale"],
+            dropout=options["expert_dropout"],
         )
-        router = make_router(options["kind"], options["k"], options["capacity"], options["router"])
-        return keras_moe.MixtureOfExperts(experts, router, group="batch", name=f"moe_{number}")
+        return keras_moe.MixtureOfExperts(
+            experts, make_router(options), group="batch", name=f"moe_{number}"
+        )
+
+    def dropout(x):
+        return keras.layers.Dropout(options["dropout"])(x) if options["dropout"] else x
 
     numbers = keras.Input((LENGTH,), dtype="int32")
     x = keras_hub.layers.TokenAndPositionEmbedding(BYTES + 1, LENGTH, WIDTH)(numbers)
     for number in range(BLOCKS):
         attention = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
         normed = keras.layers.RMSNormalization()(x)
-        x = x + attention(normed, normed, use_causal_mask=causal)
-        x = x + feed_forward(number)(keras.layers.RMSNormalization()(x))
-    return keras.Model(numbers, keras.layers.Dense(BYTES)(keras.layers.RMSNormalization()(x)))
+        x = x + dropout(attention(normed, normed, use_causal_mask=causal))
+        x = x + dropout(feed_forward(number)(keras.layers.RMSNormalization()(x)))
+    logits = keras.layers.Dense(BYTES, dtype="float32")(keras.layers.RMSNormalization()(x))
+    return keras.Model(numbers, logits)
 
 
 def step_flops(settings):
@@ -185,14 +252,8 @@ def train(text, watch=None, **settings):
         cross_entropy,
         weighted_metrics=[keras.metrics.SparseCategoricalCrossentropy("nats", from_logits=True)],
     )
-    order = np.random.default_rng(settings["seed"]).permutation(len(text.train))
-    wanted = settings["steps"] * BATCH
-    if len(order) < wanted + 20 * BATCH:
-        raise ValueError(
-            f"`steps` must leave the text unrepeated, at most {len(order) // BATCH - 20}. "
-            f"Received: steps={settings['steps']}"
-        )
-    examples = text.examples(text.train[order[:wanted]], options["objective"], settings["seed"])
+    order, unseen = text.order(settings["steps"] * BATCH, options["sequences"], settings["seed"])
+    examples = text.examples(text.train[order], options["objective"], settings["seed"])
     held_out = text.examples(text.evaluated[options["split"]], options["objective"], seed=0)
 
     curve, seconds = [], []
@@ -222,8 +283,7 @@ def train(text, watch=None, **settings):
         "routing": routing_figures(history),
     }
     if watch is not None:
-        unseen = text.train[order[wanted : wanted + 20 * BATCH]]
-        result |= watch(model, text.examples(unseen, options["objective"], seed=0)[0])
+        result |= watch(model, text.examples(text.train[unseen], options["objective"], seed=0)[0])
     keras.backend.clear_session()
     return result
 

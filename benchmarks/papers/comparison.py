@@ -9,7 +9,7 @@ from benchmarks.papers.runs import Runs, options
 from benchmarks.tables import drawn, markdown, mean_sd
 
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
-FULL = {"steps": 2400, "learning_rates": LEARNING_RATES, "seeds": 3}
+FULL = {"steps": 1200, "tuning_steps": 300, "learning_rates": LEARNING_RATES, "seeds": 3}
 QUICK = {"steps": 12, "learning_rates": LEARNING_RATES[1:2], "seeds": 2}  # nothing is tuned
 
 
@@ -34,7 +34,7 @@ def start(experiment, description, arguments=None, watch=None):
 
 
 def compare(runs, train, contestants, protocol):
-    """Runs every contestant at every learning rate once, and at its best one with every seed.
+    """Runs every contestant shortly at every learning rate, and at its best one with every seed.
 
     Args:
         runs: a `Runs`.
@@ -48,9 +48,9 @@ def compare(runs, train, contestants, protocol):
     steps, seeds = protocol["steps"], range(protocol["seeds"])
 
     def tuning(settings):
+        shared = {"steps": protocol["tuning_steps"], "seed": 1000, "split": "tuning"}
         return [
-            {**settings, "steps": steps, "seed": 1000, "split": "tuning", "learning_rate": rate}
-            for rate in protocol["learning_rates"]
+            {**settings, **shared, "learning_rate": rate} for rate in protocol["learning_rates"]
         ]
 
     if len(protocol["learning_rates"]) > 1:

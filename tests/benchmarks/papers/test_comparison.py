@@ -64,8 +64,9 @@ def test_text(text):
             expert_choice_2022.shares,
             {"experts_per_token"},
         ),
+        ({"kind": "switch", "experts": 4, "precision": "bfloat16", "sequences": 50}, None, set()),
     ],
-    ids=["dense", "noisy", "expert choice"],
+    ids=["dense", "noisy", "expert choice", "switch"],
 )
 def test_a_run(text, settings, watch, seen):
     run = {**settings, "learning_rate": 1e-2, "steps": 24, "seed": 0}
@@ -86,6 +87,34 @@ def test_a_run(text, settings, watch, seen):
 def test_text_is_not_repeated(text):
     with pytest.raises(ValueError, match="`steps` must leave the text unrepeated, at most"):
         byte_model.train(text, kind="dense", learning_rate=1e-2, steps=10**6, seed=0)
+
+
+def test_little_text_is_seen_again_in_another_order(text):
+    order, unseen = text.order(120, sequences=50, seed=0)
+    assert len(order) == 120 and len(unseen) == 20 * byte_model.BATCH
+    assert sorted(order[:50]) == sorted(order[50:100]) and set(order[100:]) <= set(order[:50])
+    assert list(order[:50]) != list(order[50:100]) and not set(order) & set(unseen)
+    once, _ = text.order(120, sequences=None, seed=0)
+    assert len(set(once)) == 120
+
+
+@pytest.mark.parametrize("precision", ["float32", "selective", "bfloat16"])
+def test_precision(precision):
+    model = byte_model.make_model({"kind": "switch", "experts": 4, "precision": precision})
+    low = "float32" if precision == "float32" else "bfloat16"
+    moe = model.get_layer("moe_0")
+    assert moe.compute_dtype == low and model.output.dtype == "float32"
+    routing = moe.router(np.random.default_rng(0).normal(size=(1, 64, 64)).astype("float32"))
+    rounded = keras.ops.cast(keras.ops.cast(routing.logits, "bfloat16"), "float32")
+    assert bool(keras.ops.all(routing.logits == rounded)) == (precision == "bfloat16")
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_dropout():
+    settings = {"kind": "switch", "experts": 4, "dropout": 0.1, "expert_dropout": 0.4}
+    model = byte_model.make_model(settings)
+    rates = [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    assert rates == [0.1] * 4 and model.get_layer("moe_1").experts.dropout == 0.4
 
 
 def test_step_flops():
@@ -127,7 +156,7 @@ def test_every_contestant_is_tuned_and_run_with_every_seed(tmp_path):
         return {**FIGURES, "loss": loss, "curve": [[steps // 2, 2 * loss], [steps, loss]]}
 
     runs = Runs(tmp_path / "runs.jsonl")
-    protocol = {"steps": 8, "learning_rates": (0.1, 0.2, 0.3), "seeds": 2}
+    protocol = {"steps": 8, "tuning_steps": 4, "learning_rates": (0.1, 0.2, 0.3), "seeds": 2}
     contestants = {"A": {"kind": "a"}, "B": {"kind": "b"}}
     results = comparison.compare(runs, train, contestants, protocol)
     assert [r["learning_rate"] for r in results["A"] + results["B"]] == [0.2, 0.2, 0.3, 0.3]
