@@ -180,7 +180,7 @@ class MixtureOfExperts(keras.layers.Layer):
         """Tokens in groups: `[groups, tokens, dim]` and their mask `[groups, tokens]`."""
         dim = inputs.shape[-1]
         if mask is not None:
-            self._check_shape("mask", mask, inputs)
+            check_shape("mask", mask, inputs)
             mask = ops.cast(mask, "bool")
         if 0 in tuple(inputs.shape[:-1]):  # no tokens: one that is padding stands in
             return ops.zeros((1, 1, dim), inputs.dtype), ops.zeros((1, 1), "bool")
@@ -214,7 +214,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 "`token_ids` must be given for a router that hashes them. "
                 f"Received: token_ids=None, router={self.router!r}"
             )
-        self._check_shape("token_ids", token_ids, inputs)
+        check_shape("token_ids", token_ids, inputs)
         ids_GS1, _ = self._split(ops.cast(token_ids, "int32")[..., None], None)
         return {"token_ids": ids_GS1[..., 0]}
 
@@ -239,17 +239,6 @@ class MixtureOfExperts(keras.layers.Layer):
             y = self.shared(inputs, training=training)
         y = ops.cast(y, self.compute_dtype)
         return y if mask is None else ops.where(valid, y, 0.0)
-
-    def _check_shape(self, name, value, inputs):
-        given, allowed = tuple(value.shape), tuple(inputs.shape[:-1])
-        fits = len(given) == len(allowed) and all(
-            a == b or None in (a, b) for a, b in zip(given, allowed, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"`{name}` must have the inputs' shape without the last axis, {allowed}. "
-                f"Received: {name} of shape {given}"
-            )
 
     def compute_output_shape(self, input_shape):
         slots_shape = (None, None, input_shape[-1])
@@ -279,3 +268,16 @@ class MixtureOfExperts(keras.layers.Layer):
             if config.get(name) is not None
         }
         return cls(**{**config, **parts})
+
+
+def check_shape(name, value, inputs):
+    """Raises a ValueError unless there is one of `value` for each token of `inputs`."""
+    given, allowed = tuple(value.shape), tuple(inputs.shape[:-1])
+    fits = len(given) == len(allowed) and all(
+        a == b or None in (a, b) for a, b in zip(given, allowed, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have the inputs' shape without the last axis, {allowed}. "
+            f"Received: {name} of shape {given}"
+        )

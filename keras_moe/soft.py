@@ -6,6 +6,8 @@ G groups (sequences), S tokens per group, D width, E experts, P slots per expert
 import keras
 from keras import ops
 
+from keras_moe.moe import check_shape
+
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SoftMoE(keras.layers.Layer):
@@ -49,7 +51,7 @@ class SoftMoE(keras.layers.Layer):
         Tensor shaped like `inputs`, but for the width of the experts' output.
 
     Raises:
-        ValueError: if an argument is out of range, or if the inputs have another shape.
+        ValueError: if an argument is out of range, or if the inputs or the mask have another shape.
     """
 
     def __init__(self, experts, slots_per_expert, **kwargs):
@@ -92,6 +94,7 @@ class SoftMoE(keras.layers.Layer):
         if 0 in tuple(inputs.shape):  # no tokens
             return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
         if mask is not None:
+            check_shape("mask", mask, inputs)
             mask = ops.cast(mask, "bool")[..., None]
             inputs = ops.where(mask, inputs, 0.0)  # whatever stands there
         logits_GSN = self._logits(inputs)

@@ -33,7 +33,7 @@ import keras_moe
 
 WIDTH, BLOCKS, HEADS, LENGTH, BATCH = 64, 2, 4, 128, 32
 BYTES = 256  # 256 itself hides a byte
-CHECKPOINTS = 12  # evaluations in a run
+EVERY = 100  # steps between evaluations
 EVALUATED = 512  # sequences
 TUNING_DOCUMENTS = 3
 DEFAULTS = {
@@ -237,8 +237,8 @@ def train(text, watch=None, **settings):
 
     Returns:
         A dictionary: `curve`, pairs of a step and the nats per byte on the split; `loss`, the last
-        of them; `parameters`; `step_flops`; `step_seconds`, the median over the checkpoints;
-        `routing`, the figures of the last checkpoint, means over the layers.
+        of them; `parameters`; `step_flops`; `step_seconds`, the median over the evaluations;
+        `routing`, the figures of the last training steps, means over the layers.
     """
     keras.utils.set_random_seed(settings["seed"])
     options = {**DEFAULTS, **settings}
@@ -257,7 +257,7 @@ def train(text, watch=None, **settings):
     held_out = text.examples(text.evaluated[options["split"]], options["objective"], seed=0)
 
     curve, seconds = [], []
-    ends = np.linspace(0, settings["steps"], CHECKPOINTS + 1).astype(int)
+    ends = [*range(0, settings["steps"], EVERY), settings["steps"]]
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         x, y, weight = (array[start * BATCH : end * BATCH] for array in examples)
         begin = time.perf_counter()
@@ -273,7 +273,7 @@ def train(text, watch=None, **settings):
         seconds.append((time.perf_counter() - begin) / (end - start))
         x, y, weight = held_out
         figures = model.evaluate(x, y, BATCH, 0, weight, return_dict=True)
-        curve.append([int(end), figures["nats"]])
+        curve.append([end, figures["nats"]])
     result = {
         "curve": curve,
         "loss": curve[-1][1],

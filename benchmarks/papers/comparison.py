@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.papers.runs import Runs, options
 from benchmarks.tables import drawn, markdown, mean_sd
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (4e-3, 8e-3, 16e-3)
 FULL = {"steps": 1200, "tuning_steps": 300, "learning_rates": LEARNING_RATES, "seeds": 3}
 QUICK = {"steps": 12, "learning_rates": LEARNING_RATES[1:2], "seeds": 2}  # nothing is tuned
 

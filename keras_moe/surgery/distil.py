@@ -77,6 +77,9 @@ class Distiller(keras.Model):
         student: a model from inputs to `[..., classes]` logits.
         teacher: another, from the same inputs; it is frozen, and runs as in inference.
         teacher_weight: the share of the teacher's probabilities in the loss, 0 to 1.
+        temperature: what both logits are divided by in the soft loss, which is multiplied by its
+            square (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2); 1 in the
+            paper. A higher one shows the student more of the less probable classes.
 
     Call arguments: as the student's.
 
@@ -84,19 +87,30 @@ class Distiller(keras.Model):
         When called: the student's logits.
 
     Raises:
-        ValueError: if `teacher_weight` is out of range; by `fit`, if there is but one logit.
+        ValueError: if an argument is out of range; if a model ends in a softmax; by `fit`, if there
+            is but one logit, or if the two models' logits differ in number.
     """
 
-    def __init__(self, student, teacher, teacher_weight=0.25, **kwargs):
+    def __init__(self, student, teacher, teacher_weight=0.25, temperature=1.0, **kwargs):
         super().__init__(**kwargs)
         if not 0 <= teacher_weight <= 1:
             raise ValueError(
                 f"`teacher_weight` must be from 0 to 1. Received: teacher_weight={teacher_weight}"
             )
+        if temperature <= 0:
+            raise ValueError(
+                f"`temperature` must be a positive number. Received: temperature={temperature}"
+            )
+        for name, model in (("student", student), ("teacher", teacher)):
+            if _ends_in_softmax(model):
+                raise ValueError(
+                    f"`{name}` must return logits. Received: a model whose last layer is a softmax"
+                )
         self.student = student
         self.teacher = teacher
         self.teacher.trainable = False
         self.teacher_weight = teacher_weight
+        self.temperature = temperature
 
     def call(self, inputs, training=False):
         return self.student(inputs, training=training)
@@ -114,14 +128,23 @@ class Distiller(keras.Model):
             from_logits=True, reduction=getattr(self.loss, "reduction", "sum_over_batch_size")
         )
         share = self.teacher_weight
-        soft = soft_loss(self._soft_labels(x), y_pred, sample_weight)
+        theirs = self._teacher_logits(x)
+        if theirs.shape[-1] != y_pred.shape[-1]:
+            raise ValueError(
+                "`student` and `teacher` must have the same classes. Received: "
+                f"{y_pred.shape[-1]} logits of the student, {theirs.shape[-1]} of the teacher"
+            )
+        heat = self.temperature
+        soft = heat**2 * soft_loss(
+            ops.softmax(theirs / heat), ops.cast(y_pred, "float32") / heat, sample_weight
+        )
         return (1.0 - share) * loss + share * (soft + sum(self.losses))  # those are in `loss`, too
 
-    def _soft_labels(self, x):
+    def _teacher_logits(self, x):
         # Without state: the losses that the teacher adds, and its statistics, come to nothing.
         weights = [variable.value for variable in self.teacher.non_trainable_variables]
         logits, _ = self.teacher.stateless_call([], weights, x, training=False)
-        return ops.stop_gradient(ops.softmax(ops.cast(logits, "float32"), axis=-1))
+        return ops.stop_gradient(ops.cast(logits, "float32"))
 
     def get_config(self):
         return {
@@ -129,6 +152,7 @@ class Distiller(keras.Model):
             "student": keras.saving.serialize_keras_object(self.student),
             "teacher": keras.saving.serialize_keras_object(self.teacher),
             "teacher_weight": self.teacher_weight,
+            "temperature": self.temperature,
         }
 
     @classmethod
@@ -138,3 +162,9 @@ class Distiller(keras.Model):
             for name in ("student", "teacher")
         }
         return cls(**{**config, **parts})
+
+
+def _ends_in_softmax(model):
+    last = model.layers[-1] if getattr(model, "layers", None) else model
+    is_softmax = isinstance(last, keras.layers.Softmax)
+    return is_softmax or getattr(last, "activation", None) is keras.activations.softmax

@@ -215,6 +215,10 @@ def test_every_config_key_makes_the_round_trip():
         (lambda e: SoftMoE(e, 0), "`slots_per_expert` must be a positive.*slots_per_expert=0"),
         (lambda e: SoftMoE(e, 1).build((None, 3)), "`inputs` must be .batch, length, dim.*None, 3"),
         (lambda e: SoftMoE(e, 1).build((2, 3, None)), "with a known dim. Received: .*None"),
+        (
+            lambda e: SoftMoE(e, 1)(np.ones((2, 3, 4)), mask=np.ones((3, 2), bool)),
+            "`mask` must have the inputs' shape without the last axis, .2, 3.. Received: .*3, 2",
+        ),
     ],
 )
 def test_errors(make, message):

@@ -20,7 +20,7 @@ FIGURES = {"step_flops": 2.0, "step_seconds": 0.5, "parameters": 1000, "routing"
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     """Words in an order that is not known, and a model small enough for them."""
-    for name, value in {"LENGTH": 16, "BATCH": 4, "CHECKPOINTS": 2, "EVALUATED": 8}.items():
+    for name, value in {"LENGTH": 16, "BATCH": 4, "EVERY": 12, "EVALUATED": 8}.items():
         monkeypatch.setattr(byte_model, name, value)
     rng = np.random.default_rng(0)
     for part, documents in (("train", 8), ("heldout", 2)):

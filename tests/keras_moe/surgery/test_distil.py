@@ -67,21 +67,25 @@ class TestCopyWeights:
 
 
 class TestDistiller:
-    @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-    @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
-    def test_loss_is_the_papers_mixture(self, share, weighted):
+    @pytest.mark.parametrize(
+        ("share", "weighted", "heat"),
+        [(0.0, False, 1.0), (0.25, False, 1.0), (0.25, True, 1.0), (1.0, True, 1.0)]
+        + [(0.25, True, 3.0)],
+    )
+    def test_loss_is_the_papers_mixture(self, share, weighted, heat):
         """Of one step of a sparse student; in float64 from the logits of both."""
         student, teacher = model(sparse=True), model(sparse=True)
-        distiller = Distiller(student, teacher, share)
+        distiller = Distiller(student, teacher, share, heat)
         reduction = "mean_with_sample_weight" if weighted else "sum_over_batch_size"
         distiller.compile(keras.optimizers.SGD(0.0), hard(reduction=reduction))
         sample_weight = rng.uniform(size=(6, 4)) if weighted else np.ones((6, 4))
 
-        ours, theirs = (oracle.softmax(numpy(m(X)).astype("float64")) for m in (student, teacher))
+        ours, theirs = (numpy(m(X)).astype("float64") for m in (student, teacher))
         balance = float(ops.convert_to_numpy(sum(student.losses)))  # of the call above
-        log_p = np.log(ours)
+        log_p = np.log(oracle.softmax(ours))
         labels = np.take_along_axis(log_p, LABELS[..., None], axis=-1)[..., 0]
-        soft = np.sum(theirs * log_p, axis=-1)
+        warm = np.log(oracle.softmax(ours / heat))
+        soft = heat**2 * np.sum(oracle.softmax(theirs / heat) * warm, axis=-1)
         mixed = -((1 - share) * labels + share * soft)
         expected = np.sum(sample_weight * mixed) / np.sum(sample_weight) + balance
 
@@ -122,12 +126,12 @@ class TestDistiller:
                 np.testing.assert_array_equal(numpy(variable), value)
 
     def test_comes_back_and_trains_on(self, tmp_path):
-        distiller = Distiller(model(sparse=False), model(sparse=True), 0.5)
+        distiller = Distiller(model(sparse=False), model(sparse=True), 0.5, 2.0)
         distiller.compile("adam", hard())
         distiller.fit(X, LABELS, verbose=0)
         distiller.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
-        assert loaded.teacher_weight == 0.5
+        assert (loaded.teacher_weight, loaded.temperature) == (0.5, 2.0)
         for part in ("student", "teacher"):
             ours, theirs = (numpy(getattr(m, part)(X)) for m in (loaded, distiller))
             np.testing.assert_array_equal(ours, theirs)
@@ -137,6 +141,27 @@ class TestDistiller:
     def test_share_out_of_range(self, share):
         with pytest.raises(ValueError, match="`teacher_weight` must be from 0 to 1. Received: .*"):
             Distiller(model(sparse=False), model(sparse=True), share)
+
+    @pytest.mark.parametrize("heat", [0.0, -1.0])
+    def test_temperature_out_of_range(self, heat):
+        with pytest.raises(ValueError, match="`temperature` must be a positive number. Received:"):
+            Distiller(model(sparse=False), model(sparse=True), temperature=heat)
+
+    @pytest.mark.parametrize("last", [keras.layers.Dense(2, "softmax"), keras.layers.Softmax()])
+    def test_probabilities_instead_of_logits(self, last):
+        ends = keras.Sequential([keras.Input((3,)), last])
+        logits = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        with pytest.raises(ValueError, match="`student` must return logits. Received: a model who"):
+            Distiller(ends, logits)
+        with pytest.raises(ValueError, match="`teacher` must return logits"):
+            Distiller(logits, ends)
+
+    def test_classes_differ(self):
+        two, three = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(n)]) for n in (2, 3))
+        distiller = Distiller(two, three)
+        distiller.compile(loss=hard(), run_eagerly=True)
+        with pytest.raises(ValueError, match="the same classes. Received: 2 logits of the student"):
+            distiller.fit(X[:, 0], LABELS[:, 0] % 2, verbose=0)
 
     def test_one_logit(self):
         one = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
