@@ -16,6 +16,12 @@ from keras_moe.ops import dropout as fast_dropout
 
 
 @keras.saving.register_keras_serializable(package="zoo")
+def gelu_tanh(x):
+    """The approximate GELU of T5 1.1."""
+    return keras.activations.gelu(x, approximate=True)
+
+
+@keras.saving.register_keras_serializable(package="zoo")
 class Dropout(keras.layers.Dropout):
     """Keras' dropout with `keras_moe`'s noise, which XLA compiles well on TensorFlow too."""
 
@@ -29,26 +35,30 @@ class Dropout(keras.layers.Dropout):
 class RelativePositionBias(keras.layers.Layer):
     """A learned bias per head and bucketed distance between query and key.
 
-    Half of the buckets are for keys to the right; half of each side's are for exact distances, the
-    other half grow logarithmically up to `max_distance`.
+    Half of the buckets are for keys to the right, in a decoder none; half of each side's are for
+    exact distances, the other half grow logarithmically up to `max_distance`.
 
     Args:
         num_heads: integer.
         num_buckets: integer.
         max_distance: tokens; everything farther shares the last bucket.
+        bidirectional: whether keys to the right have buckets, as in an encoder.
 
     Call arguments:
-        inputs: `[batch, length, ...]` tensor; only its length matters.
+        inputs: `[batch, length, ...]` tensor of the queries; only its length matters.
+        num_keys: how many keys there are; `None`: `length`.
+        first: position of the first query among the keys.
 
     Returns:
-        `[1, heads, length, length]` tensor.
+        `[1, heads, length, num_keys]` tensor.
     """
 
-    def __init__(self, num_heads, num_buckets=32, max_distance=128, **kwargs):
+    def __init__(self, num_heads, num_buckets=32, max_distance=128, bidirectional=True, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.num_buckets = num_buckets
         self.max_distance = max_distance
+        self.bidirectional = bidirectional
 
     def build(self, input_shape):
         self.embedding = self.add_weight(
@@ -57,17 +67,22 @@ class RelativePositionBias(keras.layers.Layer):
             initializer=keras.initializers.RandomNormal(stddev=0.1),
         )
 
-    def call(self, inputs):
-        position_L = ops.arange(ops.shape(inputs)[1], dtype="int32")
-        bucket_LL = self._bucket(position_L[None, :] - position_L[:, None])
-        bias_LLH = ops.take(self.embedding, bucket_LL, axis=0)
-        return ops.transpose(bias_LLH, (2, 0, 1))[None]
+    def call(self, inputs, num_keys=None, first=0):
+        length = ops.shape(inputs)[1]
+        query_Q = ops.arange(length, dtype="int32") + first
+        key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
+        bias_QSH = ops.take(self.embedding, self._bucket(key_S - query_Q[:, None]), axis=0)
+        return ops.transpose(bias_QSH, (2, 0, 1))[None]
 
     def _bucket(self, distance):
-        side = self.num_buckets // 2
+        if self.bidirectional:
+            side = self.num_buckets // 2
+            bucket = ops.where(distance > 0, side, 0)
+            distance = ops.abs(distance)
+        else:
+            side, bucket = self.num_buckets, 0
+            distance = ops.maximum(-distance, 0)
         exact = side // 2
-        bucket = ops.where(distance > 0, side, 0)
-        distance = ops.abs(distance)
         far = ops.log(ops.cast(ops.maximum(distance, 1), "float32") / exact)
         far = far / math.log(self.max_distance / exact) * (side - exact)
         far = ops.minimum(exact + ops.cast(far, "int32"), side - 1)
@@ -79,27 +94,17 @@ class RelativePositionBias(keras.layers.Layer):
             "num_heads": self.num_heads,
             "num_buckets": self.num_buckets,
             "max_distance": self.max_distance,
+            "bidirectional": self.bidirectional,
         }
 
 
-@keras.saving.register_keras_serializable(package="zoo")
-class SelfAttention(keras.layers.Layer):
-    """Multi-head self-attention with unscaled logits and an additive position bias.
+class Attention(keras.layers.Layer):
+    """What all attention here has in common: heads, unscaled logits, a projection of the outputs.
 
     Args:
         num_heads: integer.
         key_dim: integer, the width of a head.
         dropout: rate on the attention weights.
-
-    Call arguments:
-        inputs: `[batch, length, dim]` tensor.
-        position_bias: `[1, heads, length, length]` tensor.
-        padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to.
-        training: boolean.
-        token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
-
-    Returns:
-        `[batch, length, dim]` tensor.
     """
 
     def __init__(self, num_heads, key_dim, dropout=0.0, **kwargs):
@@ -108,7 +113,7 @@ class SelfAttention(keras.layers.Layer):
         self.key_dim = key_dim
         self.dropout = dropout
 
-    def build(self, input_shape):
+    def build(self, input_shape, *args):
         dim, inner = input_shape[-1], self.num_heads * self.key_dim
         self.build_inputs(input_shape)
         self.output_projection = self._projection("output", dim, inner, inner**-0.5)
@@ -132,26 +137,34 @@ class SelfAttention(keras.layers.Layer):
         layer.build((None, None, dim))
         return layer
 
-    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
-        projected = self.project(inputs, padding_mask, training, token_ids)
-        query_BHLK, key_BHLK, value_BHLK = (self._heads(x_BLD) for x_BLD in projected)
-        logits_BHLL = ops.einsum("bhqk,bhsk->bhqs", query_BHLK, key_BHLK) + position_bias
-        attended = ops.cast(padding_mask, "bool")[:, None, None, :]
-        logits_BHLL = ops.where(attended, ops.cast(logits_BHLL, "float32"), -1e9)
-        weight_BHLL = ops.cast(ops.softmax(logits_BHLL, axis=-1), self.compute_dtype)
-        weight_BHLL = self.attention_dropout(weight_BHLL, training=training)
-        mixed_BHLK = ops.einsum("bhqs,bhsk->bhqk", weight_BHLL, value_BHLK)
-        batch, _, length, _ = ops.shape(mixed_BHLK)
-        mixed_BLD = ops.reshape(
-            ops.transpose(mixed_BHLK, (0, 2, 1, 3)), (batch, length, self.num_heads * self.key_dim)
+    def attend(self, query_BHQK, key_BHSK, value_BHSK, mask, position_bias=None, training=False):
+        """What the queries find, projected, `[batch, queries, dim]`.
+
+        Args:
+            query_BHQK: `[batch, heads, queries, key_dim]` tensor.
+            key_BHSK: `[batch, heads, keys, key_dim]` tensor.
+            value_BHSK: the same of the values.
+            mask: booleans or integers that broadcast to `[batch, heads, queries, keys]`, 0 or
+                `False` for keys that are not attended to.
+            position_bias: tensor that broadcasts likewise; `None`: none.
+            training: boolean.
+        """
+        logits_BHQS = ops.einsum("bhqk,bhsk->bhqs", query_BHQK, key_BHSK)
+        if position_bias is not None:
+            logits_BHQS = logits_BHQS + position_bias
+        logits_BHQS = ops.cast(logits_BHQS, "float32")
+        logits_BHQS = ops.where(ops.cast(mask, "bool"), logits_BHQS, -1e9)
+        weight_BHQS = ops.cast(ops.softmax(logits_BHQS, axis=-1), self.compute_dtype)
+        weight_BHQS = self.attention_dropout(weight_BHQS, training=training)
+        mixed_BHQK = ops.einsum("bhqs,bhsk->bhqk", weight_BHQS, value_BHSK)
+        batch, _, length, _ = ops.shape(mixed_BHQK)
+        mixed_BQD = ops.reshape(
+            ops.transpose(mixed_BHQK, (0, 2, 1, 3)), (batch, length, self.num_heads * self.key_dim)
         )
-        return self.output_projection(mixed_BLD)
+        return self.output_projection(mixed_BQD)
 
-    def project(self, inputs, padding_mask, training, token_ids):
-        """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
-        return self.query(inputs), self.key(inputs), self.value(inputs)
-
-    def _heads(self, x_BLD):
+    def heads(self, x_BLD):
+        """`[batch, heads, length, key_dim]` of `[batch, length, heads * key_dim]`."""
         batch, length, _ = ops.shape(x_BLD)
         x_BLHK = ops.reshape(x_BLD, (batch, length, self.num_heads, self.key_dim))
         return ops.transpose(x_BLHK, (0, 2, 1, 3))
@@ -166,6 +179,36 @@ class SelfAttention(keras.layers.Layer):
             "key_dim": self.key_dim,
             "dropout": self.dropout,
         }
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class SelfAttention(Attention):
+    """Multi-head self-attention with unscaled logits and an additive position bias.
+
+    Args:
+        num_heads: integer.
+        key_dim: integer, the width of a head.
+        dropout: rate on the attention weights.
+
+    Call arguments:
+        inputs: `[batch, length, dim]` tensor.
+        position_bias: `[1, heads, length, length]` tensor.
+        padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to.
+        training: boolean.
+        token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
+
+    Returns:
+        `[batch, length, dim]` tensor.
+    """
+
+    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
+        projected = self.project(inputs, padding_mask, training, token_ids)
+        heads = (self.heads(x_BLD) for x_BLD in projected)
+        return self.attend(*heads, padding_mask[:, None, None, :], position_bias, training)
+
+    def project(self, inputs, padding_mask, training, token_ids):
+        """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
+        return self.query(inputs), self.key(inputs), self.value(inputs)
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -232,6 +275,7 @@ class FeedForward(keras.layers.Layer):
     Args:
         hidden_dim: integer.
         activation: name or function.
+        gated: whether the hidden units are `activation(x W_gate) * (x W_in)`, as in T5 1.1.
         dropout: rate on the hidden units.
 
     Call arguments:
@@ -242,15 +286,18 @@ class FeedForward(keras.layers.Layer):
         `[..., dim]` tensor.
     """
 
-    def __init__(self, hidden_dim, activation="relu", dropout=0.0, **kwargs):
+    def __init__(self, hidden_dim, activation="relu", dropout=0.0, gated=False, **kwargs):
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
         self.dropout = dropout
+        self.gated = gated
 
     def build(self, input_shape):
         dim = input_shape[-1]
         self.hidden = self._dense("hidden", self.hidden_dim, dim)
+        if self.gated:
+            self.gate = self._dense("gate", self.hidden_dim, dim)
         self.output_projection = self._dense("output", dim, self.hidden_dim)
         self.hidden_dropout = Dropout(self.dropout, dtype=self.dtype_policy)
 
@@ -266,7 +313,11 @@ class FeedForward(keras.layers.Layer):
         return layer
 
     def call(self, inputs, training=False):
-        hidden = self.activation(self.hidden(inputs))
+        hidden = self.hidden(inputs)
+        if self.gated:
+            hidden = self.activation(self.gate(inputs)) * hidden
+        else:
+            hidden = self.activation(hidden)
         return self.output_projection(self.hidden_dropout(hidden, training=training))
 
     def compute_output_shape(self, input_shape):
@@ -278,6 +329,7 @@ class FeedForward(keras.layers.Layer):
             "hidden_dim": self.hidden_dim,
             "activation": keras.activations.serialize(self.activation),
             "dropout": self.dropout,
+            "gated": self.gated,
         }
 
 
@@ -322,7 +374,10 @@ class TransformerBlock(keras.layers.Layer):
         x = self.attention_norm(inputs)
         x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
         inputs = inputs + self.residual_dropout(x, training=training)
+        return self.feed(inputs, padding_mask, training, token_ids)
 
+    def feed(self, inputs, padding_mask, training=False, token_ids=None):
+        """The second half of the block: `x + feed_forward(norm(x))`."""
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
             x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids)

@@ -12,15 +12,15 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_moe import FeedForwardExperts, LinearExperts, MixtureOfExperts
+from keras_moe import LinearExperts
 from zoo.layers import (
     Dropout,
-    FeedForward,
     RelativePositionBias,
     SelfAttention,
     SwitchAttention,
     TransformerBlock,
 )
+from zoo.models.blocks import feed_forward, mixture
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -49,6 +49,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         group: the tokens that are routed together, see `keras_moe.MixtureOfExperts`. The default is
             the whole batch: an encoder has no future to leak.
         activation: of the feed-forward layers.
+        gated: whether their hidden units are gated, as in T5 1.1.
         dropout: rate after the embedding and in and after every sub-layer.
         expert_dropout: rate on the experts' hidden units; Switch Transformers fine-tune with 0.4.
         expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
@@ -72,6 +73,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         sparse_step=2,
         group="batch",
         activation="relu",
+        gated=False,
         dropout=0.1,
         expert_dropout=0.1,
         expert_init_scale=1.0,
@@ -89,10 +91,6 @@ class EncoderBackbone(keras_hub.models.Backbone):
         )
         position_bias = RelativePositionBias(num_heads, dtype=dtype, name="position_bias")
 
-        def mixture(experts, dtype, name):
-            copy = type(router).from_config({**router.get_config(), "name": "router"})
-            return MixtureOfExperts(experts, copy, group, dtype=dtype, name=name)
-
         def attention(number):
             if router is None or attention_experts == 0 or number % sparse_step:
                 return SelfAttention(num_heads, key_dim, dropout, dtype=dtype, name="attention")
@@ -102,6 +100,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
                     LinearExperts(
                         attention_experts, num_heads * key_dim, init_scale=scale, dtype="float32"
                     ),
+                    router,
+                    group,
                     "float32",
                     name,
                 )
@@ -111,26 +111,23 @@ class EncoderBackbone(keras_hub.models.Backbone):
                 num_heads, key_dim, query, key_value, dropout, dtype=dtype, name="attention"
             )
 
-        def feed_forward(number):
-            if router is None or num_experts == 0 or number % sparse_step:
-                return FeedForward(
-                    intermediate_dim, activation, dropout, dtype=dtype, name="feed_forward"
-                )
-            experts = FeedForwardExperts(
-                num_experts,
-                expert_dim or intermediate_dim,
-                activation=activation,
-                dropout=expert_dropout,
-                init_scale=expert_init_scale,
-                dtype=dtype,
-                name="experts",
-            )
-            return mixture(experts, dtype, f"moe_{number}")
-
         blocks = [
             TransformerBlock(
                 attention(number),
-                feed_forward(number),
+                feed_forward(
+                    None if number % sparse_step else router,
+                    num_experts,
+                    expert_dim,
+                    intermediate_dim,
+                    group,
+                    activation,
+                    gated,
+                    dropout,
+                    expert_dropout,
+                    expert_init_scale,
+                    dtype,
+                    f"moe_{number}",
+                ),
                 dropout,
                 dtype=dtype,
                 name=f"block_{number}",
@@ -173,6 +170,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         self.sparse_step = sparse_step
         self.group = group
         self.activation = activation
+        self.gated = gated
         self.dropout = dropout
         self.expert_dropout = expert_dropout
         self.expert_init_scale = expert_init_scale
@@ -193,6 +191,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
             "sparse_step": self.sparse_step,
             "group": self.group,
             "activation": self.activation,
+            "gated": self.gated,
             "dropout": self.dropout,
             "expert_dropout": self.expert_dropout,
             "expert_init_scale": self.expert_init_scale,

@@ -1,0 +1,259 @@
+"""Small models that transformers makes and saves, loaded here, against transformers itself."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import torch
+import transformers
+from keras import ops
+
+from zoo.conversion import load_transformers, save_transformers
+
+SHARED = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_heads": 3,
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+SWITCH = {
+    **SHARED,
+    "num_experts": 3,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+}
+FAMILIES = {
+    "t5": ("T5", {**SHARED, "feed_forward_proj": "relu"}),
+    "t5 1.1": (
+        "T5",
+        {**SHARED, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "t5 1.1, tied": (
+        "T5",
+        {**SHARED, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5": ("MT5", SHARED),
+    "switch": ("SwitchTransformers", {**SWITCH, "expert_capacity": 64}),
+    "switch that drops": ("SwitchTransformers", {**SWITCH, "expert_capacity": 2}),
+}
+rng = np.random.default_rng(0)
+IDS = rng.integers(2, 40, (2, 21))
+MASK = np.ones((2, 21), "int32")
+MASK[1, 15:] = 0
+LABELS = rng.integers(2, 40, (2, 7))
+INPUTS = {
+    "encoder_token_ids": IDS,
+    "encoder_padding_mask": MASK,
+    "decoder_token_ids": np.pad(LABELS[:, :-1], ((0, 0), (1, 0))),
+    "decoder_padding_mask": np.ones((2, 7), "int32"),
+}
+
+
+def theirs(family, lively=False):
+    """A model of transformers with weights large enough that its attention and routing matter.
+
+    A lively one does not say the same token again and again, at the price of larger rounding.
+    """
+    name, options = FAMILIES[family]
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    if family in ("t5 1.1", "mt5"):
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 16))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += (0.3 if lively else 0.15) * torch.randn(parameter.shape)
+            if lively and name.startswith("decoder") and "norm" not in name:
+                parameter *= 2
+    return model
+
+
+def run_theirs(model):
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(IDS),
+            attention_mask=torch.tensor(MASK),
+            labels=torch.tensor(LABELS),
+        )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """transformers' model, the folder it wrote, and what is loaded from there."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "theirs"
+    model = theirs(request.param)
+    model.save_pretrained(folder)
+    return model, folder, load_transformers(folder)
+
+
+def close(ours, expected):
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ours), expected.detach().numpy(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_states_logits_and_loss_agree(pair):
+    model, _, loaded = pair
+    expected = run_theirs(model)
+    states = loaded.backbone.output["encoder_sequence_output"]
+    both = keras.Model(loaded.input, {"states": states, "logits": loaded.output})
+    ours = both.predict(INPUTS, verbose=0)
+    valid = MASK.astype(bool)
+    close(ours["states"][valid], expected.encoder_last_hidden_state[torch.tensor(valid)])
+    close(ours["logits"], expected.logits)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(LABELS, ours["logits"])
+    close(loss, expected.loss)
+
+
+def test_router_choices_agree(pair):
+    model, _, loaded = pair
+    if "Switch" not in type(model).__name__:
+        pytest.skip("a dense model has no router")
+    chosen = []
+    for module in model.modules():
+        if type(module).__name__ == "SwitchTransformersTop1Router":
+            module.register_forward_hook(lambda m, args, out: chosen.append((args[0], out)))
+    run_theirs(model)
+    blocks = [*loaded.backbone.encoder_blocks, *loaded.backbone.decoder_blocks]
+    mixtures = [b.feed_forward for b in blocks if hasattr(b.feed_forward, "router")]
+    assert len(chosen) == len(mixtures) == 3
+    for (states, (kept, _, logits)), mixture in zip(chosen, mixtures, strict=True):
+        routing = mixture.router(states.detach().numpy(), training=False)
+        close(routing.logits, logits)
+        slot = ops.convert_to_numpy(routing.slot_index)[..., 0]
+        empty = np.prod(np.shape(ops.convert_to_numpy(routing.token_index))[1:])
+        expert = ops.convert_to_numpy(routing.expert_index)[..., 0]
+        ours = np.eye(3)[expert] * (slot < empty)[..., None]
+        np.testing.assert_array_equal(ours, kept.numpy())
+    if model.config.expert_capacity == 2:
+        assert sum(float(1 - out[0].sum(-1).float().mean()) for _, out in chosen) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generations_agree(family, tmp_path):
+    model = theirs(family, lively=True)
+    model.save_pretrained(tmp_path)
+    loaded = load_transformers(tmp_path)
+    expected = model.generate(
+        input_ids=torch.tensor(IDS),
+        attention_mask=torch.tensor(MASK),
+        max_new_tokens=11,
+        do_sample=False,
+        eos_token_id=None,
+    ).numpy()
+    prompt = np.zeros((2, 12), "int32")
+    given = np.zeros((2, 12), "int32")
+    given[:, 0] = 1
+    loaded.compile(sampler="greedy")
+    inputs = {**INPUTS, "decoder_token_ids": prompt, "decoder_padding_mask": given}
+    ours = loaded.generate(inputs, stop_token_ids=None)["decoder_token_ids"]
+    assert len(np.unique(expected)) > 3  # or it would show little
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_written_back_transformers_loads_it(pair, tmp_path):
+    model, _, loaded = pair
+    save_transformers(loaded, tmp_path / "ours", shard_bytes=20_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    # mT5 is T5 1.1 with another vocabulary, and is written as such.
+    kind = transformers.T5ForConditionalGeneration if "T5" in type(model).__name__ else type(model)
+    again = kind.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(
+        run_theirs(again).logits, run_theirs(model).logits, rtol=1e-5, atol=1e-5
+    )
+    back = load_transformers(tmp_path / "ours")
+    for ours, before in zip(back.weights, loaded.weights, strict=True):
+        if ours.trainable:
+            np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
+
+
+def test_shards_and_pickles(tmp_path):
+    model = theirs("switch")
+    expected = run_theirs(model).logits
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    close(load_transformers(tmp_path / "shards").predict(INPUTS, verbose=0), expected)
+
+    folder = tmp_path / "pickles"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "shards" / "config.json").read_text())
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    close(load_transformers(folder).predict(INPUTS, verbose=0), expected)
+
+
+class TestDamage:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        theirs("switch").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+        return tmp_path / "model"
+
+    def fails(self, folder, message):
+        with pytest.raises(ValueError, match=message) as error:
+            load_transformers(folder)
+        assert "\n" not in str(error.value)
+
+    def change(self, folder, **options):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+    def test_no_folder(self, tmp_path):
+        self.fails(tmp_path / "none", "must be a checkpoint of transformers, with a `config.json`")
+
+    def test_another_family(self, folder):
+        self.change(folder, model_type="bert")
+        self.fails(folder, "one of the families t5, mt5, switch_transformers. Received: .*'bert'")
+
+    def test_config_that_is_no_json(self, folder):
+        (folder / "config.json").write_text("{")
+        self.fails(folder, "its `config.json` names no `model_type`")
+
+    def test_vocabulary_of_another_size(self, folder):
+        self.change(folder, vocab_size=41)
+        self.fails(folder, r"weight 'shared.weight' has shape \(40, 16\), and the model wants \(41")
+
+    def test_more_experts_than_there_are(self, folder):
+        self.change(folder, num_experts=4)
+        self.fails(folder, "lacks the weight '.*expert_3.wi.weight' and 5 others")
+
+    def test_fewer_experts_than_there_are(self, folder):
+        self.change(folder, num_experts=2)
+        self.fails(folder, "no place for the weight '.*expert_2.wi.weight' and 5 others|has shape")
+
+    def test_a_shard_cut_short(self, folder):
+        shard = sorted(folder.glob("model-*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        self.fails(folder, f"{shard.name}' cannot be read")
+
+    def test_a_shard_that_is_not_there(self, folder):
+        shard = sorted(folder.glob("model-*.safetensors"))[1]
+        shard.unlink()
+        self.fails(folder, f"must have the shard '{shard.name}'")
+
+    def test_no_weights(self, folder):
+        for shard in folder.glob("model*"):
+            shard.unlink()
+        self.fails(folder, "must have weights")
+
+    def test_an_activation_that_is_not_known(self, folder):
+        self.change(folder, dense_act_fn="tanh")
+        self.fails(folder, "must be one of relu, .*. Received: 'tanh'")
+
+    def test_a_pickle_that_would_run_code(self, folder, tmp_path):
+        for shard in folder.glob("model*"):
+            shard.unlink()
+        marker = tmp_path / "ran"
+
+        class Payload:
+            def __reduce__(self):
+                return (open, (str(marker), "w"))
+
+        torch.save({"shared.weight": Payload()}, folder / "pytorch_model.bin")
+        self.fails(folder, "'pytorch_model.bin' cannot be read")
+        assert not marker.exists()

@@ -1,0 +1,133 @@
+"""Whole checkpoints in transformers' format: a `config.json` and weights, in a folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from keras import ops
+
+from zoo.conversion import t5
+from zoo.conversion.tensors import Tensors, write
+
+# The embedding table again, which some versions write.
+COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+def load_transformers(folder, dtype=None):
+    """Loads a model from a folder that transformers wrote, one weight at a time.
+
+    Args:
+        folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
+            file or in shards. The family is T5, T5 1.1, mT5 or Switch Transformers.
+        dtype: dtype or dtype policy of the layers; `None` for Keras' own.
+
+    Returns:
+        A `zoo.Seq2SeqLM` without a preprocessor.
+
+    Raises:
+        ValueError: if something is missing or damaged, the family is another, or a weight does not
+            fit.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with Tensors(folder) as tensors:
+        _require(folder, {t5.EMBEDDING}, tensors.names)
+        model = t5.make(config, tensors, dtype)
+        wanted = list(t5.weights(model))
+        names = {name for weight in wanted for name in weight.names}
+        _require(folder, names, tensors.names)
+        if unknown := sorted(tensors.names - names - COPIES - {t5.OUTPUT}):
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
+                f"{_weights(unknown)}"
+            )
+        for weight in wanted:
+            parts = [_oriented(folder, weight, name, tensors[name]) for name in weight.names]
+            weight.variable.assign(parts[0] if len(parts) == 1 else np.stack(parts))
+    return model
+
+
+def read_config(folder):
+    """The `config.json` of a folder, of a family that is known."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            "`folder` must be a checkpoint of transformers, with a `config.json` in it. "
+            f"Received: folder={str(folder)!r}"
+        )
+    try:
+        config = json.loads(path.read_text())
+        family = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` names "
+            "no `model_type`"
+        ) from error
+    if family not in t5.FAMILIES:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} must be of one of the families "
+            f"{', '.join(t5.FAMILIES)}. Received: model_type={family!r}"
+        )
+    return config
+
+
+def _require(folder, names, there):
+    if missing := sorted(names - there):
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit or is damaged: it lacks "
+            f"{_weights(missing)}"
+        )
+
+
+def _weights(names):
+    return f"the weight {names[0]!r}" + (f" and {len(names) - 1} others" if names[1:] else "")
+
+
+def _oriented(folder, weight, name, array):
+    if tuple(array.shape) != weight.shape_there():
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit: weight {name!r} has shape "
+            f"{tuple(array.shape)}, and the model wants {weight.shape_there()}"
+        )
+    return array.T if weight.transposed else array
+
+
+def save_transformers(model, folder, shard_bytes=5 * 2**30):
+    """Writes a model as transformers does, so that its `from_pretrained` loads it.
+
+    Args:
+        model: a `zoo.Seq2SeqLM`.
+        folder: path; it must not be there yet.
+        shard_bytes: largest size of a file, in bytes.
+
+    Raises:
+        ValueError: if the folder is there, or the model has something that transformers has not.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"`folder` must not be there yet. Received: folder={str(folder)!r}")
+    config = t5.config(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write(_named(model), beside, shard_bytes)
+        beside.chmod(0o755)
+        os.rename(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _named(model):
+    backbone = model.backbone
+    if backbone.tie_embeddings and not backbone.scale_outputs:  # or versions before 5 would scale
+        yield t5.OUTPUT, ops.convert_to_numpy(backbone.token_embedding.embeddings.value)
+    for weight in t5.weights(model):
+        value = ops.convert_to_numpy(weight.variable.value)
+        parts = value if len(weight.names) > 1 else [value]
+        for name, part in zip(weight.names, parts, strict=True):
+            yield name, part.T if weight.transposed else part

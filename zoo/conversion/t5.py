@@ -1,0 +1,261 @@
+"""T5, T5 1.1, mT5 and Switch Transformers: their settings and weights there and here."""
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+import keras_moe
+from zoo.layers import gelu_tanh
+from zoo.models.encoder_decoder import EncoderDecoderBackbone, Seq2SeqLM
+
+EMBEDDING, OUTPUT = "shared.weight", "lm_head.weight"
+FAMILIES = ("t5", "mt5", "switch_transformers")
+ACTIVATIONS = {
+    "relu": "relu",
+    "gated-relu": "relu",
+    "gelu_new": gelu_tanh,
+    "gated-gelu": gelu_tanh,  # transformers' name for the approximate one
+    "gelu": "gelu",
+    "silu": "silu",
+    "gated-silu": "silu",
+}
+
+
+class Weight(NamedTuple):
+    """A weight here, and what it is called there."""
+
+    variable: Any
+    names: tuple  # one, or those of all experts
+    transposed: bool = False
+
+    def shape_there(self):
+        """Shape of each of the named weights."""
+        shape = tuple(self.variable.shape)[1 if len(self.names) > 1 else 0 :]
+        return shape[::-1] if self.transposed else shape
+
+
+def make(config, tensors, dtype=None):
+    """A `Seq2SeqLM` for a `config.json` of transformers, without its weights.
+
+    `tensors` says whether the logits have weights of their own: the config does not. T5 1.1 has
+    them, but transformers 5 ties them unless the checkpoint has both, and earlier versions wrote
+    both where they were tied.
+    """
+    tied = OUTPUT not in tensors.names or np.array_equal(tensors[OUTPUT], tensors[EMBEDDING])
+    options = {**settings(config), "tie_embeddings": tied}
+    return Seq2SeqLM(EncoderDecoderBackbone(**options, dtype=dtype))
+
+
+def settings(config):
+    """Arguments of `EncoderDecoderBackbone`.
+
+    Raises:
+        ValueError: if the config asks for something that the backbone has not.
+    """
+    sparse = config["model_type"] == "switch_transformers"
+    kind = config.get("dense_act_fn" if sparse else "feed_forward_proj", "relu")
+    if kind not in ACTIVATIONS:
+        raise ValueError(
+            f"The feed-forward layer must be one of {', '.join(ACTIVATIONS)}. Received: {kind!r}"
+        )
+    layers = config["num_layers"]
+    decoder_layers = config.get("num_decoder_layers") or layers
+    result = {
+        "vocabulary_size": config["vocab_size"],
+        "num_layers": layers,
+        "num_decoder_layers": decoder_layers,
+        "num_heads": config["num_heads"],
+        "hidden_dim": config["d_model"],
+        "key_dim": config["d_kv"],
+        "intermediate_dim": config["d_ff"],
+        "activation": ACTIVATIONS[kind],
+        "gated": kind.startswith("gated-"),
+        "scale_outputs": _scales_outputs(config),
+        "num_buckets": config.get("relative_attention_num_buckets", 32),
+        "max_distance": config.get("relative_attention_max_distance", 128),
+        "dropout": config.get("dropout_rate", 0.1),
+        "epsilon": config.get("layer_norm_epsilon", 1e-6),
+    }
+    if not sparse:
+        return result
+    if config.get("router_bias"):
+        raise ValueError("The router must have no bias. Received: router_bias=True")
+    # A capacity in tokens per sequence, whatever their number: a share of next to nothing of them,
+    # and a minimum.
+    router = keras_moe.SwitchRouter(
+        capacity_factor=1e-9,
+        eval_capacity_factor=1e-9,
+        min_capacity=config.get("expert_capacity", 64),
+        jitter=config.get("router_jitter_noise", 0.01),
+        load_balancing_weight=config.get("router_aux_loss_coef", 1e-3),
+        router_z_weight=config.get("router_z_loss_coef", 1e-3),
+    )
+    return result | {
+        "router": router,
+        "num_experts": config["num_experts"],
+        "sparse_blocks": _sparse(layers, config["num_sparse_encoder_layers"]),
+        "decoder_sparse_blocks": _sparse(decoder_layers, config["num_sparse_decoder_layers"]),
+        "group": "sequence",
+        "expert_dropout": config.get("dropout_rate", 0.1),
+    }
+
+
+def _scales_outputs(config):
+    tied = config.get("tie_word_embeddings", True) is not False
+    # A T5 that transformers 5 wrote is always tied, and says this apart.
+    scales = {"t5": config.get("scale_decoder_outputs", tied), "mt5": False}
+    return scales.get(config["model_type"], tied)
+
+
+def _sparse(num_layers, num_sparse):
+    """Numbers, from 1, of the sparse blocks: every `step`-th, beginning with the second."""
+    step = num_layers // num_sparse if num_sparse else num_layers
+    return [i + 1 for i in range(num_layers) if step == 1 or i % step == 1]
+
+
+def config(model):
+    """What transformers writes into `config.json` for a `Seq2SeqLM`.
+
+    Raises:
+        ValueError: if the model has something that transformers has not.
+    """
+    backbone = model.backbone
+    activation = keras.activations.get(backbone.activation)
+    kinds = [
+        kind
+        for kind, ours in ACTIVATIONS.items()
+        if keras.activations.get(ours) is activation and kind.startswith("gated-") == backbone.gated
+    ]
+    if not kinds:
+        raise ValueError(
+            "transformers has no feed-forward layer with this activation. "
+            f"Received: activation={activation!r}, gated={backbone.gated}"
+        )
+    result = {
+        "vocab_size": backbone.vocabulary_size,
+        "num_layers": backbone.num_layers,
+        "num_decoder_layers": backbone.num_decoder_layers,
+        "num_heads": backbone.num_heads,
+        "d_model": backbone.hidden_dim,
+        "d_kv": backbone.key_dim,
+        "d_ff": backbone.intermediate_dim,
+        "tie_word_embeddings": backbone.scale_outputs,
+        "relative_attention_num_buckets": backbone.num_buckets,
+        "relative_attention_max_distance": backbone.max_distance,
+        "dropout_rate": backbone.dropout,
+        "layer_norm_epsilon": backbone.epsilon,
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
+    }
+    if backbone.router_config is None:
+        return result | {
+            "model_type": "t5",
+            "architectures": ["T5ForConditionalGeneration"],
+            "feed_forward_proj": kinds[0],
+            "scale_decoder_outputs": backbone.scale_outputs,
+        }
+    routers = {
+        type(block.feed_forward.router): block.feed_forward.router
+        for side in (backbone.encoder_blocks, backbone.decoder_blocks)
+        for block in side
+        if isinstance(block.feed_forward, keras_moe.MixtureOfExperts)
+    }
+    if set(routers) - {keras_moe.SwitchRouter}:
+        raise ValueError(
+            "transformers has these models with a `SwitchRouter` only. "
+            f"Received: {', '.join(kind.__name__ for kind in routers)}"
+        )
+    router = routers[keras_moe.SwitchRouter]
+    sparse = {
+        "num_sparse_encoder_layers": (backbone.sparse_blocks, backbone.num_layers),
+        "num_sparse_decoder_layers": (
+            backbone.decoder_sparse_blocks,
+            backbone.num_decoder_layers,
+        ),
+    }
+    for blocks, layers in sparse.values():
+        if tuple(_sparse(layers, len(blocks))) != tuple(blocks):
+            raise ValueError(
+                "transformers has a sparse block at every so many, beginning with the second. "
+                f"Received: the sparse blocks {blocks} of {layers}"
+            )
+    if backbone.expert_dim not in (None, backbone.intermediate_dim):
+        raise ValueError(
+            "transformers has experts of the dense layers' width only. "
+            f"Received: expert_dim={backbone.expert_dim}"
+        )
+    return result | {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "dense_act_fn": kinds[0],
+        "num_experts": backbone.num_experts,
+        "expert_capacity": router.min_capacity,
+        "router_jitter_noise": router.jitter,
+        "router_z_loss_coef": router.router_z_weight,
+        "router_aux_loss_coef": router.load_balancing_weight,
+        **{name: len(blocks) for name, (blocks, _) in sparse.items()},
+    }
+
+
+def weights(model):
+    """Every weight of a `Seq2SeqLM` as a `Weight`."""
+    backbone = model.backbone
+    embedding = backbone.token_embedding
+    yield Weight(embedding.embeddings, (EMBEDDING,))
+    if not backbone.tie_embeddings:
+        yield Weight(embedding.reverse_embeddings, (OUTPUT,), True)
+    for side in ("encoder", "decoder"):
+        bias = getattr(backbone, f"{side}_position_bias").embedding
+        yield Weight(
+            bias, (f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)
+        )
+        norm = getattr(backbone, f"{side}_output_norm").scale
+        yield Weight(norm, (f"{side}.final_layer_norm.weight",))
+        for number, block in enumerate(getattr(backbone, f"{side}_blocks")):
+            dense = "DenseReluDense" if backbone.router_config is None else "mlp"
+            yield from _block(block, f"{side}.block.{number}.layer", dense)
+
+
+def _block(block, name, dense):
+    yield Weight(block.attention_norm.scale, (f"{name}.0.layer_norm.weight",))
+    yield from _attention(block.attention, f"{name}.0.SelfAttention")
+    last = 1
+    if getattr(block, "cross_attention", None) is not None:
+        yield Weight(block.cross_attention_norm.scale, (f"{name}.1.layer_norm.weight",))
+        yield from _attention(block.cross_attention, f"{name}.1.EncDecAttention")
+        last = 2
+    yield Weight(block.feed_forward_norm.scale, (f"{name}.{last}.layer_norm.weight",))
+    layer = block.feed_forward
+    if isinstance(layer, keras_moe.MixtureOfExperts):
+        name = f"{name}.{last}.mlp"
+        yield Weight(layer.router.kernel, (f"{name}.router.classifier.weight",), True)
+        experts = [f"{name}.experts.expert_{e}" for e in range(layer.experts.num_experts)]
+        kernels = _kernels(
+            layer.experts.kernel_in,
+            layer.experts.kernel_gate if layer.experts.gated else None,
+            layer.experts.kernel_out,
+        )
+    else:
+        experts = [f"{name}.{last}.{dense}"]
+        kernels = _kernels(
+            layer.hidden.kernel,
+            layer.gate.kernel if layer.gated else None,
+            layer.output_projection.kernel,
+        )
+    for kernel, there in kernels:
+        yield Weight(kernel, tuple(f"{expert}.{there}.weight" for expert in experts), True)
+
+
+def _attention(attention, name):
+    for part, there in (("query", "q"), ("key", "k"), ("value", "v"), ("output_projection", "o")):
+        yield Weight(getattr(attention, part).kernel, (f"{name}.{there}.weight",), True)
+
+
+def _kernels(hidden, gate, output):
+    if gate is None:
+        return (hidden, "wi"), (output, "wo")
+    return (gate, "wi_0"), (hidden, "wi_1"), (output, "wo")

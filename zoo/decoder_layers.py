@@ -1,0 +1,166 @@
+"""The parts of a T5-style decoder, which sees no later token and may look at an encoder's outputs.
+
+B batch, L length, D width, H heads, K width of a head, S keys. While a text is generated the keys
+and values of the tokens before are kept: a cache is a `[batch, 2, heads, keys, key_dim]` tensor.
+"""
+
+import keras
+from keras import ops
+
+from zoo.layers import Attention, SelfAttention, TransformerBlock
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class CausalSelfAttention(SelfAttention):
+    """`SelfAttention` in which no token attends to a later one.
+
+    Args, call arguments and returns: as `SelfAttention`.
+    """
+
+    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
+        projected = self.project(inputs, padding_mask, training, token_ids)
+        heads = (self.heads(x_BLD) for x_BLD in projected)
+        position_L = ops.arange(ops.shape(inputs)[1], dtype="int32")
+        mask = (position_L <= position_L[:, None]) & ops.cast(
+            padding_mask[:, None, None, :], "bool"
+        )
+        return self.attend(*heads, mask, position_bias, training)
+
+    def go_on(self, inputs, position_bias, cache, first):
+        """Attends from tokens at `first` and after to all before them, in inference.
+
+        Args:
+            inputs: `[batch, length, dim]` tensor.
+            position_bias: `[1, heads, length, keys]` tensor.
+            cache: keys and values of the tokens before `first`.
+            first: position of the first of the inputs.
+
+        Returns:
+            Tuple of the outputs `[batch, length, dim]` and the cache with the inputs' own.
+        """
+        query, key, value = self.project(inputs, None, False, None)
+        new = ops.stack([self.heads(key), self.heads(value)], axis=1)
+        cache = ops.slice_update(cache, (0, 0, 0, first, 0), ops.cast(new, cache.dtype))
+        query_L = ops.arange(ops.shape(inputs)[1], dtype="int32") + first
+        mask = ops.arange(ops.shape(cache)[3], dtype="int32") <= query_L[:, None]
+        y = self.attend(self.heads(query), cache[:, 0], cache[:, 1], mask, position_bias)
+        return y, cache
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class CrossAttention(Attention):
+    """Attention from a decoder's tokens to an encoder's outputs, without positions.
+
+    Args:
+        num_heads: integer.
+        key_dim: integer, the width of a head.
+        dropout: rate on the attention weights.
+
+    Call arguments:
+        inputs: `[batch, length, dim]` tensor.
+        memory: `[batch, keys, dim]` tensor, the encoder's outputs.
+        memory_mask: `[batch, keys]`, 0 or `False` for padding.
+        training: boolean.
+
+    Returns:
+        `[batch, length, dim]` tensor.
+    """
+
+    def call(self, inputs, memory, memory_mask, training=False):
+        return self.look_up(inputs, self.remember(memory), memory_mask, training)
+
+    def remember(self, memory):
+        """The cache of an encoder's outputs."""
+        parts = [self.heads(self.key(memory)), self.heads(self.value(memory))]
+        return ops.stack(parts, axis=1)
+
+    def look_up(self, inputs, cache, memory_mask, training=False):
+        """The outputs, from a cache that `remember` made."""
+        query = self.heads(self.query(inputs))
+        mask = memory_mask[:, None, None, :]
+        return self.attend(query, cache[:, 0], cache[:, 1], mask, training=training)
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class DecoderBlock(TransformerBlock):
+    """`x + attention(norm(x))`, `x + cross_attention(norm(x))`, then `x + feed_forward(norm(x))`.
+
+    Args:
+        attention: a `CausalSelfAttention`.
+        feed_forward: as in `TransformerBlock`.
+        cross_attention: a `CrossAttention`; `None` in a model without an encoder.
+        dropout: rate on the output of each sub-layer.
+        epsilon: of the RMS norm.
+
+    Call arguments:
+        inputs, position_bias, padding_mask, training, token_ids: as `SelfAttention`.
+        memory, memory_mask: as `CrossAttention`.
+    """
+
+    def __init__(
+        self, attention, feed_forward, cross_attention=None, dropout=0.0, epsilon=1e-6, **kwargs
+    ):
+        super().__init__(attention, feed_forward, dropout, epsilon, **kwargs)
+        self.cross_attention = cross_attention
+
+    def build(self, input_shape, *args):
+        super().build(input_shape)
+        if self.cross_attention is not None:
+            self.cross_attention_norm = self._norm("cross_attention_norm", input_shape)
+            if not self.cross_attention.built:
+                self.cross_attention.build(input_shape)
+
+    def call(
+        self,
+        inputs,
+        position_bias,
+        padding_mask,
+        memory=None,
+        memory_mask=None,
+        training=False,
+        token_ids=None,
+    ):
+        x = self.attention_norm(inputs)
+        x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
+        inputs = inputs + self.residual_dropout(x, training=training)
+        if self.cross_attention is not None:
+            x = self.cross_attention_norm(inputs)
+            x = self.cross_attention(x, memory, memory_mask, training=training)
+            inputs = inputs + self.residual_dropout(x, training=training)
+        return self.feed(inputs, padding_mask, training, token_ids)
+
+    def go_on(self, inputs, position_bias, cache, first, memory=None, memory_mask=None):
+        """The block's outputs for tokens at `first` and after, in inference.
+
+        Args:
+            inputs: `[batch, length, dim]` tensor.
+            position_bias: `[1, heads, length, keys]` tensor.
+            cache: of the self-attention, up to `first`.
+            first: position of the first of the inputs.
+            memory: what `cross_attention.remember` made of the encoder's outputs.
+            memory_mask: `[batch, keys]`, 0 or `False` for padding.
+
+        Returns:
+            Tuple of the outputs `[batch, length, dim]` and the new cache.
+        """
+        x, cache = self.attention.go_on(self.attention_norm(inputs), position_bias, cache, first)
+        inputs = inputs + x
+        if self.cross_attention is not None:
+            x = self.cross_attention_norm(inputs)
+            inputs = inputs + self.cross_attention.look_up(x, memory, memory_mask)
+        return self.feed(inputs, None), cache
+
+    def get_config(self):
+        cross_attention = self.cross_attention
+        return {
+            **super().get_config(),
+            "cross_attention": cross_attention
+            and keras.saving.serialize_keras_object(cross_attention),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        cross_attention = config["cross_attention"]
+        if cross_attention is not None:
+            cross_attention = keras.saving.deserialize_keras_object(cross_attention)
+        return super().from_config({**config, "cross_attention": cross_attention})

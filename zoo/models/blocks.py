@@ -1,0 +1,42 @@
+"""Feed-forward layers of Transformer blocks, dense or sparse, from a model's settings."""
+
+from keras_moe import FeedForwardExperts, MixtureOfExperts
+from zoo.layers import FeedForward
+
+
+def mixture(experts, router, group, dtype, name):
+    """A `MixtureOfExperts` with its own copy of a router."""
+    copy = type(router).from_config({**router.get_config(), "name": "router"})
+    return MixtureOfExperts(experts, copy, group, dtype=dtype, name=name)
+
+
+def feed_forward(
+    router,
+    num_experts,
+    expert_dim,
+    intermediate_dim,
+    group,
+    activation,
+    gated,
+    dropout,
+    expert_dropout,
+    expert_init_scale,
+    dtype,
+    name,
+):
+    """A `MixtureOfExperts` named `name`, or, without a router, a `FeedForward`."""
+    if router is None or num_experts == 0:
+        return FeedForward(
+            intermediate_dim, activation, dropout, gated, dtype=dtype, name="feed_forward"
+        )
+    experts = FeedForwardExperts(
+        num_experts,
+        expert_dim or intermediate_dim,
+        activation=activation,
+        gated=gated,
+        dropout=expert_dropout,
+        init_scale=expert_init_scale,
+        dtype=dtype,
+        name="experts",
+    )
+    return mixture(experts, router, group, dtype, name)

@@ -1,0 +1,436 @@
+"""A T5-style encoder and decoder whose feed-forward layers are dense or sparse.
+
+T5, T5 1.1 and Switch Transformers are one implementation: they differ in the router that is handed
+over (none, `SwitchRouter`, or any other of `keras_moe`), in the gate of the feed-forward layers,
+and in whether the logits are made by the embedding table.
+"""
+
+import keras
+import keras_hub
+from keras import ops
+
+from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock
+from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
+from zoo.models.blocks import feed_forward
+from zoo.tokenizer import ZooTokenizer
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class EncoderDecoderBackbone(keras_hub.models.Backbone):
+    """A Transformer with an encoder and a decoder, both with mixtures of experts in some blocks.
+
+    Inputs are a dictionary of `encoder_token_ids`, `encoder_padding_mask`, `decoder_token_ids` and
+    `decoder_padding_mask`, `[batch, length]` each; outputs one of `encoder_sequence_output` and
+    `decoder_sequence_output`, `[batch, length, hidden_dim]`. Source: T5
+    (https://arxiv.org/abs/1910.10683) and Switch Transformers (https://arxiv.org/abs/2101.03961).
+
+    Args:
+        vocabulary_size: rows of the embedding table.
+        num_layers: blocks of the encoder.
+        num_heads: attention heads.
+        hidden_dim: width of the model.
+        key_dim: width of a head.
+        intermediate_dim: hidden width of the dense feed-forward layers.
+        num_decoder_layers: blocks of the decoder; `None`: as many as the encoder's.
+        router: a `keras_moe` router, copied into every sparse block; `None` for a dense model.
+        decoder_router: the decoder's, one that does not look ahead; `None`: `router`.
+        num_experts: experts per sparse block.
+        expert_dim: hidden width of an expert; `None`: `intermediate_dim`.
+        sparse_blocks: numbers, from 1, of the encoder's sparse blocks; `None`: every second one.
+        decoder_sparse_blocks: the same of the decoder.
+        group: the encoder's tokens that are routed together, see `keras_moe.MixtureOfExperts`. The
+            decoder's are always those of a sequence.
+        activation: of the feed-forward layers.
+        gated: whether their hidden units are gated, as in T5 1.1.
+        tie_embeddings: whether the logits are made by the embedding table, as in T5 1.0.
+        scale_outputs: whether the decoder's outputs are first divided by the root of `hidden_dim`;
+            `None`: where the embeddings are tied.
+        num_buckets: of the relative positions, see `zoo.layers.RelativePositionBias`.
+        max_distance: of the relative positions, in tokens.
+        dropout: rate after the embedding and in and after every sub-layer.
+        expert_dropout: rate on the experts' hidden units.
+        expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
+        epsilon: of the RMS norms.
+        dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
+        name: of the model.
+        trainable: whether training changes the weights.
+
+    Raises:
+        ValueError: if the decoder's router looks ahead, or a sparse block's number is out of range.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_heads,
+        hidden_dim,
+        key_dim,
+        intermediate_dim,
+        num_decoder_layers=None,
+        router=None,
+        decoder_router=None,
+        num_experts=8,
+        expert_dim=None,
+        sparse_blocks=None,
+        decoder_sparse_blocks=None,
+        group="batch",
+        activation="relu",
+        gated=False,
+        tie_embeddings=True,
+        scale_outputs=None,
+        num_buckets=32,
+        max_distance=128,
+        dropout=0.1,
+        expert_dropout=0.1,
+        expert_init_scale=1.0,
+        epsilon=1e-6,
+        dtype=None,
+        name=None,
+        trainable=True,  # no `**kwargs`: Keras would take any name without a word
+    ):
+        if num_decoder_layers is None:
+            num_decoder_layers = num_layers
+        routers = {"encoder": router, "decoder": decoder_router or router}
+        depths = {"encoder": num_layers, "decoder": num_decoder_layers}
+        sparse = {
+            "encoder": _sparse("sparse_blocks", sparse_blocks, num_layers),
+            "decoder": _sparse("decoder_sparse_blocks", decoder_sparse_blocks, num_decoder_layers),
+        }
+        if routers["decoder"] is not None and not routers["decoder"].is_causal:
+            raise ValueError(
+                "`decoder_router` must not look ahead. "
+                f"Received: decoder_router={routers['decoder']!r}"
+            )
+
+        # === Layers ===
+        token_embedding = keras_hub.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+            dtype=dtype,
+            name="token_embedding",
+        )
+
+        def attention(layer, name):
+            return layer(num_heads, key_dim, dropout, dtype=dtype, name=name)
+
+        def feed(side, number):
+            return feed_forward(
+                routers[side] if number in sparse[side] else None,
+                num_experts,
+                expert_dim,
+                intermediate_dim,
+                group if side == "encoder" else "sequence",
+                activation,
+                gated,
+                dropout,
+                expert_dropout,
+                expert_init_scale,
+                dtype,
+                f"{side}_moe_{number}",
+            )
+
+        def blocks(side, make):
+            return [make(number, f"{side}_block_{number}") for number in range(1, depths[side] + 1)]
+
+        def last(side):
+            norm = keras.layers.RMSNormalization(
+                epsilon=epsilon, dtype=dtype, name=f"{side}_output_norm"
+            )
+            return norm, Dropout(dropout, dtype=dtype, name=f"{side}_output_dropout")
+
+        encoder_position_bias, decoder_position_bias = (
+            RelativePositionBias(
+                num_heads,
+                num_buckets,
+                max_distance,
+                bidirectional=side == "encoder",
+                dtype=dtype,
+                name=f"{side}_position_bias",
+            )
+            for side in ("encoder", "decoder")
+        )
+        embedding_dropout = Dropout(dropout, dtype=dtype, name="embedding_dropout")
+        encoder_blocks = blocks(
+            "encoder",
+            lambda number, name: TransformerBlock(
+                attention(SelfAttention, "attention"),
+                feed("encoder", number),
+                dropout,
+                epsilon,
+                dtype=dtype,
+                name=name,
+            ),
+        )
+        decoder_blocks = blocks(
+            "decoder",
+            lambda number, name: DecoderBlock(
+                attention(CausalSelfAttention, "attention"),
+                feed("decoder", number),
+                attention(CrossAttention, "cross_attention"),
+                dropout,
+                epsilon,
+                dtype=dtype,
+                name=name,
+            ),
+        )
+        encoder_last, decoder_last = last("encoder"), last("decoder")
+
+        # === Functional model ===
+        encoder_token_ids, encoder_padding_mask, decoder_token_ids, decoder_padding_mask = (
+            keras.Input((None,), dtype="int32", name=f"{side}_{kind}")
+            for side in ("encoder", "decoder")
+            for kind in ("token_ids", "padding_mask")
+        )
+        x = embedding_dropout(token_embedding(encoder_token_ids))
+        bias = encoder_position_bias(x)
+        for block in encoder_blocks:
+            x = block(x, bias, encoder_padding_mask, token_ids=encoder_token_ids)
+        for layer in encoder_last:
+            x = layer(x)
+        memory = x
+
+        x = embedding_dropout(token_embedding(decoder_token_ids))
+        bias = decoder_position_bias(x)
+        for block in decoder_blocks:
+            x = block(
+                x,
+                bias,
+                decoder_padding_mask,
+                memory,
+                encoder_padding_mask,
+                token_ids=decoder_token_ids,
+            )
+        for layer in decoder_last:
+            x = layer(x)
+        super().__init__(
+            inputs={
+                "encoder_token_ids": encoder_token_ids,
+                "encoder_padding_mask": encoder_padding_mask,
+                "decoder_token_ids": decoder_token_ids,
+                "decoder_padding_mask": decoder_padding_mask,
+            },
+            outputs={"encoder_sequence_output": memory, "decoder_sequence_output": x},
+            dtype=dtype,
+            name=name,
+            trainable=trainable,
+        )
+        self.token_embedding = token_embedding
+        self.encoder_position_bias = encoder_position_bias
+        self.decoder_position_bias = decoder_position_bias
+        self.encoder_blocks, self.decoder_blocks = encoder_blocks, decoder_blocks
+        self.encoder_output_norm, self.decoder_output_norm = encoder_last[0], decoder_last[0]
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.hidden_dim = hidden_dim
+        self.key_dim = key_dim
+        self.intermediate_dim = intermediate_dim
+        self.num_decoder_layers = num_decoder_layers
+        # Not the routers themselves: Keras would take them for parts of the model.
+        self.router_config = _serialized(router)
+        self.decoder_router_config = _serialized(decoder_router)
+        self.num_experts = num_experts
+        self.expert_dim = expert_dim
+        self.sparse_blocks = sparse["encoder"]
+        self.decoder_sparse_blocks = sparse["decoder"]
+        self.group = group
+        self.activation = activation
+        self.gated = gated
+        self.tie_embeddings = tie_embeddings
+        self.scale_outputs = tie_embeddings if scale_outputs is None else scale_outputs
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.dropout = dropout
+        self.expert_dropout = expert_dropout
+        self.expert_init_scale = expert_init_scale
+        self.epsilon = epsilon
+
+    def encode(self, token_ids, padding_mask):
+        """The encoder's outputs in inference, `[batch, length, hidden_dim]`."""
+        x = self.token_embedding(token_ids)
+        bias = self.encoder_position_bias(x)
+        for block in self.encoder_blocks:
+            x = block(x, bias, padding_mask, token_ids=token_ids)
+        return self.encoder_output_norm(x)
+
+    def remember(self, memory):
+        """What the decoder's blocks look up of an encoder's outputs.
+
+        Returns:
+            `[batch, blocks, 2, heads, length, key_dim]` tensor.
+        """
+        caches = [block.cross_attention.remember(memory) for block in self.decoder_blocks]
+        return ops.stack(caches, axis=1)
+
+    def empty_cache(self, batch, length):
+        """The decoder's cache before its first token, for `length` tokens."""
+        shape = (batch, self.num_decoder_layers, 2, self.num_heads, length, self.key_dim)
+        return ops.zeros(shape, self.compute_dtype)
+
+    def go_on(self, token_ids, cache, first, memory, memory_mask):
+        """The decoder's outputs for tokens at `first` and after, in inference.
+
+        Args:
+            token_ids: `[batch, length]` integers.
+            cache: what `empty_cache` or an earlier call returned.
+            first: position of the first of the tokens.
+            memory: what `remember` returned.
+            memory_mask: `[batch, keys]`, 0 for padding of the encoder's inputs.
+
+        Returns:
+            Tuple of the outputs `[batch, length, hidden_dim]` and the new cache.
+        """
+        x = self.token_embedding(token_ids)
+        bias = self.decoder_position_bias(x, num_keys=ops.shape(cache)[4], first=first)
+        caches = []
+        for number, block in enumerate(self.decoder_blocks):
+            x, new = block.go_on(x, bias, cache[:, number], first, memory[:, number], memory_mask)
+            caches.append(new)
+        return self.decoder_output_norm(x), ops.stack(caches, axis=1)
+
+    def logits(self, outputs):
+        """Logits of the next token, `[..., vocabulary_size]`, from the decoder's outputs."""
+        if self.scale_outputs:
+            outputs = outputs * self.hidden_dim**-0.5
+        return self.token_embedding(outputs, reverse=True)
+
+    def get_config(self):
+        names = (
+            "vocabulary_size num_layers num_heads hidden_dim key_dim intermediate_dim "
+            "num_decoder_layers num_experts expert_dim sparse_blocks decoder_sparse_blocks group "
+            "gated tie_embeddings scale_outputs num_buckets max_distance dropout expert_dropout "
+            "expert_init_scale epsilon"
+        )
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in names.split()},
+            "activation": keras.activations.serialize(keras.activations.get(self.activation)),
+            "router": self.router_config,
+            "decoder_router": self.decoder_router_config,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        routers = {
+            name: config[name] and keras.saving.deserialize_keras_object(config[name])
+            for name in ("router", "decoder_router")
+        }
+        return super().from_config({**config, **routers})
+
+
+def _serialized(router):
+    return router and keras.saving.serialize_keras_object(router)
+
+
+def _sparse(name, blocks, num_layers):
+    if blocks is None:
+        return tuple(range(2, num_layers + 1, 2))
+    if not all(1 <= number <= num_layers for number in blocks):
+        raise ValueError(
+            f"`{name}` must be numbers from 1 to {num_layers}. Received: {name}={blocks}"
+        )
+    return tuple(blocks)
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class Seq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
+    """Pairs of texts to the inputs of an `EncoderDecoderBackbone`, and the next tokens as labels.
+
+    As in T5, the encoder's text has the end token at its end and nothing at its start, and the
+    decoder starts with the token that pads.
+
+    Args:
+        tokenizer: a `zoo.ZooTokenizer`, or KerasHub's `T5Tokenizer`.
+        encoder_sequence_length: tokens; longer texts are cut.
+        decoder_sequence_length: the same of the decoder.
+    """
+
+    backbone_cls = EncoderDecoderBackbone
+    tokenizer_cls = ZooTokenizer
+
+    def build(self, input_shape):
+        packer = {
+            "end_value": self.tokenizer.end_token_id,
+            "pad_value": self.tokenizer.pad_token_id,
+            "return_padding_mask": True,
+        }
+        self.encoder_packer = keras_hub.layers.StartEndPacker(
+            sequence_length=self.encoder_sequence_length, **packer
+        )
+        self.decoder_packer = keras_hub.layers.StartEndPacker(
+            sequence_length=self.decoder_sequence_length,
+            start_value=self.tokenizer.pad_token_id,
+            **packer,
+        )
+        self.built = True
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
+    """A text-to-text model: logits of the decoder's next token on an `EncoderDecoderBackbone`.
+
+    `fit` and `generate` take texts if there is a preprocessor, tokens otherwise. While generating,
+    the encoder runs once, and a token costs one step of the decoder, whose mixtures touch the
+    experts of that token alone.
+
+    Args:
+        backbone: an `EncoderDecoderBackbone`.
+        preprocessor: a `Seq2SeqLMPreprocessor`; `None` if inputs are tokens already.
+        name: of the model.
+        trainable: whether training changes the weights.
+
+    Returns:
+        When called: `[batch, length, vocabulary_size]` logits.
+    """
+
+    backbone_cls = EncoderDecoderBackbone
+    preprocessor_cls = Seq2SeqLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, name=None, trainable=True):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        inputs = backbone.input
+        outputs = backbone.logits(backbone(inputs)["decoder_sequence_output"])
+        super().__init__(inputs=inputs, outputs=outputs, name=name, trainable=trainable)
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Fills up one batch of `decoder_token_ids` where `decoder_padding_mask` is 0."""
+        backbone, mask = self.backbone, inputs["encoder_padding_mask"]
+        token_ids = inputs["decoder_token_ids"]
+        given = ops.cast(inputs["decoder_padding_mask"], "bool")
+        batch, length = ops.shape(token_ids)
+        memory = backbone.remember(backbone.encode(inputs["encoder_token_ids"], mask))
+        cache = backbone.empty_cache(batch, length)
+        index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
+        x_BLD, cache = backbone.go_on(token_ids, cache, 0, memory, mask)
+
+        def next(prompt, cache, index):
+            cache, memory, mask = cache
+            last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
+            x_B1D, cache = backbone.go_on(last, cache, index - 1, memory, mask)
+            return backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], (cache, memory, mask)
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=(cache, memory, mask),  # what a beam search must repeat for each beam
+            index=index,
+            mask=given,
+            stop_token_ids=stop_token_ids,
+            hidden_states=x_BLD,
+            model=self,
+        )
+        written = ops.ones_like(given)
+        if stop_token_ids is not None:  # all but what stands after the first stop token
+            stops = ops.any(token_ids[..., None] == ops.convert_to_tensor(stop_token_ids), axis=-1)
+            stops = ops.cast(stops & ~given, "int32")
+            written = ops.cumsum(stops, axis=-1) - stops == 0
+        return {"decoder_token_ids": token_ids, "decoder_padding_mask": written}
