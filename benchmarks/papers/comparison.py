@@ -141,6 +141,6 @@ def draw(results, path, unit="nats per byte, held out"):
                 x, y = curves[0, :, 0] * scale, curves[:, :, 1]
                 panel.plot(x, y.T, color=f"C{number}", alpha=0.25, linewidth=0.8)
                 panel.plot(x, y.mean(0), color=f"C{number}", label=name)
-            panel.set(xlabel=axis, yscale="log")
+            panel.set(xlabel=axis)
         panels[0].set_ylabel(unit)
         panels[-1].legend(frameon=False, fontsize=8)

@@ -68,7 +68,7 @@ def draw(results, path):
                 panel.fill_between(
                     steps, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color()
                 )
-            panel.set(title=study, xlabel="steps", yscale="log")
+            panel.set(title=study, xlabel="steps")
             panel.legend(frameon=False, fontsize=7)
         panels[0].set_ylabel("nats per byte, held out")
 

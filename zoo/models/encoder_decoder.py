@@ -12,6 +12,7 @@ from keras import ops
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
 from zoo.models.blocks import feed_forward
+from zoo.models.generation import written
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -38,8 +39,9 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         expert_dim: hidden width of an expert; `None`: `intermediate_dim`.
         sparse_blocks: numbers, from 1, of the encoder's sparse blocks; `None`: every second one.
         decoder_sparse_blocks: the same of the decoder.
-        group: the encoder's tokens that are routed together, see `keras_moe.MixtureOfExperts`. The
-            decoder's are always those of a sequence.
+        group: the encoder's tokens that are routed together, see `keras_moe.MixtureOfExperts`. By
+            default no text depends on the others in its batch. The decoder's are always those of a
+            sequence.
         activation: of the feed-forward layers.
         gated: whether their hidden units are gated, as in T5 1.1.
         tie_embeddings: whether the logits are made by the embedding table, as in T5 1.0.
@@ -74,7 +76,7 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         expert_dim=None,
         sparse_blocks=None,
         decoder_sparse_blocks=None,
-        group="batch",
+        group="sequence",
         activation="relu",
         gated=False,
         tie_embeddings=True,
@@ -376,7 +378,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     `fit` and `generate` take texts if there is a preprocessor, tokens otherwise. While generating,
     the encoder runs once, and a token costs one step of the decoder, whose mixtures touch the
-    experts of that token alone.
+    experts of that token alone, and drop none.
 
     Args:
         backbone: an `EncoderDecoderBackbone`.
@@ -403,34 +405,30 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Fills up one batch of `decoder_token_ids` where `decoder_padding_mask` is 0."""
-        backbone, mask = self.backbone, inputs["encoder_padding_mask"]
+        backbone, memory_mask = self.backbone, inputs["encoder_padding_mask"]
         token_ids = inputs["decoder_token_ids"]
         given = ops.cast(inputs["decoder_padding_mask"], "bool")
         batch, length = ops.shape(token_ids)
-        memory = backbone.remember(backbone.encode(inputs["encoder_token_ids"], mask))
+        memory = backbone.remember(backbone.encode(inputs["encoder_token_ids"], memory_mask))
         cache = backbone.empty_cache(batch, length)
         index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
-        x_BLD, cache = backbone.go_on(token_ids, cache, 0, memory, mask)
+        x_BLD, cache = backbone.go_on(token_ids, cache, 0, memory, memory_mask)
 
         def next(prompt, cache, index):
-            cache, memory, mask = cache
+            cache, memory, memory_mask = cache
             last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
-            x_B1D, cache = backbone.go_on(last, cache, index - 1, memory, mask)
-            return backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], (cache, memory, mask)
+            x_B1D, cache = backbone.go_on(last, cache, index - 1, memory, memory_mask)
+            return backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], (cache, memory, memory_mask)
 
         token_ids = self.sampler(
             next=next,
             prompt=token_ids,
-            cache=(cache, memory, mask),  # what a beam search must repeat for each beam
+            cache=(cache, memory, memory_mask),  # what a beam search must repeat for each beam
             index=index,
             mask=given,
             stop_token_ids=stop_token_ids,
             hidden_states=x_BLD,
             model=self,
         )
-        written = ops.ones_like(given)
-        if stop_token_ids is not None:  # all but what stands after the first stop token
-            stops = ops.any(token_ids[..., None] == ops.convert_to_tensor(stop_token_ids), axis=-1)
-            stops = ops.cast(stops & ~given, "int32")
-            written = ops.cumsum(stops, axis=-1) - stops == 0
-        return {"decoder_token_ids": token_ids, "decoder_padding_mask": written}
+        mask = written(token_ids, given, stop_token_ids)
+        return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}

@@ -17,6 +17,7 @@ from keras_moe import (
     NoisyTopKRouter,
 )
 from zoo.layers import Dropout
+from zoo.models.generation import written
 from zoo.tokenizer import ZooTokenizer
 
 KINDS = ("lstm", "moe", "dense")
@@ -346,12 +347,8 @@ class LstmCausalLM(keras_hub.models.CausalLM):
             stop_token_ids=stop_token_ids,
             model=self,
         )
-        written = ops.ones_like(given)
-        if stop_token_ids is not None:  # all but what stands after the first stop token
-            stops = ops.any(token_ids[..., None] == ops.convert_to_tensor(stop_token_ids), axis=-1)
-            stops = ops.cast(stops & ~given, "int32")
-            written = ops.cumsum(stops, axis=-1) - stops == 0
-        return {"token_ids": token_ids, "padding_mask": written}
+        mask = written(token_ids, given, stop_token_ids)
+        return {"token_ids": token_ids, "padding_mask": mask}
 
 
 # Of the paper's Table 7 the models of 8.4 to 9.4 million operations a token. Width 512;
