@@ -44,7 +44,7 @@ def run(backend, pytest_arguments, alone):
                     stdout=file,
                     stderr=subprocess.STDOUT,
                 ).returncode
-            print(f"\n=== {backend} ===\n{output.read_text()}", flush=True)
+            print(f"\n=== {backend} ===\n{output.read_text(errors='replace')}", flush=True)
         if not report.exists():
             return False, f"pytest stopped with exit code {code}"
         suite = ElementTree.parse(report).find("testsuite")
@@ -77,7 +77,11 @@ def main():
             backend: pool.submit(run, backend, arguments[split + 1 :], at_once == 1)
             for backend in backends
         }
-        results = {backend: result.result() for backend, result in running.items()}
+        try:
+            results = {backend: result.result() for backend, result in running.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print()
     for backend, (passed, summary) in results.items():
         print(f"{backend:<12}{'ok' if passed else 'FAILED':<8}{summary}")

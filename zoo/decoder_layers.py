@@ -26,7 +26,7 @@ class CausalSelfAttention(SelfAttention):
         )
         return self.attend(*heads, mask, position_bias, training)
 
-    def go_on(self, inputs, position_bias, cache, first):
+    def go_on(self, inputs, position_bias, cache, first, token_ids=None):
         """Attends from tokens at `first` and after to all before them, in inference.
 
         Args:
@@ -34,11 +34,12 @@ class CausalSelfAttention(SelfAttention):
             position_bias: `[1, heads, length, keys]` tensor.
             cache: keys and values of the tokens before `first`.
             first: position of the first of the inputs.
+            token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
 
         Returns:
             Tuple of the outputs `[batch, length, dim]` and the cache with the inputs' own.
         """
-        query, key, value = self.project(inputs, None, False, None)
+        query, key, value = self.project(inputs, None, False, token_ids)
         new = ops.stack([self.heads(key), self.heads(value)], axis=1)
         cache = ops.slice_update(cache, (0, 0, 0, first, 0), ops.cast(new, cache.dtype))
         query_L = ops.arange(ops.shape(inputs)[1], dtype="int32") + first
@@ -129,7 +130,9 @@ class DecoderBlock(TransformerBlock):
             inputs = inputs + self.residual_dropout(x, training=training)
         return self.feed(inputs, padding_mask, training, token_ids)
 
-    def go_on(self, inputs, position_bias, cache, first, memory=None, memory_mask=None):
+    def go_on(
+        self, inputs, position_bias, cache, first, memory=None, memory_mask=None, token_ids=None
+    ):
         """The block's outputs for tokens at `first` and after, in inference.
 
         Args:
@@ -139,16 +142,18 @@ class DecoderBlock(TransformerBlock):
             first: position of the first of the inputs.
             memory: what `cross_attention.remember` made of the encoder's outputs.
             memory_mask: `[batch, keys]`, 0 or `False` for padding.
+            token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
 
         Returns:
             Tuple of the outputs `[batch, length, dim]` and the new cache.
         """
-        x, cache = self.attention.go_on(self.attention_norm(inputs), position_bias, cache, first)
+        x = self.attention_norm(inputs)
+        x, cache = self.attention.go_on(x, position_bias, cache, first, token_ids)
         inputs = inputs + x
         if self.cross_attention is not None:
             x = self.cross_attention_norm(inputs)
             inputs = inputs + self.cross_attention.look_up(x, memory, memory_mask)
-        return self.feed(inputs, None), cache
+        return self.feed(inputs, None, token_ids=token_ids), cache
 
     def get_config(self):
         cross_attention = self.cross_attention

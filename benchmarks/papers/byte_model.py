@@ -99,8 +99,9 @@ class Text:
         order = rng.permutation(len(self.train))
         if len(order) < different + 20 * BATCH:
             raise ValueError(
-                f"`steps` must leave the text unrepeated, at most {len(order) // BATCH - 20}. "
-                f"Received: steps={wanted // BATCH}"
+                "`steps` must leave the text unrepeated and `sequences` be fewer than it has: at "
+                f"most {len(order) // BATCH - 20} steps or {len(order) - 20 * BATCH} sequences. "
+                f"Received: steps={wanted // BATCH}, sequences={sequences}"
             )
         passes = [order[:different]]
         while len(passes) * different < wanted:
@@ -201,15 +202,19 @@ def _model(options):
 def step_flops(settings):
     """Multiplications and additions of a step, forward and backward.
 
-    Empty slots are included where every expert has one row of them, which is so with these capacity
-    factors, under 1.5; without a capacity a product's last row may have more.
+    Empty slots are included where every expert has one row of them: at capacity factors below 1.5.
+    Above, and without a capacity, experts get as many rows as they need, of which the last may have
+    empty slots, which are not counted.
     """
     options = {**DEFAULTS, **settings}
     feed_forward = 2 * WIDTH * options["hidden"]
     if options["kind"] != "dense":
-        slots = options["k"] if options["capacity"] is None else options["capacity"]
-        if options["kind"] in ("top_k", "noisy") and options["capacity"] is not None:
-            slots *= options["k"]
+        capacity = options["capacity"]
+        if options["kind"] == "expert_choice":
+            slots = capacity
+        else:
+            k = options["k"] if options["kind"] in ("top_k", "noisy") else 1
+            slots = k * (1 if capacity is None or capacity >= 1.5 else capacity)
         kernels = 2 if options["kind"] == "noisy" else 1
         feed_forward = slots * feed_forward + kernels * WIDTH * options["experts"]
     attention = 4 * WIDTH * WIDTH + 2 * LENGTH * WIDTH

@@ -164,7 +164,10 @@ class Distiller(keras.Model):
         return cls(**{**config, **parts})
 
 
-def _ends_in_softmax(model):
-    last = model.layers[-1] if getattr(model, "layers", None) else model
-    is_softmax = isinstance(last, keras.layers.Softmax)
-    return is_softmax or getattr(last, "activation", None) is keras.activations.softmax
+def _ends_in_softmax(layer):
+    """Whether a layer, or the last one of a functional model, is a softmax; `False`: not known."""
+    if isinstance(layer, keras.Model):
+        outputs = getattr(layer, "outputs", None) or []  # a subclass of one's own has none
+        return any(_ends_in_softmax(output._keras_history.operation) for output in outputs)
+    is_softmax = isinstance(layer, keras.layers.Softmax)
+    return is_softmax or getattr(layer, "activation", None) is keras.activations.softmax

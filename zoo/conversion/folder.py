@@ -12,8 +12,13 @@ from keras import ops
 from zoo.conversion import t5
 from zoo.conversion.tensors import Tensors, write
 
-# The embedding table again, which some versions write.
-COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+# The embedding table again, which some versions write, and a weight that T5's cross-attention never
+# used.
+IGNORED = {
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+}
 
 
 def load_transformers(folder, dtype=None):
@@ -30,16 +35,23 @@ def load_transformers(folder, dtype=None):
     Raises:
         ValueError: if something is missing or damaged, the family is another, or a weight does not
             fit.
+        ImportError: if safetensors, or torch for a pickle, is not installed.
     """
     folder = Path(folder)
     config = read_config(folder)
     with Tensors(folder) as tensors:
         _require(folder, {t5.EMBEDDING}, tensors.names)
-        model = t5.make(config, tensors, dtype)
+        try:
+            model = t5.make(config, tensors, dtype)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` "
+                f"lacks or has a wrong {error}"
+            ) from error
         wanted = list(t5.weights(model))
         names = {name for weight in wanted for name in weight.names}
         _require(folder, names, tensors.names)
-        if unknown := sorted(tensors.names - names - COPIES - {t5.OUTPUT}):
+        if unknown := sorted(tensors.names - names - IGNORED - {t5.OUTPUT}):
             raise ValueError(
                 f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
                 f"{_weights(unknown)}"
@@ -101,7 +113,7 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     Args:
         model: a `zoo.Seq2SeqLM`.
         folder: path; it must not be there yet.
-        shard_bytes: largest size of a file, in bytes.
+        shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 
     Raises:
         ValueError: if the folder is there, or the model has something that transformers has not.

@@ -11,6 +11,7 @@ from zoo.models.encoder_decoder import EncoderDecoderBackbone, Seq2SeqLM
 
 EMBEDDING, OUTPUT = "shared.weight", "lm_head.weight"
 FAMILIES = ("t5", "mt5", "switch_transformers")
+FIXED = 1e-9  # a capacity factor that leaves the capacity to the router's `min_capacity`
 ACTIVATIONS = {
     "relu": "relu",
     "gated-relu": "relu",
@@ -54,7 +55,8 @@ def settings(config):
         ValueError: if the config asks for something that the backbone has not.
     """
     sparse = config["model_type"] == "switch_transformers"
-    kind = config.get("dense_act_fn" if sparse else "feed_forward_proj", "relu")
+    default = "gated-gelu" if config["model_type"] == "mt5" else "relu"
+    kind = config.get("dense_act_fn" if sparse else "feed_forward_proj", default)
     if kind not in ACTIVATIONS:
         raise ValueError(
             f"The feed-forward layer must be one of {', '.join(ACTIVATIONS)}. Received: {kind!r}"
@@ -84,8 +86,8 @@ def settings(config):
     # A capacity in tokens per sequence, whatever their number: a share of next to nothing of them,
     # and a minimum.
     router = keras_moe.SwitchRouter(
-        capacity_factor=1e-9,
-        eval_capacity_factor=1e-9,
+        capacity_factor=FIXED,
+        eval_capacity_factor=FIXED,
         min_capacity=config.get("expert_capacity", 64),
         jitter=config.get("router_jitter_noise", 0.01),
         load_balancing_weight=config.get("router_aux_loss_coef", 1e-3),
@@ -106,6 +108,38 @@ def _scales_outputs(config):
     # A T5 that transformers 5 wrote is always tied, and says this apart.
     scales = {"t5": config.get("scale_decoder_outputs", tied), "mt5": False}
     return scales.get(config["model_type"], tied)
+
+
+def _mixtures(backbone):
+    blocks = (*backbone.encoder_blocks, *backbone.decoder_blocks)
+    layers = (block.feed_forward for block in blocks)
+    return [layer for layer in layers if isinstance(layer, keras_moe.MixtureOfExperts)]
+
+
+def _router(mixtures):
+    """The router of all mixtures, if transformers has such a one."""
+    router = mixtures[0].router
+    configs = [{**m.router.get_config(), "seed": None} for m in mixtures]
+    if type(router) is not keras_moe.SwitchRouter or any(c != configs[0] for c in configs):
+        raise ValueError(
+            "transformers has one kind of `SwitchRouter` in all blocks only. "
+            f"Received: {', '.join(sorted({type(m.router).__name__ for m in mixtures}))}"
+        )
+    # There the capacity is a number of tokens of a sequence, in order, in training as in inference.
+    factors = (router.capacity_factor, router.eval_capacity_factor)
+    is_fixed = all(factor is not None and factor <= FIXED for factor in factors)
+    if not (is_fixed or factors == (None, None)) or router.priority != "position":
+        raise ValueError(
+            "transformers has a capacity in tokens per sequence, taken in order: "
+            f"`capacity_factor` and `eval_capacity_factor` must both be None, or at most {FIXED} "
+            f"beside a `min_capacity`. Received: {factors}, priority={router.priority!r}"
+        )
+    if router.reroutes or any(m.group != "sequence" for m in mixtures):
+        raise ValueError(
+            "transformers reroutes nothing and routes every sequence by itself. Received: "
+            f"reroutes={router.reroutes}, group={[m.group for m in mixtures]}"
+        )
+    return router
 
 
 def _sparse(num_layers, num_sparse):
@@ -151,25 +185,17 @@ def config(model):
         "decoder_start_token_id": 0,
         "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
     }
-    if backbone.router_config is None:
+    mixtures = _mixtures(backbone)
+    if not mixtures:
         return result | {
             "model_type": "t5",
             "architectures": ["T5ForConditionalGeneration"],
             "feed_forward_proj": kinds[0],
             "scale_decoder_outputs": backbone.scale_outputs,
         }
-    routers = {
-        type(block.feed_forward.router): block.feed_forward.router
-        for side in (backbone.encoder_blocks, backbone.decoder_blocks)
-        for block in side
-        if isinstance(block.feed_forward, keras_moe.MixtureOfExperts)
-    }
-    if set(routers) - {keras_moe.SwitchRouter}:
-        raise ValueError(
-            "transformers has these models with a `SwitchRouter` only. "
-            f"Received: {', '.join(kind.__name__ for kind in routers)}"
-        )
-    router = routers[keras_moe.SwitchRouter]
+    if backbone.gated:
+        raise ValueError("transformers has no gated experts in this family. Received: gated=True")
+    router = _router(mixtures)
     sparse = {
         "num_sparse_encoder_layers": (backbone.sparse_blocks, backbone.num_layers),
         "num_sparse_decoder_layers": (
@@ -193,7 +219,7 @@ def config(model):
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "dense_act_fn": kinds[0],
         "num_experts": backbone.num_experts,
-        "expert_capacity": router.min_capacity,
+        "expert_capacity": 2**30 if router.capacity_factor is None else router.min_capacity,
         "router_jitter_noise": router.jitter,
         "router_z_loss_coef": router.router_z_weight,
         "router_aux_loss_coef": router.load_balancing_weight,
@@ -216,7 +242,7 @@ def weights(model):
         norm = getattr(backbone, f"{side}_output_norm").scale
         yield Weight(norm, (f"{side}.final_layer_norm.weight",))
         for number, block in enumerate(getattr(backbone, f"{side}_blocks")):
-            dense = "DenseReluDense" if backbone.router_config is None else "mlp"
+            dense = "mlp" if _mixtures(backbone) else "DenseReluDense"
             yield from _block(block, f"{side}.block.{number}.layer", dense)
 
 

@@ -5,6 +5,7 @@ with an index, `<file>.index.json`, that says which shard has which weight.
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +126,14 @@ class _Pickled:
             raise ImportError(
                 f"{path.name!r} is a file of PyTorch's: install torch to read it"
             ) from error
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # files of versions before 1.6 are none
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         self.args = (weights,)
 
     def __call__(self, name):
         import torch
 
-        tensor = self.args[0][name]
+        tensor = self.args[0][name].detach()
         if tensor.dtype == torch.bfloat16:
             import ml_dtypes
 
@@ -149,21 +151,29 @@ def write(tensors, folder, shard_bytes=5 * 2**30):
     """
     from safetensors.numpy import save_file
 
-    shards, size = [{}], 0
+    folder = Path(folder)
+    files, shard, size, total = [], {}, 0, 0
+
+    def close():
+        files.append((folder / f"{len(files)}.tmp", list(shard)))
+        save_file(shard, files[-1][0], {"format": "pt"})
+        shard.clear()
+
     for name, array in tensors:
         if size and size + array.nbytes > shard_bytes:
-            shards.append({})
+            close()
             size = 0
-        shards[-1][name] = np.ascontiguousarray(array)
+        shard[name] = np.ascontiguousarray(array)
         size += array.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], Path(folder) / SAFETENSORS, {"format": "pt"})
+        total += array.nbytes
+    close()
+    if len(files) == 1:
+        files[0][0].rename(folder / SAFETENSORS)
         return
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, Path(folder) / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(array.nbytes for array in shard.values())
+    weight_map = {}
+    for number, (path, names) in enumerate(files, start=1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        path.rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (Path(folder) / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
+    (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))

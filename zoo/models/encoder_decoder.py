@@ -99,7 +99,8 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
             "encoder": _sparse("sparse_blocks", sparse_blocks, num_layers),
             "decoder": _sparse("decoder_sparse_blocks", decoder_sparse_blocks, num_decoder_layers),
         }
-        if routers["decoder"] is not None and not routers["decoder"].is_causal:
+        decoder_routes = routers["decoder"] is not None and num_experts and sparse["decoder"]
+        if decoder_routes and not routers["decoder"].is_causal:
             raise ValueError(
                 "`decoder_router` must not look ahead. "
                 f"Received: decoder_router={routers['decoder']!r}"
@@ -291,7 +292,9 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         bias = self.decoder_position_bias(x, num_keys=ops.shape(cache)[4], first=first)
         caches = []
         for number, block in enumerate(self.decoder_blocks):
-            x, new = block.go_on(x, bias, cache[:, number], first, memory[:, number], memory_mask)
+            x, new = block.go_on(
+                x, bias, cache[:, number], first, memory[:, number], memory_mask, token_ids
+            )
             caches.append(new)
         return self.decoder_output_norm(x), ops.stack(caches, axis=1)
 

@@ -155,6 +155,11 @@ class TestDistiller:
             Distiller(ends, logits)
         with pytest.raises(ValueError, match="`teacher` must return logits"):
             Distiller(logits, ends)
+        inputs = keras.Input((3,))
+        with pytest.raises(ValueError, match="`teacher` must return logits"):
+            Distiller(logits, keras.Model(inputs, ends(inputs)))
+        # A softmax that is not the last layer is none of its business.
+        Distiller(keras.Model(inputs, keras.layers.Dense(2)(ends(inputs))), logits)
 
     def test_classes_differ(self):
         two, three = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(n)]) for n in (2, 3))

@@ -139,6 +139,16 @@ class TestGenerate:
         np.testing.assert_array_equal(numpy(ours["decoder_padding_mask"])[0], np.arange(8) <= first)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_generates_with_hashes_and_in_lower_precision(dtype):
+    lm = model(keras_moe.HashRouter(), dtype=dtype)
+    lm.compile(sampler="greedy")
+    x = TestGenerate().prompts()
+    ours = numpy(lm.generate(x, stop_token_ids=None)["decoder_token_ids"])
+    given = x["decoder_padding_mask"] == 1
+    np.testing.assert_array_equal(ours[given], x["decoder_token_ids"][given])
+
+
 def test_texts(tmp_path):
     keras.utils.set_random_seed(0)  # first: on TensorFlow it does away with tokenizers
     preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.default_tokenizer(), 8, 6)
@@ -207,17 +217,22 @@ def test_every_config_key_makes_the_round_trip():
     ("options", "message"),
     [
         ({"router": keras_moe.ExpertChoiceRouter()}, "`decoder_router` must not look ahead. Recei"),
-        ({"sparse_blocks": (3,)}, "`sparse_blocks` must be numbers from 1 to 2. Received: sparse_"),
+        (
+            {"num_experts": 0, "sparse_blocks": (3,)},
+            "`sparse_blocks` must be numbers from 1 to 2. Received: sparse_",
+        ),
         ({"decoder_sparse_blocks": (0,)}, "`decoder_sparse_blocks` must be numbers from 1 to 2. R"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        zoo.EncoderDecoderBackbone(**TINY, **options)
+        zoo.EncoderDecoderBackbone(**(TINY | options))
 
 
-def test_expert_choice_in_the_encoder_alone():
-    router, decoder_router = keras_moe.ExpertChoiceRouter(), keras_moe.TopKRouter(2)
-    lm = model(router, decoder_router=decoder_router)
+@pytest.mark.parametrize(
+    "decoder", [{"decoder_router": keras_moe.TopKRouter(2)}, {"decoder_sparse_blocks": ()}]
+)
+def test_expert_choice_in_the_encoder_alone(decoder):
+    lm = model(keras_moe.ExpertChoiceRouter(), **decoder)
     assert np.isfinite(logits(lm, inputs())).all()
     assert type(lm.backbone.encoder_blocks[1].feed_forward.router) is keras_moe.ExpertChoiceRouter
