@@ -190,6 +190,10 @@ def test_options_reach_the_layers():
     assert moe.experts.init_scale == 0.5
     assert moe.experts.activation is keras.activations.gelu
     assert moe.group == "batch"
+    gated = encoder(gated=True)
+    for number, layer in ((1, "feed_forward"), (2, "experts")):
+        block = gated.get_layer(f"block_{number}").feed_forward
+        assert (block if layer == "feed_forward" else block.experts).gated
     assert encoder(expert_dim=None).get_layer("block_2").feed_forward.experts.hidden_dim == 32
     x = {name: ops.convert_to_tensor(value) for name, value in inputs().items()}
     calm = {"router": keras_moe.SwitchRouter(jitter=0.0), "dropout": 0.0, "expert_dropout": 0.0}

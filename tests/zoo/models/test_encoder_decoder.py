@@ -178,6 +178,25 @@ def test_texts(tmp_path):
     assert loaded.generate(TEXTS["encoder_text"], max_length=5) == said
 
 
+def test_options_reach_the_layers():
+    options = {"expert_dropout": 0.3, "expert_init_scale": 0.5, "gated": True, "group": 4}
+    options |= {"num_buckets": 8, "max_distance": 16, "dropout": 0.2, "activation": "gelu"}
+    backbone = model(**options).backbone
+    for side in ("encoder", "decoder"):
+        bias = getattr(backbone, f"{side}_position_bias")
+        assert (bias.num_buckets, bias.max_distance) == (8, 16)
+        assert bias.bidirectional == (side == "encoder")
+        dense, sparse = getattr(backbone, f"{side}_blocks")
+        assert dense.feed_forward.gated and dense.feed_forward.dropout == dense.dropout == 0.2
+        assert dense.attention.dropout == 0.2
+        moe = sparse.feed_forward
+        assert moe.group == (4 if side == "encoder" else "sequence")
+        assert (moe.experts.dropout, moe.experts.init_scale) == (0.3, 0.5)
+        assert moe.experts.gated and moe.experts.activation is keras.activations.gelu
+    assert dense.cross_attention.dropout == 0.2
+    assert backbone.get_layer("embedding_dropout").rate == 0.2
+
+
 def test_every_config_key_makes_the_round_trip():
     options = {
         "num_decoder_layers": 3,
