@@ -6,7 +6,8 @@
 Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Table 7 and Figure 2: four active experts of
 n, noisy top-k gating, both balancing losses at 0.1, nothing dropped. Bytes of novels, next-byte
 prediction, one pass, see `byte_model`. The dense baselines are one wide expert with the FLOPs of
-four (the paper's MoE-1-Wide), and one with the parameters of 64.
+four (the paper's MoE-1-Wide), and one with the parameters of 64; both are trained by
+`experts_switch` already, if that was run before.
 """
 
 from benchmarks.papers import comparison
@@ -21,7 +22,7 @@ CONTESTANTS = {
 
 
 def main(arguments=None):
-    comparison.main("capacity_2017", __doc__, CONTESTANTS, "dense", arguments)
+    comparison.main("capacity_2017", __doc__, CONTESTANTS, "dense", arguments, shares=["experts_switch"])
 
 
 if __name__ == "__main__":

@@ -13,15 +13,18 @@ FULL = {"steps": 1200, "tuning_steps": 300, "learning_rates": LEARNING_RATES, "s
 QUICK = {"steps": 12, "learning_rates": LEARNING_RATES[1:2], "seeds": 2}  # nothing is tuned
 
 
-def main(experiment, description, contestants, base, arguments=None):
-    """The whole of an experiment that is a comparison with the contestant `base`."""
-    chosen, train, runs = start(experiment, description, arguments)
+def main(experiment, description, contestants, base, arguments=None, shares=()):
+    """The whole of an experiment that is a comparison with the contestant `base`.
+
+    It takes equal runs from the experiments whose names are in `shares`, where they are there.
+    """
+    chosen, train, runs = start(experiment, description, arguments, shares=shares)
     results = compare(runs, train, contestants, QUICK if chosen.quick else FULL)
     print(table(results, base))
     draw(results, chosen.into / f"{experiment}.png")
 
 
-def start(experiment, description, arguments=None, watch=None):
+def start(experiment, description, arguments=None, watch=None, shares=()):
     """The options of an experiment, its `train` as a function of settings, and its `Runs`."""
     chosen = options(experiment, description, "corpus", arguments)
     os.environ["KERAS_BACKEND"] = "jax"
@@ -30,7 +33,8 @@ def start(experiment, description, arguments=None, watch=None):
     from benchmarks.papers import byte_model
 
     train = functools.partial(byte_model.train, byte_model.Text(chosen.data), watch)
-    return chosen, train, Runs(chosen.into / f"{experiment}.jsonl")
+    path, *others = (chosen.into / f"{name}.jsonl" for name in (experiment, *shares))
+    return chosen, train, Runs(path, others)
 
 
 def compare(runs, train, contestants, protocol):

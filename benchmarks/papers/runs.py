@@ -29,10 +29,12 @@ class Runs:
 
     Args:
         path: of the file. Two processes may write to it at once.
+        others: paths of other experiments' files; a run that is there is not run again.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, others=()):
         self.path = Path(path)
+        self.others = [Path(other) for other in others]
         self.results = {}
         self._read()
 
@@ -82,13 +84,14 @@ class Runs:
         return _key(settings) in self.results
 
     def _read(self):
-        """What is in the file, also from other processes."""
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:  # interrupted while it was written, or not yet written to its end
-                continue
-            self.results[_key(record["settings"])] = record["result"]
+        """What is in the files, also from other processes."""
+        for path in (*self.others, self.path):
+            for line in path.read_text().splitlines() if path.exists() else ():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # interrupted while it was written, or not yet at its end
+                    continue
+                self.results[_key(record["settings"])] = record["result"]
 
     @contextlib.contextmanager
     def _claimed(self, settings):

@@ -31,6 +31,15 @@ def test_a_run_is_run_once_and_kept(tmp_path):
     assert record["seconds"] >= 0 and set(record["versions"]) == {"keras-moe", "keras"}
 
 
+def test_runs_of_another_experiment_are_taken_over(tmp_path):
+    calls, other, path = [], tmp_path / "other.jsonl", tmp_path / "runs.jsonl"
+    Runs(other)(counted(calls), a=1)
+    runs = Runs(path, [other, tmp_path / "not_there.jsonl"])
+    runs.ahead(counted(calls), [{"a": 1}, {"a": 2}])
+    assert calls == [{"a": 1}, {"a": 2}] and runs(counted(calls), a=1)["sum"] == 1
+    assert len(path.read_text().splitlines()) == 1  # only what was run here
+
+
 def test_what_was_interrupted_is_run_again(tmp_path):
     calls, path = [], tmp_path / "runs.jsonl"
     runs = Runs(path)
