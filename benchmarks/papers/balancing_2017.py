@@ -36,7 +36,7 @@ def main(arguments=None):
     comparison.draw(results, chosen.into / "balancing_2017.png")
 
 
-def balance(model, inputs):
+def balance(model, inputs, *targets_and_weights):
     """How evenly the noisy gates share out `inputs`, means over batches and layers."""
     import keras
     from keras import ops

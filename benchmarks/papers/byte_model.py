@@ -236,8 +236,8 @@ def train(text, watch=None, **settings):
 
     Args:
         text: a `Text`.
-        watch: function of the trained model and of training inputs it has not seen yet; what it
-            returns joins the result.
+        watch: function of the trained model, and of the inputs, targets and weights of 20 batches
+            it has not seen yet; what it returns joins the result.
         settings: see above.
 
     Returns:
@@ -288,7 +288,7 @@ def train(text, watch=None, **settings):
         "routing": routing_figures(history),
     }
     if watch is not None:
-        result |= watch(model, text.examples(text.train[unseen], options["objective"], seed=0)[0])
+        result |= watch(model, *text.examples(text.train[unseen], options["objective"], seed=0))
     keras.backend.clear_session()
     return result
 

@@ -22,7 +22,9 @@ CONTESTANTS = {
 
 
 def main(arguments=None):
-    comparison.main("capacity_2017", __doc__, CONTESTANTS, "dense", arguments, shares=["experts_switch"])
+    comparison.main(
+        "capacity_2017", __doc__, CONTESTANTS, "dense", arguments, shares=["experts_switch"]
+    )
 
 
 if __name__ == "__main__":

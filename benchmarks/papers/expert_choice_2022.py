@@ -7,7 +7,8 @@ Zhou et al. 2022 (https://arxiv.org/abs/2202.09368), section 4: expert choice at
 0.5, top-2 with GShard's capacity (seated in token order, without its random second choice) and
 Switch, 16 experts each, and a dense model with the FLOPs of two experts.
 Bytes of novels, spans of three hidden, one pass, see `byte_model`; experts choose among the tokens
-of a batch.
+of a batch. The trained models are also evaluated on one sequence at a time, where experts have only
+its own tokens to choose among.
 """
 
 import numpy as np
@@ -28,16 +29,32 @@ CONTESTANTS = {
     "dense": {**MASKED, "kind": "dense", "hidden": 128},
 }
 MOST = 5  # experts per token that the table tells apart
+SIZES = 32, 1  # sequences that are evaluated at once
 
 
 def main(arguments=None):
-    chosen, train, runs = comparison.start("expert_choice_2022", __doc__, arguments, watch=shares)
+    chosen, train, runs = comparison.start("expert_choice_2022", __doc__, arguments, watch=watch)
     protocol = comparison.QUICK if chosen.quick else comparison.FULL
     results = comparison.compare(runs, train, CONTESTANTS, protocol)
     print(comparison.table(results, "top-2"))
     print()
     print(table(results))
+    print()
+    print(table_of_sizes(results))
     comparison.draw(results, chosen.into / "expert_choice_2022.png", "nats per hidden byte")
+
+
+def watch(model, inputs, targets, weights):
+    """What is asked of a trained model on text it has not seen."""
+    return {
+        **shares(model, inputs),
+        **{
+            f"nats_by_{size}": model.evaluate(inputs, targets, size, 0, weights, return_dict=True)[
+                "nats"
+            ]
+            for size in SIZES
+        },
+    }
 
 
 def shares(model, inputs):
@@ -77,6 +94,14 @@ def table(results):
     ]
     header = ["% of tokens with experts", *map(str, range(MOST)), f"{MOST} or more"]
     return markdown(header, rows)
+
+
+def table_of_sizes(results):
+    rows = [
+        [name, *(mean_sd([r[f"nats_by_{size}"] for r in of_seeds], 3) for size in SIZES)]
+        for name, of_seeds in results.items()
+    ]
+    return markdown(["nats per hidden byte, sequences at once", *map(str, SIZES)], rows)
 
 
 if __name__ == "__main__":

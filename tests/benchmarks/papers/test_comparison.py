@@ -67,8 +67,8 @@ def test_text(text):
         ),
         (
             {"kind": "expert_choice", "experts": 4, "capacity": 2.0, "objective": "masked"},
-            expert_choice_2022.shares,
-            {"experts_per_token"},
+            expert_choice_2022.watch,
+            {"experts_per_token", "nats_by_32", "nats_by_1"},
         ),
         ({"kind": "switch", "experts": 4, "precision": "bfloat16", "sequences": 50}, None, set()),
     ],
@@ -88,6 +88,7 @@ def test_a_run(text, settings, watch, seen):
         shares = result["experts_per_token"]
         assert sum(shares) == pytest.approx(1)
         assert np.dot(shares, range(6)) == pytest.approx(2)  # 2 experts on average, 4 at most
+        assert 0 < abs(result["nats_by_1"] - result["nats_by_32"]) < 0.5  # other tokens to choose
 
 
 def test_text_is_not_repeated(text):
