@@ -8,6 +8,9 @@ import importlib
 
 _HOME = {
     "AdaptiveMixture": "zoo.models.adaptive_mixture",
+    "CausalLM": "zoo.models.decoder",
+    "CausalLMPreprocessor": "zoo.models.decoder",
+    "DecoderBackbone": "zoo.models.decoder",
     "EncoderBackbone": "zoo.models.encoder",
     "EncoderDecoderBackbone": "zoo.models.encoder_decoder",
     "EncoderTextClassifier": "zoo.models.encoder",

@@ -5,6 +5,7 @@ and values of the tokens before are kept: a cache is a `[batch, 2, heads, keys, 
 """
 
 import keras
+import keras_hub
 from keras import ops
 
 from zoo.layers import Attention, SelfAttention, TransformerBlock
@@ -18,8 +19,7 @@ class CausalSelfAttention(SelfAttention):
     """
 
     def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
-        projected = self.project(inputs, padding_mask, training, token_ids)
-        heads = (self.heads(x_BLD) for x_BLD in projected)
+        heads = self.project_heads(inputs, padding_mask, training, token_ids)
         position_L = ops.arange(ops.shape(inputs)[1], dtype="int32")
         mask = (position_L <= position_L[:, None]) & ops.cast(
             padding_mask[:, None, None, :], "bool"
@@ -31,7 +31,7 @@ class CausalSelfAttention(SelfAttention):
 
         Args:
             inputs: `[batch, length, dim]` tensor.
-            position_bias: `[1, heads, length, keys]` tensor.
+            position_bias: `[1, heads, length, keys]` tensor, or `None`.
             cache: keys and values of the tokens before `first`.
             first: position of the first of the inputs.
             token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
@@ -39,13 +39,103 @@ class CausalSelfAttention(SelfAttention):
         Returns:
             Tuple of the outputs `[batch, length, dim]` and the cache with the inputs' own.
         """
-        query, key, value = self.project(inputs, None, False, token_ids)
-        new = ops.stack([self.heads(key), self.heads(value)], axis=1)
+        query, key, value = self.project_heads(inputs, None, False, token_ids, first)
+        new = ops.stack([key, value], axis=1)
         cache = ops.slice_update(cache, (0, 0, 0, first, 0), ops.cast(new, cache.dtype))
         query_L = ops.arange(ops.shape(inputs)[1], dtype="int32") + first
         mask = ops.arange(ops.shape(cache)[3], dtype="int32") <= query_L[:, None]
-        y = self.attend(self.heads(query), cache[:, 0], cache[:, 1], mask, position_bias)
+        y = self.attend(query, cache[:, 0], cache[:, 1], mask, position_bias)
         return y, cache
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class RotarySelfAttention(CausalSelfAttention):
+    """Causal self-attention of the Llama family: rotary positions, scaled logits.
+
+    Queries and keys are rotated by their positions (https://arxiv.org/abs/2104.09864); groups of
+    heads may share keys and values (https://arxiv.org/abs/2305.13245).
+
+    Args:
+        num_heads: integer.
+        key_dim: integer, the width of a head.
+        dropout: rate on the attention weights.
+        num_key_value_heads: heads of the keys and values; `None`: `num_heads`.
+        max_wavelength: of the rotary positions, in tokens.
+        normalize: whether queries and keys are normalized (RMS) before they are rotated, all heads
+            together, as in OLMoE.
+        epsilon: of these norms.
+
+    Call arguments and returns: as `SelfAttention`; `position_bias` may be `None`.
+
+    Raises:
+        ValueError: if `num_heads` is no multiple of `num_key_value_heads`.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        dropout=0.0,
+        num_key_value_heads=None,
+        max_wavelength=10000,
+        normalize=False,
+        epsilon=1e-5,
+        **kwargs,
+    ):
+        super().__init__(num_heads, key_dim, dropout, **kwargs)
+        self.num_key_value_heads = num_key_value_heads or num_heads
+        if num_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_heads` must be a multiple of `num_key_value_heads`. Received: "
+                f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
+            )
+        self.max_wavelength = max_wavelength
+        self.normalize = normalize
+        self.epsilon = epsilon
+
+    def build_inputs(self, input_shape):
+        dim = input_shape[-1]
+        for name, heads in (
+            ("query", self.num_heads),
+            ("key", self.num_key_value_heads),
+            ("value", self.num_key_value_heads),
+        ):
+            setattr(self, name, self._projection(name, heads * self.key_dim, dim, dim**-0.5))
+        if self.normalize:
+            self.query_norm = self._norm("query_norm", self.num_heads)
+            self.key_norm = self._norm("key_norm", self.num_key_value_heads)
+        self.rotary = keras_hub.layers.RotaryEmbedding(
+            self.max_wavelength, dtype="float32", name="rotary"
+        )
+
+    def _norm(self, name, heads):
+        norm = keras.layers.RMSNormalization(
+            epsilon=self.epsilon, dtype=self.dtype_policy, name=name
+        )
+        norm.build((None, None, heads * self.key_dim))
+        return norm
+
+    def project_heads(self, inputs, padding_mask, training, token_ids, first=0):
+        query_BLD, key_BLD, value_BLD = self.project(inputs, padding_mask, training, token_ids)
+        if self.normalize:
+            query_BLD, key_BLD = self.query_norm(query_BLD), self.key_norm(key_BLD)
+        query_BHLK = self._rotated(query_BLD, first) * self.key_dim**-0.5
+        return query_BHLK, self._rotated(key_BLD, first), self.heads(value_BLD)
+
+    def _rotated(self, x_BLD, first):
+        batch, length, dim = ops.shape(x_BLD)
+        x_BLHK = ops.reshape(x_BLD, (batch, length, dim // self.key_dim, self.key_dim))
+        x_BLHK = ops.cast(self.rotary(x_BLHK, start_index=first), self.compute_dtype)
+        return ops.transpose(x_BLHK, (0, 2, 1, 3))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_key_value_heads": self.num_key_value_heads,
+            "max_wavelength": self.max_wavelength,
+            "normalize": self.normalize,
+            "epsilon": self.epsilon,
+        }
 
 
 @keras.saving.register_keras_serializable(package="zoo")

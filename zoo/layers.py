@@ -137,26 +137,27 @@ class Attention(keras.layers.Layer):
         layer.build((None, None, dim))
         return layer
 
-    def attend(self, query_BHQK, key_BHSK, value_BHSK, mask, position_bias=None, training=False):
+    def attend(self, query_BHQK, key_BGSK, value_BGSK, mask, position_bias=None, training=False):
         """What the queries find, projected, `[batch, queries, dim]`.
 
         Args:
             query_BHQK: `[batch, heads, queries, key_dim]` tensor.
-            key_BHSK: `[batch, heads, keys, key_dim]` tensor.
-            value_BHSK: the same of the values.
+            key_BGSK: `[batch, groups, keys, key_dim]` tensor; as many heads as there are to a group
+                share its keys and values.
+            value_BGSK: the same of the values.
             mask: booleans or integers that broadcast to `[batch, heads, queries, keys]`, 0 or
                 `False` for keys that are not attended to.
             position_bias: tensor that broadcasts likewise; `None`: none.
             training: boolean.
         """
-        logits_BHQS = ops.einsum("bhqk,bhsk->bhqs", query_BHQK, key_BHSK)
+        logits_BHQS = by_group("bgqk,bgsk->bgqs", query_BHQK, key_BGSK)
         if position_bias is not None:
             logits_BHQS = logits_BHQS + position_bias
         logits_BHQS = ops.cast(logits_BHQS, "float32")
         logits_BHQS = ops.where(ops.cast(mask, "bool"), logits_BHQS, -1e9)
         weight_BHQS = ops.cast(ops.softmax(logits_BHQS, axis=-1), self.compute_dtype)
         weight_BHQS = self.attention_dropout(weight_BHQS, training=training)
-        mixed_BHQK = ops.einsum("bhqs,bhsk->bhqk", weight_BHQS, value_BHSK)
+        mixed_BHQK = by_group("bgqs,bgsk->bgqk", weight_BHQS, value_BGSK)
         batch, _, length, _ = ops.shape(mixed_BHQK)
         mixed_BQD = ops.reshape(
             ops.transpose(mixed_BHQK, (0, 2, 1, 3)), (batch, length, self.num_heads * self.key_dim)
@@ -165,8 +166,8 @@ class Attention(keras.layers.Layer):
 
     def heads(self, x_BLD):
         """`[batch, heads, length, key_dim]` of `[batch, length, heads * key_dim]`."""
-        batch, length, _ = ops.shape(x_BLD)
-        x_BLHK = ops.reshape(x_BLD, (batch, length, self.num_heads, self.key_dim))
+        batch, length, dim = ops.shape(x_BLD)
+        x_BLHK = ops.reshape(x_BLD, (batch, length, dim // self.key_dim, self.key_dim))
         return ops.transpose(x_BLHK, (0, 2, 1, 3))
 
     def compute_output_shape(self, input_shape, *args):
@@ -179,6 +180,17 @@ class Attention(keras.layers.Layer):
             "key_dim": self.key_dim,
             "dropout": self.dropout,
         }
+
+
+def by_group(equation, of_heads, of_groups):
+    """`einsum` of two `[batch, heads or groups, ...]` tensors, the heads of a group one by one."""
+    batch, heads, length, width = ops.shape(of_heads)
+    groups = ops.shape(of_groups)[1]
+    if groups == heads:
+        return ops.einsum(equation, of_heads, of_groups)
+    of_heads = ops.reshape(of_heads, (batch, groups, heads // groups * length, width))
+    result = ops.einsum(equation, of_heads, of_groups)
+    return ops.reshape(result, (batch, heads, length, ops.shape(result)[-1]))
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -202,9 +214,16 @@ class SelfAttention(Attention):
     """
 
     def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
-        projected = self.project(inputs, padding_mask, training, token_ids)
-        heads = (self.heads(x_BLD) for x_BLD in projected)
+        heads = self.project_heads(inputs, padding_mask, training, token_ids)
         return self.attend(*heads, padding_mask[:, None, None, :], position_bias, training)
+
+    def project_heads(self, inputs, padding_mask, training, token_ids, first=0):
+        """Queries, keys and values, `[batch, heads, length, key_dim]` each.
+
+        `first` is the position of the first of the inputs.
+        """
+        projected = self.project(inputs, padding_mask, training, token_ids)
+        return [self.heads(x_BLD) for x_BLD in projected]
 
     def project(self, inputs, padding_mask, training, token_ids):
         """Queries, keys and values, `[batch, length, heads * key_dim]` each."""

@@ -1,7 +1,25 @@
 """Feed-forward layers of Transformer blocks, dense or sparse, from a model's settings."""
 
+import keras
+
 from keras_moe import FeedForwardExperts, MixtureOfExperts
 from zoo.layers import FeedForward
+
+
+def serialized(router):
+    """The config of a router, if there is one."""
+    return router and keras.saving.serialize_keras_object(router)
+
+
+def sparse_numbers(name, blocks, num_layers):
+    """Numbers, from 1, of the sparse blocks: those of the argument `name`, or every second."""
+    if blocks is None:
+        return tuple(range(2, num_layers + 1, 2))
+    if not all(1 <= number <= num_layers for number in blocks):
+        raise ValueError(
+            f"`{name}` must be numbers from 1 to {num_layers}. Received: {name}={blocks}"
+        )
+    return tuple(blocks)
 
 
 def mixture(experts, router, group, dtype, name):

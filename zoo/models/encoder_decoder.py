@@ -11,7 +11,7 @@ from keras import ops
 
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
-from zoo.models.blocks import feed_forward
+from zoo.models.blocks import feed_forward, serialized, sparse_numbers
 from zoo.models.generation import written
 from zoo.tokenizer import ZooTokenizer
 
@@ -96,8 +96,10 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         routers = {"encoder": router, "decoder": decoder_router or router}
         depths = {"encoder": num_layers, "decoder": num_decoder_layers}
         sparse = {
-            "encoder": _sparse("sparse_blocks", sparse_blocks, num_layers),
-            "decoder": _sparse("decoder_sparse_blocks", decoder_sparse_blocks, num_decoder_layers),
+            "encoder": sparse_numbers("sparse_blocks", sparse_blocks, num_layers),
+            "decoder": sparse_numbers(
+                "decoder_sparse_blocks", decoder_sparse_blocks, num_decoder_layers
+            ),
         }
         decoder_routes = routers["decoder"] is not None and num_experts and sparse["decoder"]
         if decoder_routes and not routers["decoder"].is_causal:
@@ -235,8 +237,8 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         self.intermediate_dim = intermediate_dim
         self.num_decoder_layers = num_decoder_layers
         # Not the routers themselves: Keras would take them for parts of the model.
-        self.router_config = _serialized(router)
-        self.decoder_router_config = _serialized(decoder_router)
+        self.router_config = serialized(router)
+        self.decoder_router_config = serialized(decoder_router)
         self.num_experts = num_experts
         self.expert_dim = expert_dim
         self.sparse_blocks = sparse["encoder"]
@@ -326,20 +328,6 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
             for name in ("router", "decoder_router")
         }
         return super().from_config({**config, **routers})
-
-
-def _serialized(router):
-    return router and keras.saving.serialize_keras_object(router)
-
-
-def _sparse(name, blocks, num_layers):
-    if blocks is None:
-        return tuple(range(2, num_layers + 1, 2))
-    if not all(1 <= number <= num_layers for number in blocks):
-        raise ValueError(
-            f"`{name}` must be numbers from 1 to {num_layers}. Received: {name}={blocks}"
-        )
-    return tuple(blocks)
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -1,0 +1,263 @@
+import inspect
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_moe
+import zoo
+from tests.backend import numpy
+from zoo.decoder_layers import RotarySelfAttention
+
+V = 40
+TINY = {
+    "vocabulary_size": V,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 8,
+    "key_dim": 4,
+    "intermediate_dim": 12,
+    "num_experts": 4,
+}
+ROTARY = {
+    "positions": "rotary",
+    "num_key_value_heads": 2,
+    "max_wavelength": 50,
+    "normalize_queries": True,
+    "gated": True,
+}
+THRESHOLD = keras_moe.ExpertChoiceRouter(capacity_factor=1.0, inference="threshold")
+KINDS = {
+    "relative, expert choice": {"router": THRESHOLD, "gated_experts": True},
+    "rotary, top-2": {"router": keras_moe.TopKRouter(2), **ROTARY},
+    "dense": {"router": None},
+}
+
+
+def model(kind, **options):
+    """Weights of normal size, so that all of them matter."""
+    backbone = zoo.DecoderBackbone(**(TINY | KINDS[kind] | options))
+    rng = np.random.default_rng(0)
+    for variable in backbone.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    for block in backbone.blocks:
+        if hasattr(getattr(block.feed_forward, "router", None), "threshold"):
+            block.feed_forward.router.threshold.assign([0.2, 0.3, 0.4, 0.1])
+    return zoo.CausalLM(backbone)
+
+
+def inputs(lengths=(8, 5), seed=0):
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    token_ids = np.random.default_rng(seed).integers(2, V, mask.shape)
+    return {"token_ids": np.where(mask, token_ids, 0), "padding_mask": mask.astype("int32")}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def lm(request):
+    return model(request.param)
+
+
+def logits(lm, x):
+    return lm.predict(x, verbose=0)
+
+
+def test_no_token_sees_a_later_one(lm):
+    x, later = inputs(), inputs()
+    later["token_ids"][0, 5:] = V + 1 - later["token_ids"][0, 5:]
+    before, after = logits(lm, x), logits(lm, later)
+    np.testing.assert_allclose(after[:, :5], before[:, :5], rtol=1e-5, atol=1e-5)
+    assert (np.abs(after[0, 5:] - before[0, 5:]).max(axis=-1) > 1e-3).all()
+
+
+def test_order_matters(lm):
+    """The last token's logits, when two tokens before it change places."""
+    x, other = inputs(), inputs()
+    other["token_ids"][0, [2, 5]] = x["token_ids"][0, [5, 2]]
+    assert np.abs(logits(lm, other) - logits(lm, x))[0, 7].max() > 1e-3
+
+
+class TestGenerate:
+    def prompts(self):
+        """Prompts of 2 and of 4 tokens, to be filled up to 8."""
+        x = inputs((8, 8))
+        given = np.arange(8) < np.array([[2], [4]])
+        x["token_ids"] = np.where(given, x["token_ids"], 0)
+        return {**x, "padding_mask": given.astype("int32")}
+
+    def generated(self, lm, x, sampler="greedy"):
+        lm.compile(sampler=sampler)
+        return numpy(lm.generate(x, stop_token_ids=None)["token_ids"])
+
+    def test_greedy_is_the_best_token_of_the_whole_model(self, lm):
+        x = self.prompts()
+        ours = self.generated(lm, x)
+        tokens, given = x["token_ids"].copy(), x["padding_mask"] == 1
+        for place in range(2, 8):
+            mask = np.broadcast_to(np.arange(8) < place, (2, 8)).astype("int32")
+            scores = logits(lm, {"token_ids": tokens, "padding_mask": mask})
+            best = scores[:, place - 1].argmax(axis=-1)
+            tokens[:, place] = np.where(given[:, place], tokens[:, place], best)
+        np.testing.assert_array_equal(ours, tokens)
+        assert len(np.unique(ours)) > 4
+
+    def test_a_batch_says_what_each_says_alone(self, lm):
+        x = self.prompts()
+        together = self.generated(lm, x)
+        for row in range(2):
+            alone = {name: value[row : row + 1] for name, value in x.items()}
+            np.testing.assert_array_equal(self.generated(lm, alone), together[row : row + 1])
+
+    def test_contrastive_search_of_one_candidate_is_greedy(self, lm):
+        sampler = keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0)
+        x = self.prompts()
+        np.testing.assert_array_equal(self.generated(lm, x, sampler), self.generated(lm, x))
+
+
+def test_rotary_attention():
+    """By hand, a query and a key at a time, rotated as complex numbers."""
+    layer = RotarySelfAttention(
+        4, 6, num_key_value_heads=2, max_wavelength=50, normalize=True, epsilon=1e-3
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 5, 8)).astype("float32")
+    layer.build(x.shape)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    ours = numpy(layer(x, position_bias=None, padding_mask=np.ones((1, 5), "int32")))[0]
+
+    def projected(name, heads):
+        y = x[0] @ numpy(getattr(layer, name).kernel)
+        if name != "value":
+            y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-3)
+            y = y * numpy(getattr(layer, f"{name}_norm").scale)
+        y = y.reshape(5, heads, 6)
+        if name == "value":
+            return y
+        angle = np.arange(5)[:, None, None] * 50 ** (-np.arange(3) / 3)
+        rotated = (y[..., :3] + 1j * y[..., 3:]) * np.exp(1j * angle)
+        return np.concatenate([rotated.real, rotated.imag], axis=-1)
+
+    query, key, value = projected("query", 4), projected("key", 2), projected("value", 2)
+    mixed = np.zeros((5, 4, 6))
+    for place in range(5):
+        for head in range(4):
+            group = head // 2
+            scores = key[: place + 1, group] @ query[place, head] / np.sqrt(6)
+            weight = np.exp(scores - scores.max())
+            mixed[place, head] = weight / weight.sum() @ value[: place + 1, group]
+    expected = mixed.reshape(5, 24) @ numpy(layer.output_projection.kernel)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
+def test_generates_in_lower_precision(dtype):
+    lm = model("rotary, top-2", dtype=dtype)
+    x = TestGenerate().prompts()
+    ours, given = TestGenerate().generated(lm, x), x["padding_mask"] == 1
+    np.testing.assert_array_equal(ours[given], x["token_ids"][given])
+
+
+def test_texts(tmp_path):
+    keras.utils.set_random_seed(0)  # first: on TensorFlow it does away with tokenizers
+    preprocessor = zoo.CausalLMPreprocessor(zoo.default_tokenizer(), sequence_length=8)
+    options = {**ROTARY, "vocabulary_size": 8000, "router": keras_moe.TopKRouter(2), "dropout": 0.0}
+    lm = zoo.CausalLM(zoo.DecoderBackbone(**(TINY | options)), preprocessor)
+    lm.compile(keras.optimizers.Adam(0.03), sampler="greedy")
+    losses = lm.fit(["a fox runs", "the dog"], batch_size=2, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    said = lm.generate(["a fox", "the"], max_length=6)
+    assert len(said) == 2 and said[0].startswith("a fox")
+
+    lm.save_to_preset(tmp_path / "preset")
+    loaded = zoo.CausalLM.from_preset(str(tmp_path / "preset"))
+    loaded.compile(sampler="greedy")
+    assert loaded.generate(["a fox", "the"], max_length=6) == said
+
+
+def test_options_reach_the_layers():
+    options = {"expert_dropout": 0.3, "expert_init_scale": 0.5, "group": 4, "expert_dim": 20}
+    options |= {"num_buckets": 8, "max_distance": 16, "dropout": 0.2, "activation": "gelu"}
+    backbone = model("relative, expert choice", **options, epsilon=1e-3).backbone
+    bias = backbone.position_bias
+    assert (bias.num_buckets, bias.max_distance, bias.bidirectional) == (8, 16, False)
+    dense, sparse = backbone.blocks
+    assert dense.feed_forward.dropout == dense.dropout == dense.attention.dropout == 0.2
+    assert not dense.feed_forward.gated
+    moe = sparse.feed_forward
+    assert (moe.group, moe.experts.hidden_dim, moe.experts.gated) == (4, 20, True)
+    assert (moe.experts.dropout, moe.experts.init_scale) == (0.3, 0.5)
+    assert moe.experts.activation is keras.activations.gelu
+    assert backbone.output_norm.epsilon == dense.attention_norm.epsilon == 1e-3
+    assert backbone.get_layer("embedding_dropout").rate == 0.2
+
+    backbone = model("rotary, top-2", sparse_blocks=[1], epsilon=1e-3).backbone
+    sparse, dense = backbone.blocks
+    assert hasattr(sparse.feed_forward, "router") and not hasattr(dense.feed_forward, "router")
+    assert sparse.feed_forward.experts.gated and dense.feed_forward.gated
+    attention = dense.attention
+    assert (attention.num_key_value_heads, attention.max_wavelength) == (2, 50)
+    assert attention.normalize and attention.epsilon == 1e-3
+
+
+def test_logits_are_made_by_the_table_or_by_weights_of_their_own():
+    ones = np.ones((1, 8), "float32")
+    for options, factor in (
+        ({}, 8**-0.5),
+        ({"scale_outputs": False}, 1.0),
+        ({"tie_embeddings": False}, 1.0),
+    ):
+        backbone = model("dense", **options).backbone
+        table = backbone.token_embedding
+        kernel = numpy(table.embeddings).T if table.tie_weights else table.reverse_embeddings
+        expected = ones @ numpy(ops.convert_to_tensor(kernel)) * factor
+        np.testing.assert_allclose(
+            numpy(backbone.logits(ops.convert_to_tensor(ones))), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_every_config_key_makes_the_round_trip():
+    changed = {
+        **TINY,
+        **ROTARY,
+        "num_experts": 3,
+        "router": keras_moe.TopKRouter(2),
+        "expert_dim": 5,
+        "sparse_blocks": (1,),
+        "group": 4,
+        "activation": "gelu",
+        "gated_experts": False,
+        "num_buckets": 8,
+        "max_distance": 20,
+        "tie_embeddings": False,
+        "scale_outputs": True,
+        "dropout": 0.2,
+        "expert_dropout": 0.3,
+        "expert_init_scale": 0.5,
+        "epsilon": 1e-3,
+    }
+    parameters = inspect.signature(zoo.DecoderBackbone).parameters
+    assert set(changed) | {"dtype", "name", "trainable"} == set(parameters)
+    backbone = zoo.DecoderBackbone(**changed)
+    config = backbone.get_config()
+    for name in set(changed) - {"router"}:
+        assert config[name] == changed[name], name
+        assert config[name] != parameters[name].default, name
+    again = zoo.DecoderBackbone.from_config(config)
+    assert again.get_config() == config
+    assert [v.shape for v in again.variables] == [v.shape for v in backbone.variables]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparse_blocks": [3]}, "`sparse_blocks` must be numbers from 1 to 2.*3"),
+        ({"positions": "sinusoidal"}, "`positions` must be one of 'relative', 'rotary'"),
+        ({"router": keras_moe.ExpertChoiceRouter()}, "`router` must not look ahead in inference"),
+        ({"positions": "rotary", "num_key_value_heads": 3}, "multiple of `num_key_value_heads`"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.DecoderBackbone(**(TINY | options))
