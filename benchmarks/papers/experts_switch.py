@@ -1,6 +1,6 @@
 """Switch Transformers: more experts at the same FLOPs per token.
 
-    python -m benchmarks.papers.experts_switch             hours on 2 cores; start it twice
+    python -m benchmarks.papers.experts_switch             45 minutes on 2 cores; start it twice
     python -m benchmarks.papers.experts_switch --quick     2 to 3 minutes
 
 Fedus et al. 2022 (https://arxiv.org/abs/2101.03961), Figure 4, appendix D and the speed-up of
