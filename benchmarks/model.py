@@ -52,15 +52,16 @@ def measure(options):
     from benchmarks.timing import interleaved
 
     rng = np.random.default_rng(0)
-    shape = (options.batch, options.length)
+    size = (options.batch, options.length)
     x = {
-        "token_ids": rng.integers(3, 8000, shape).astype("int32"),
-        "padding_mask": np.ones(shape, "int32"),
+        "token_ids": rng.integers(3, 8000, size).astype("int32"),
+        "padding_mask": np.ones(size, "int32"),
     }
     y = rng.integers(0, 2, options.batch)
-    sparse = {"size": options.size, "num_experts": options.experts}
+    shape = {"size": options.size, "vocabulary_size": 8192, "architecture": "encoder"}
+    sparse = {**shape, "num_experts": options.experts}
     backbones = {
-        "dense": zoo.dense_transformer(size=options.size),
+        "dense": zoo.dense_transformer(**shape),
         "switch": zoo.switch_transformer(**sparse),
         "expert_choice": zoo.expert_choice_transformer(**sparse),
     }

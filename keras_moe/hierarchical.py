@@ -137,6 +137,10 @@ class HierarchicalRouter(NoisyTopKRouter):
         return self.num_groups
 
     @property
+    def experts_per_token(self):
+        return self.k * self.secondary_k
+
+    @property
     def group_size(self):
         """Experts in a group."""
         return self.num_experts // self.num_groups

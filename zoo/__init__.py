@@ -26,6 +26,7 @@ _HOME = {
     "default_tokenizer": "zoo.tokenizer",
     "dense_transformer": "zoo.models.builders",
     "expert_choice_transformer": "zoo.models.builders",
+    "figures": "zoo.models.figures",
     "hash_transformer": "zoo.models.builders",
     "save_transformers": "zoo.conversion",
     "switch_transformer": "zoo.models.builders",

@@ -30,6 +30,8 @@ MODELS = {
 _DENSE_OPTIONS = ("size", "dropout")
 _SPARSE_OPTIONS = (*_DENSE_OPTIONS, "num_experts", "expert_dropout")
 
+_VOCABULARY_SIZE = 8192  # of the shipped tokenizer's 8,000 pieces, rounded up
+
 # T5's own limit in training (https://arxiv.org/abs/1910.10683, section 3.1.2). Almost all of GLUE
 # is shorter, and attention's memory grows with the square: one head's scores of a batch of 32 are
 # 32 MB at 512 tokens.
@@ -209,16 +211,21 @@ def _check(settings):
 
 def _build(task, model, settings):
     if model in MODELS:
-        options = {"size": settings["size"], "dropout": settings["dropout"]}
+        preprocessor = EncoderTextClassifierPreprocessor(
+            default_tokenizer(), sequence_length=settings["max_length"]
+        )
+        options = {
+            "size": settings["size"],
+            "architecture": "encoder",
+            "vocabulary_size": _VOCABULARY_SIZE,
+            "dropout": settings["dropout"],
+        }
         if model != "dense":
             expert_dropout = settings["expert_dropout"]
             options["num_experts"] = settings["num_experts"]
             options["expert_dropout"] = (
                 settings["dropout"] if expert_dropout is None else expert_dropout
             )
-        preprocessor = EncoderTextClassifierPreprocessor(
-            default_tokenizer(), sequence_length=settings["max_length"]
-        )
         return EncoderTextClassifier(
             MODELS[model](**options), task.num_classes, preprocessor, dropout=settings["dropout"]
         )

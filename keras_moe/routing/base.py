@@ -186,6 +186,11 @@ class Router(keras.layers.Layer):
         return inputs
 
     @property
+    def experts_per_token(self):
+        """Experts that a token gets, or would get if none were full; their mean, if it varies."""
+        return self.num_experts
+
+    @property
     def is_causal(self):
         """Whether no token is routed by what comes after it in its group, in inference."""
         return True

@@ -124,6 +124,10 @@ class ExpertChoiceRouter(Router):
             )
 
     @property
+    def experts_per_token(self):
+        return min(self.capacity_factor, self.num_experts)
+
+    @property
     def is_causal(self):
         return self.inference == "threshold"
 

@@ -110,6 +110,10 @@ class TopKRouter(Router):
         super().set_num_experts(num_experts)
 
     @property
+    def experts_per_token(self):
+        return self.k
+
+    @property
     def is_causal(self):
         return self.priority == "position"
 

@@ -11,7 +11,7 @@ from zoo.tasks.task import get
 
 TINY = {
     "num_layers": 1,
-    "sparse_step": 1,
+    "sparse_blocks": (1,),
     "num_heads": 2,
     "hidden_dim": 16,
     "key_dim": 8,

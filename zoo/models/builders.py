@@ -1,140 +1,222 @@
 """The zoo's Transformers by name and size: equal active FLOPs, one implementation.
 
 Per token and sparse block, a dense feed-forward layer of hidden width F, one Switch or hash expert
-of width F, and two expert-choice experts of width F/2 (the paper's capacity factor of 2) multiply
-the same number of weights.
+of width F, and two expert-choice (or top-2) experts of width F/2 multiply the same number of
+weights. The sizes of Expert Choice's own decoders are an exception: there, as in the paper, an
+expert is as wide as the dense layer.
 """
 
 import difflib
 
 import keras_moe
+from zoo.layers import gelu_tanh
+from zoo.models.decoder import DecoderBackbone
 from zoo.models.encoder import EncoderBackbone
+from zoo.models.encoder_decoder import EncoderDecoderBackbone
 
-# Widths of T5 (https://arxiv.org/abs/1910.10683) and, for base, of the public Switch models, whose
-# hidden width is 3,072; "mini" is the project's own, made to be trained on two CPU cores.
-SIZES = {
-    "mini": {
-        "num_layers": 4,
-        "num_heads": 4,
-        "hidden_dim": 128,
-        "key_dim": 32,
-        "intermediate_dim": 512,
-    },
-    "small": {
-        "num_layers": 6,
-        "num_heads": 8,
-        "hidden_dim": 512,
-        "key_dim": 64,
-        "intermediate_dim": 2048,
-    },
-    "base": {
-        "num_layers": 12,
-        "num_heads": 12,
-        "hidden_dim": 768,
-        "key_dim": 64,
-        "intermediate_dim": 3072,
-    },
+BACKBONES = {
+    "encoder_decoder": EncoderDecoderBackbone,
+    "encoder": EncoderBackbone,
+    "decoder": DecoderBackbone,
 }
 
 
-def dense_transformer(size="mini", vocabulary_size=8192, **options):
-    """A dense T5-style encoder, the twin that the sparse ones are measured against.
+def _widths(layers, heads, width, head_width, hidden, vocabulary=32128, **options):
+    return {
+        "vocabulary_size": vocabulary,
+        "num_layers": layers,
+        "num_heads": heads,
+        "hidden_dim": width,
+        "key_dim": head_width,
+        "intermediate_dim": hidden,
+        **options,
+    }
+
+
+_GATED = {"activation": gelu_tanh, "gated": True}
+# "mini" is the project's own, made to be trained on two CPU cores, with the shipped tokenizer. The
+# others up to "xxl" are T5's (https://arxiv.org/abs/1910.10683), "xl" and "xxl" those of T5 1.1;
+# the public Switch models have these widths, too. "c-2048" is the Switch-C of Switch Transformers
+# (https://arxiv.org/abs/2101.03961, Table 9), every block of which is sparse; "100m" and "8b" are
+# Expert Choice's (https://arxiv.org/abs/2202.09368, Table 1).
+SIZES = {
+    "mini": _widths(4, 4, 128, 32, 512, vocabulary=8192),
+    "small": _widths(6, 8, 512, 64, 2048),
+    "base": _widths(12, 12, 768, 64, 3072),
+    "large": _widths(24, 16, 1024, 64, 4096),
+    "xl": _widths(24, 32, 2048, 64, 5120, **_GATED),
+    "xxl": _widths(24, 64, 4096, 64, 10240, **_GATED),
+    "c-2048": _widths(15, 32, 2080, 64, 6144),
+    "100m": _widths(12, 12, 768, 64, 3072, **_GATED),
+    "8b": _widths(32, 32, 4096, 128, 16384, **_GATED),
+}
+# Experts of the published models, where there are not many to choose from.
+NUM_EXPERTS = {"large": 128, "xl": 128, "xxl": 128, "c-2048": 2048, "100m": 64, "8b": 64}
+
+
+def dense_transformer(size="mini", vocabulary_size=None, architecture="encoder_decoder", **options):
+    """A dense Transformer, T5, the twin that the sparse ones are measured against.
+
+    From "small" to "large" this is T5 1.0, "xl" and "xxl" are T5 1.1 (gated, and logits by weights
+    of their own).
 
     Args:
-        size: "mini", "small" or "base".
-        vocabulary_size: rows of the embedding table; the default fits the shipped tokenizer.
-        **options: any other argument of `zoo.EncoderBackbone`.
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
+        architecture: "encoder_decoder", "encoder" or "decoder".
+        **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
+            `zoo.DecoderBackbone`.
 
     Returns:
-        An `EncoderBackbone`.
+        A backbone of the architecture.
 
     Raises:
-        ValueError: if there is no such size.
+        ValueError: if there is no such size or architecture.
     """
-    return EncoderBackbone(vocabulary_size, **(_size(size) | options))
+    return _make(architecture, size, {}, {"vocabulary_size": vocabulary_size, **options})
 
 
-def switch_transformer(size="mini", num_experts=8, vocabulary_size=8192, router=None, **options):
-    """A Switch Transformer encoder: every token of a sparse block goes to one expert.
+def switch_transformer(
+    size="mini",
+    num_experts=None,
+    vocabulary_size=None,
+    router=None,
+    architecture="encoder_decoder",
+    **options,
+):
+    """A Switch Transformer: every token of a sparse block goes to one expert.
 
-    Switch Transformers (https://arxiv.org/abs/2101.03961): every other block is sparse, expert
-    kernels start at scale 0.1, and the routers have `keras_moe.SwitchRouter`'s defaults.
+    Switch Transformers (https://arxiv.org/abs/2101.03961): every other block is sparse (of size
+    "c-2048" every one), expert kernels start at scale 0.1, and the routers have
+    `keras_moe.SwitchRouter`'s defaults. `zoo.switch_transformer("base", num_experts=8)` has the
+    parameters of google/switch-base-8, and "c-2048" those of Switch-C, 1.6 trillion.
 
     Args:
-        size: "mini", "small" or "base".
-        num_experts: experts per sparse block.
-        vocabulary_size: rows of the embedding table; the default fits the shipped tokenizer.
+        size: "mini", "small", "base", "large", "xl", "xxl" or "c-2048".
+        num_experts: experts per sparse block; `None`: those of the paper's model, or 8 up to
+            "base".
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.SwitchRouter` with other settings.
-        **options: any other argument of `zoo.EncoderBackbone`.
+        architecture: "encoder_decoder", "encoder" or "decoder".
+        **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
+            `zoo.DecoderBackbone`.
 
     Returns:
-        An `EncoderBackbone`.
+        A backbone of the architecture.
 
     Raises:
-        ValueError: if there is no such size.
+        ValueError: if there is no such size or architecture.
     """
-    defaults = {"expert_init_scale": 0.1}
-    return EncoderBackbone(
-        vocabulary_size,
-        router=router or keras_moe.SwitchRouter(),
-        num_experts=num_experts,
-        **(_size(size) | defaults | options),
-    )
+    defaults = {"router": keras_moe.SwitchRouter(), "expert_init_scale": 0.1}
+    given = {"num_experts": num_experts, "vocabulary_size": vocabulary_size, "router": router}
+    return _make(architecture, size, defaults, {**given, **options})
 
 
 def expert_choice_transformer(
-    size="mini", num_experts=8, vocabulary_size=8192, router=None, **options
+    size="mini",
+    num_experts=None,
+    vocabulary_size=None,
+    router=None,
+    architecture="encoder_decoder",
+    **options,
 ):
-    """An expert choice encoder: every expert of a sparse block takes its best tokens.
+    """An expert choice Transformer: every expert of a sparse block takes its best tokens.
 
     Expert Choice (https://arxiv.org/abs/2202.09368): every other block is sparse; a token sees
     `capacity_factor` experts on average (2 by default), each of which is narrower than the dense
     layer by that factor.
 
+    Choosing among tokens looks ahead. A decoder beside an encoder therefore routes by top-2, with
+    experts of half the dense layer's width. One on its own is the paper's: it looks ahead in
+    training, and generates by the thresholds that its experts learn (`inference="threshold"`). Of
+    its sizes "100m" and "8b" an expert is as wide as the dense layer, and alone not gated.
+
     Args:
-        size: "mini", "small" or "base".
-        num_experts: experts per sparse block.
-        vocabulary_size: rows of the embedding table; the default fits the shipped tokenizer.
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
+        num_experts: experts per sparse block; `None`: 8 up to "base", 128 up to "xxl", 64 for
+            "100m" and "8b".
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.ExpertChoiceRouter` with other settings.
-        **options: any other argument of `zoo.EncoderBackbone`.
+        architecture: "encoder_decoder", "encoder" or "decoder".
+        **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
+            `zoo.DecoderBackbone`.
 
     Returns:
-        An `EncoderBackbone`.
+        A backbone of the architecture.
 
     Raises:
-        ValueError: if there is no such size.
+        ValueError: if there is no such size or architecture.
     """
-    router = router or keras_moe.ExpertChoiceRouter()
-    options = _size(size) | options
-    defaults = {"expert_dim": round(options["intermediate_dim"] / router.capacity_factor)}
-    return EncoderBackbone(
-        vocabulary_size, router=router, num_experts=num_experts, **(defaults | options)
-    )
+    inference = {"inference": "threshold"} if architecture == "decoder" else {}
+    router = router or keras_moe.ExpertChoiceRouter(**inference)
+    hidden_dim = options.get("intermediate_dim", _size(size)["intermediate_dim"])
+    if size in ("100m", "8b"):
+        defaults = {"gated_experts": False}
+    else:
+        defaults = {"expert_dim": round(hidden_dim / router.capacity_factor)}
+    if architecture == "encoder_decoder":
+        defaults["decoder_router"] = keras_moe.TopKRouter(2)
+    given = {"num_experts": num_experts, "vocabulary_size": vocabulary_size, "router": router}
+    return _make(architecture, size, defaults, {**given, **options})
 
 
-def hash_transformer(size="mini", num_experts=8, vocabulary_size=8192, router=None, **options):
-    """A hash layer encoder: every token of a sparse block goes to the expert that its id names.
+def hash_transformer(
+    size="mini",
+    num_experts=None,
+    vocabulary_size=None,
+    router=None,
+    architecture="encoder_decoder",
+    **options,
+):
+    """A hash layer Transformer: every token of a sparse block goes to the expert its id names.
 
     The baseline of Expert Choice (https://arxiv.org/abs/2202.09368), Table 4; every other block is
     sparse, and no token is dropped.
 
     Args:
-        size: "mini", "small" or "base".
-        num_experts: experts per sparse block.
-        vocabulary_size: rows of the embedding table; the default fits the shipped tokenizer.
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
+        num_experts: experts per sparse block; `None`: 8 up to "base", 128 up to "xxl", 64 for
+            "100m" and "8b".
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.HashRouter` with other settings.
-        **options: any other argument of `zoo.EncoderBackbone`.
+        architecture: "encoder_decoder", "encoder" or "decoder".
+        **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
+            `zoo.DecoderBackbone`.
 
     Returns:
-        An `EncoderBackbone`.
+        A backbone of the architecture.
 
     Raises:
-        ValueError: if there is no such size.
+        ValueError: if there is no such size or architecture.
     """
-    router = router or keras_moe.HashRouter()
-    return EncoderBackbone(
-        vocabulary_size, router=router, num_experts=num_experts, **(_size(size) | options)
-    )
+    defaults = {"router": keras_moe.HashRouter()}
+    given = {"num_experts": num_experts, "vocabulary_size": vocabulary_size, "router": router}
+    return _make(architecture, size, defaults, {**given, **options})
+
+
+def _make(architecture, size, defaults, options):
+    """The backbone with what is given, else the builder's defaults, else the size's."""
+    if architecture not in BACKBONES:
+        raise ValueError(
+            f"`architecture` must be one of {', '.join(map(repr, BACKBONES))}. "
+            f"Received: architecture={architecture!r}"
+        )
+    of_size = dict(_size(size))
+    if architecture != "encoder":  # which makes no logits
+        of_size["tie_embeddings"] = size not in ("xl", "xxl")
+    if "router" in defaults | options:
+        of_size["num_experts"] = NUM_EXPERTS.get(size, 8)
+    if size == "c-2048":
+        every = tuple(range(1, of_size["num_layers"] + 1))
+        of_size["sparse_blocks"] = every
+        if architecture == "encoder_decoder":
+            of_size["decoder_sparse_blocks"] = every
+    given = {name: value for name, value in options.items() if value is not None}
+    return BACKBONES[architecture](**(of_size | defaults | given))
 
 
 def _size(name):

@@ -20,17 +20,17 @@ from zoo.layers import (
     SwitchAttention,
     TransformerBlock,
 )
-from zoo.models.blocks import feed_forward, mixture
+from zoo.models.blocks import feed_forward, mixture, serialized, sparse_numbers
 from zoo.tokenizer import ZooTokenizer
 
 
 @keras.saving.register_keras_serializable(package="zoo")
 class EncoderBackbone(keras_hub.models.Backbone):
-    """A Transformer encoder with a mixture of experts in every `sparse_step`-th block.
+    """A Transformer encoder with mixtures of experts in some blocks.
 
     Inputs are a dictionary of `token_ids` and `padding_mask`, both `[batch, length]`; the output is
-    `[batch, length, hidden_dim]`. Blocks are counted from 1: with `sparse_step=2` the second,
-    fourth, ... are sparse, as in Switch Transformers (https://arxiv.org/abs/2101.03961).
+    `[batch, length, hidden_dim]`. By default the second, fourth, ... block is sparse, as in Switch
+    Transformers (https://arxiv.org/abs/2101.03961).
 
     Args:
         vocabulary_size: rows of the embedding table.
@@ -45,7 +45,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         attention_experts: experts that make the queries of a sparse block, and as many its keys and
             values, see `zoo.layers.SwitchAttention`; they compute in float32 whatever the dtype; 0
             leaves its attention dense.
-        sparse_step: every how many blocks one is sparse.
+        sparse_blocks: numbers, from 1, of the sparse blocks; `None`: every second one.
         group: the tokens that are routed together, see `keras_moe.MixtureOfExperts`. The default is
             the whole batch: an encoder has no future to leak.
         activation: of the feed-forward layers.
@@ -56,6 +56,9 @@ class EncoderBackbone(keras_hub.models.Backbone):
         dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
         name: of the model.
         trainable: whether training changes the weights.
+
+    Raises:
+        ValueError: if a sparse block's number is out of range.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         num_experts=8,
         expert_dim=None,
         attention_experts=0,
-        sparse_step=2,
+        sparse_blocks=None,
         group="batch",
         activation="relu",
         gated=False,
@@ -81,6 +84,8 @@ class EncoderBackbone(keras_hub.models.Backbone):
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
     ):
+        sparse_blocks = sparse_numbers("sparse_blocks", sparse_blocks, num_layers)
+
         # === Layers ===
         token_embedding = keras.layers.Embedding(
             vocabulary_size,
@@ -92,7 +97,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
         position_bias = RelativePositionBias(num_heads, dtype=dtype, name="position_bias")
 
         def attention(number):
-            if router is None or attention_experts == 0 or number % sparse_step:
+            if router is None or attention_experts == 0 or number not in sparse_blocks:
                 return SelfAttention(num_heads, key_dim, dropout, dtype=dtype, name="attention")
             scales = {"query": expert_init_scale / key_dim, "key_value": expert_init_scale}
             query, key_value = (
@@ -115,7 +120,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
             TransformerBlock(
                 attention(number),
                 feed_forward(
-                    None if number % sparse_step else router,
+                    router if number in sparse_blocks else None,
                     num_experts,
                     expert_dim,
                     intermediate_dim,
@@ -163,11 +168,11 @@ class EncoderBackbone(keras_hub.models.Backbone):
         self.key_dim = key_dim
         self.intermediate_dim = intermediate_dim
         # Not the router itself: Keras would take it for a part of the model.
-        self.router_config = router and keras.saving.serialize_keras_object(router)
+        self.router_config = serialized(router)
         self.num_experts = num_experts
         self.expert_dim = expert_dim
         self.attention_experts = attention_experts
-        self.sparse_step = sparse_step
+        self.sparse_blocks = sparse_blocks
         self.group = group
         self.activation = activation
         self.gated = gated
@@ -188,7 +193,7 @@ class EncoderBackbone(keras_hub.models.Backbone):
             "num_experts": self.num_experts,
             "expert_dim": self.expert_dim,
             "attention_experts": self.attention_experts,
-            "sparse_step": self.sparse_step,
+            "sparse_blocks": self.sparse_blocks,
             "group": self.group,
             "activation": self.activation,
             "gated": self.gated,

@@ -91,7 +91,7 @@ def test_every_other_block_is_sparse():
     model = encoder(num_layers=4)
     kinds = [type(model.get_layer(f"block_{n}").feed_forward).__name__ for n in (1, 2, 3, 4)]
     assert kinds == ["FeedForward", "MixtureOfExperts"] * 2
-    every = encoder(num_layers=2, sparse_step=1)
+    every = encoder(num_layers=2, sparse_blocks=(1, 2))
     kinds = [type(every.get_layer(f"block_{n}").feed_forward).__name__ for n in (1, 2)]
     assert kinds == ["MixtureOfExperts"] * 2
     paths = [v.path for v in model.trainable_variables if "block_2/moe_2/" in v.path]
@@ -115,7 +115,9 @@ def test_experts_in_attention(tmp_path):
     assert parts(2, attention_experts=3) == sparse
     assert parts(1, attention_experts=3) == parts(2, "dense", attention_experts=3) == dense
 
-    backbone = encoder(attention_experts=3, sparse_step=1, expert_init_scale=0.1, dtype="bfloat16")
+    backbone = encoder(
+        attention_experts=3, sparse_blocks=(1, 2), expert_init_scale=0.1, dtype="bfloat16"
+    )
     attention = backbone.get_layer("block_1").attention
     for part, scale in ((attention.query, 0.1 / 8), (attention.key_value, 0.1)):
         assert part.group == "batch"
@@ -155,7 +157,7 @@ def test_padding_changes_nothing(kind):
 def test_config_and_keras_file_round_trip(kind, tmp_path):
     model = encoder(
         kind,
-        sparse_step=1,
+        sparse_blocks=(1,),
         group=5,
         expert_dim=24,
         attention_experts=3,
@@ -381,3 +383,8 @@ def test_name_and_trainable(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert (loaded.name, loaded.backbone.name) == ("whole", "body")
     np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
+
+
+def test_sparse_blocks_are_there():
+    with pytest.raises(ValueError, match="`sparse_blocks` must be numbers from 1 to 2. Received"):
+        encoder(sparse_blocks=(3,))

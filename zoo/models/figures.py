@@ -1,0 +1,54 @@
+"""How large a model is, and what a token costs."""
+
+import math
+from typing import NamedTuple
+
+from keras_moe import MixtureOfExperts
+
+
+class Figures(NamedTuple):
+    """What `figures` returns."""
+
+    parameters: int
+    active_parameters: int
+    training_flops_per_token: int
+
+
+def figures(backbone):
+    """Parameters of a backbone, in all and per token, and the FLOPs that a token costs.
+
+    Active parameters are all but those of the experts that a token does not see (with expert
+    choice: does not see on average). A token's training costs 6 FLOPs for each weight that it is
+    multiplied by, forward and backward; looking up embeddings, attention's products of tokens with
+    tokens, norms and routing noise are left out. Of an encoder with a decoder, "a token" is one of
+    each.
+
+    Args:
+        backbone: a `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or `zoo.DecoderBackbone`;
+            also one that was made in a `keras.StatelessScope(initialize_variables=False)`, without
+            memory for its weights.
+
+    Returns:
+        A `Figures`: `parameters`, `active_parameters` and `training_flops_per_token`.
+    """
+    parameters = sum(_size(v) for v in backbone.trainable_variables)
+    idle = 0
+    for layer in backbone._flatten_layers():
+        if isinstance(layer, MixtureOfExperts):
+            experts = sum(_size(v) for v in layer.experts.trainable_variables)
+            share = layer.router.experts_per_token / layer.router.num_experts
+            idle += round(experts * (1 - share))
+    active = parameters - idle
+    not_multiplied = sum(
+        _size(v)
+        for v in backbone.trainable_variables
+        if len(v.shape) == 1 or "position_bias" in v.path
+    )
+    embedding = backbone.token_embedding
+    if not getattr(embedding, "tie_weights", False):  # a tied table makes the logits
+        not_multiplied += _size(embedding.embeddings)
+    return Figures(parameters, active, 6 * (active - not_multiplied))
+
+
+def _size(variable):
+    return math.prod(variable.shape)
