@@ -15,6 +15,7 @@ from keras_moe import (
     SwitchRouter,
     TopKRouter,
 )
+from keras_moe.metrics import experts_per_token_histogram
 from keras_moe.routing import seat_choices
 from tests import oracle
 from tests.backend import numpy
@@ -285,3 +286,25 @@ class TestErrors:
     def test_two_numbers_of_experts(self):
         with pytest.raises(ValueError, match="agree in number. Received: .*=4 for num_experts=8"):
             SwitchRouter(4).set_num_experts(8)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: SwitchRouter(4, capacity_factor=None, eval_capacity_factor=None), 1),
+        (lambda: TopKRouter(3, 4), 3),
+        (lambda: HashRouter(4), 1),
+        (lambda: HierarchicalRouter(2, k=1, secondary_k=2, num_experts=4), 2),
+        (lambda: SoftmaxRouter(4), 4),
+        (lambda: ExpertChoiceRouter(4, capacity_factor=1.5), 1.5),
+        (lambda: ExpertChoiceRouter(4, capacity_factor=9.0), 4),
+    ],
+)
+def test_experts_per_token(make, expected):
+    """As many as there are, on average, where nothing is dropped."""
+    router = make()
+    ids = {"token_ids": np.arange(16).reshape(2, 8)} if router.needs_token_ids else {}
+    routing = router(np.random.default_rng(0).normal(size=(2, 8, 3)).astype("float32"), **ids)
+    tokens_of = numpy(experts_per_token_histogram(routing))
+    assert router.experts_per_token == expected
+    assert tokens_of @ np.arange(len(tokens_of)) / 16 == expected
