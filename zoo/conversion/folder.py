@@ -9,16 +9,10 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from zoo.conversion import t5
+from zoo.conversion import decoders, t5
 from zoo.conversion.tensors import Tensors, write
 
-# The embedding table again, which some versions write, and a weight that T5's cross-attention never
-# used.
-IGNORED = {
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-}
+MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
 
 
 def load_transformers(folder, dtype=None):
@@ -26,11 +20,11 @@ def load_transformers(folder, dtype=None):
 
     Args:
         folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
-            file or in shards. The family is T5, T5 1.1, mT5 or Switch Transformers.
+            file or in shards. The family is T5, T5 1.1, mT5, Switch Transformers, Mixtral or OLMoE.
         dtype: dtype or dtype policy of the layers; `None` for Keras' own.
 
     Returns:
-        A `zoo.Seq2SeqLM` without a preprocessor.
+        A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE, without a preprocessor.
 
     Raises:
         ValueError: if something is missing or damaged, the family is another, or a weight does not
@@ -39,19 +33,20 @@ def load_transformers(folder, dtype=None):
     """
     folder = Path(folder)
     config = read_config(folder)
+    family = MODULES[config["model_type"]]
     with Tensors(folder) as tensors:
-        _require(folder, {t5.EMBEDDING}, tensors.names)
+        _require(folder, {family.EMBEDDING}, tensors.names)
         try:
-            model = t5.make(config, tensors, dtype)
+            model = family.make(config, tensors, dtype)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` "
                 f"lacks or has a wrong {error}"
             ) from error
-        wanted = list(t5.weights(model))
+        wanted = list(family.weights(model))
         names = {name for weight in wanted for name in weight.names}
         _require(folder, names, tensors.names)
-        if unknown := sorted(tensors.names - names - IGNORED - {t5.OUTPUT}):
+        if unknown := sorted(tensors.names - names - family.IGNORED - {family.OUTPUT}):
             raise ValueError(
                 f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
                 f"{_weights(unknown)}"
@@ -78,10 +73,10 @@ def read_config(folder):
             f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` names "
             "no `model_type`"
         ) from error
-    if family not in t5.FAMILIES:
+    if family not in MODULES:
         raise ValueError(
             f"The checkpoint {str(folder)!r} must be of one of the families "
-            f"{', '.join(t5.FAMILIES)}. Received: model_type={family!r}"
+            f"{', '.join(MODULES)}. Received: model_type={family!r}"
         )
     return config
 
@@ -111,7 +106,8 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     """Writes a model as transformers does, so that its `from_pretrained` loads it.
 
     Args:
-        model: a `zoo.Seq2SeqLM`.
+        model: a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. What only training needs, and transformers has
+            not, is left out: dropout, the router's z-loss.
         folder: path; it must not be there yet.
         shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 
@@ -121,12 +117,18 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"`folder` must not be there yet. Received: folder={str(folder)!r}")
-    config = t5.config(model)
+    family = next((f for f in set(MODULES.values()) if isinstance(model, f.TASK)), None)
+    if family is None:
+        raise ValueError(
+            "`model` must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. "
+            f"Received: a {type(model).__name__}"
+        )
+    config = family.config(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write(_named(model), beside, shard_bytes)
+        write(_named(family, model), beside, shard_bytes)
         beside.chmod(0o755)
         os.rename(beside, folder)
     except BaseException:
@@ -134,11 +136,8 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
         raise
 
 
-def _named(model):
-    backbone = model.backbone
-    if backbone.tie_embeddings and not backbone.scale_outputs:  # or versions before 5 would scale
-        yield t5.OUTPUT, ops.convert_to_numpy(backbone.token_embedding.embeddings.value)
-    for weight in t5.weights(model):
+def _named(family, model):
+    for weight in (*family.copies(model), *family.weights(model)):
         value = ops.convert_to_numpy(weight.variable.value)
         parts = value if len(weight.names) > 1 else [value]
         for name, part in zip(weight.names, parts, strict=True):

@@ -1,16 +1,23 @@
 """T5, T5 1.1, mT5 and Switch Transformers: their settings and weights there and here."""
 
-from typing import Any, NamedTuple
-
 import keras
 import numpy as np
 
 import keras_moe
+from zoo.conversion.tensors import Weight
 from zoo.layers import gelu_tanh
 from zoo.models.encoder_decoder import EncoderDecoderBackbone, Seq2SeqLM
 
 EMBEDDING, OUTPUT = "shared.weight", "lm_head.weight"
 FAMILIES = ("t5", "mt5", "switch_transformers")
+TASK = Seq2SeqLM
+# The embedding table again, which some versions write, and a weight that T5's cross-attention never
+# used.
+IGNORED = {
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+}
 FIXED = 1e-9  # a capacity factor that leaves the capacity to the router's `min_capacity`
 ACTIVATIONS = {
     "relu": "relu",
@@ -21,19 +28,6 @@ ACTIVATIONS = {
     "silu": "silu",
     "gated-silu": "silu",
 }
-
-
-class Weight(NamedTuple):
-    """A weight here, and what it is called there."""
-
-    variable: Any
-    names: tuple  # one, or those of all experts
-    transposed: bool = False
-
-    def shape_there(self):
-        """Shape of each of the named weights."""
-        shape = tuple(self.variable.shape)[1 if len(self.names) > 1 else 0 :]
-        return shape[::-1] if self.transposed else shape
 
 
 def make(config, tensors, dtype=None):
@@ -244,6 +238,14 @@ def weights(model):
         for number, block in enumerate(getattr(backbone, f"{side}_blocks")):
             dense = "mlp" if _mixtures(backbone) else "DenseReluDense"
             yield from _block(block, f"{side}.block.{number}.layer", dense)
+
+
+def copies(model):
+    """Names under which weights are written once more."""
+    backbone = model.backbone
+    # Or versions before 5 would scale the outputs.
+    if backbone.tie_embeddings and not backbone.scale_outputs:
+        yield Weight(backbone.token_embedding.embeddings, (OUTPUT,))
 
 
 def _block(block, name, dense):

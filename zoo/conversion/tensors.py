@@ -7,10 +7,24 @@ with an index, `<file>.index.json`, that says which shard has which weight.
 import json
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+class Weight(NamedTuple):
+    """A weight here, and what it is called there."""
+
+    variable: Any
+    names: tuple  # one, or those of all experts
+    transposed: bool = False
+
+    def shape_there(self):
+        """Shape of each of the named weights."""
+        shape = tuple(self.variable.shape)[1 if len(self.names) > 1 else 0 :]
+        return shape[::-1] if self.transposed else shape
 
 
 class Tensors:

@@ -1,0 +1,223 @@
+"""Small Mixtrals and OLMoEs that transformers makes and saves, against transformers itself."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import torch
+import transformers
+from keras import ops
+
+import keras_moe
+import zoo
+from zoo.conversion import load_transformers, save_transformers
+
+SHARED = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILIES = {
+    "mixtral": ("Mixtral", {**SHARED, "num_local_experts": 4, "head_dim": 6}),
+    "mixtral, tied": (
+        "Mixtral",
+        {**SHARED, "num_local_experts": 4, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("Olmoe", {**SHARED, "num_experts": 5}),
+    "olmoe, normalized": ("Olmoe", {**SHARED, "num_experts": 5, "norm_topk_prob": True}),
+}
+rng = np.random.default_rng(0)
+IDS = rng.integers(2, 40, (2, 11))
+MASK = np.ones((2, 11), "int32")
+MASK[1, 7:] = 0
+INPUTS = {"token_ids": IDS, "padding_mask": MASK}
+VALID = MASK.astype(bool)
+
+
+def theirs(family):
+    """A model of transformers with weights large enough that its attention and routing matter."""
+    name, options = FAMILIES[family]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+def run_theirs(model, **options):
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(IDS),
+            attention_mask=torch.tensor(MASK),
+            use_cache=False,
+            **options,
+        )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """transformers' model, and what is loaded from the folder it wrote."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "theirs"
+    model = theirs(request.param)
+    model.save_pretrained(folder)
+    return model, load_transformers(folder)
+
+
+def close(ours, expected):
+    np.testing.assert_allclose(ours, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_states_logits_and_loss_agree(pair):
+    model, loaded = pair
+    labels = np.where(VALID, IDS, -100)
+    expected = run_theirs(model, labels=torch.tensor(labels), output_hidden_states=True)
+    both = keras.Model(
+        loaded.input, {"states": loaded.backbone(loaded.input), "logits": loaded.output}
+    )
+    ours = both.predict(INPUTS, verbose=0)
+    close(ours["states"][VALID], expected.hidden_states[-1][torch.tensor(VALID)])
+    close(ours["logits"][VALID], expected.logits[torch.tensor(VALID)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(
+        IDS[:, 1:], ours["logits"][:, :-1], VALID[:, 1:]
+    )
+    per_label = float(loss) * VALID[:, 1:].size / VALID[:, 1:].sum()
+    assert per_label == pytest.approx(float(expected.loss), rel=1e-4)
+
+
+def test_router_choices_agree(pair):
+    model, loaded = pair
+    chosen = []
+    hooks = [
+        module.register_forward_hook(lambda m, args, out: chosen.append((args[0], out)))
+        for module in model.modules()
+        if type(module).__name__.endswith("TopKRouter")
+    ]
+    run_theirs(model)
+    for hook in hooks:
+        hook.remove()
+    assert len(chosen) == len(loaded.backbone.blocks) == 2
+    for (states, (logits, weights, experts)), block in zip(
+        chosen, loaded.backbone.blocks, strict=True
+    ):
+        routing = block.feed_forward.router(states.reshape(2, 11, 16).numpy(), training=False)
+        close(ops.convert_to_numpy(routing.logits).reshape(22, -1), logits)
+        of_slots = ops.convert_to_numpy(routing.weight).reshape(-1)  # nothing is dropped
+        close(of_slots[ops.convert_to_numpy(routing.slot_index)].reshape(22, 2), weights)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(routing.expert_index).reshape(22, 2), experts
+        )
+
+
+def test_greedy_generations_agree(pair):
+    """Prompts of one length: theirs would pad them on the left, ours on the right."""
+    model, loaded = pair
+    expected = model.generate(
+        input_ids=torch.tensor(IDS[:, :4]),
+        attention_mask=torch.ones(2, 4),
+        max_new_tokens=8,
+        do_sample=False,
+    ).numpy()
+    prompt = np.zeros((2, 12), "int32")
+    prompt[:, :4] = IDS[:, :4]
+    given = np.broadcast_to(np.arange(12) < 4, (2, 12)).astype("int32")
+    loaded.compile(sampler="greedy")
+    ours = loaded.generate({"token_ids": prompt, "padding_mask": given}, stop_token_ids=None)
+    assert len(np.unique(expected[:, 4:])) > 3  # or it would show little
+    np.testing.assert_array_equal(ours["token_ids"], expected)
+
+
+def test_written_back_transformers_loads_it(pair, tmp_path):
+    model, loaded = pair
+    save_transformers(loaded, tmp_path / "ours", shard_bytes=20_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(
+        run_theirs(again).logits, run_theirs(model).logits, rtol=1e-5, atol=1e-5
+    )
+    back = load_transformers(tmp_path / "ours")
+    for ours, before in zip(back.weights, loaded.weights, strict=True):
+        if ours.trainable:
+            np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
+
+
+class TestNotInTransformers:
+    TINY = {
+        "vocabulary_size": 10,
+        "num_layers": 1,
+        "num_heads": 2,
+        "hidden_dim": 4,
+        "key_dim": 2,
+        "intermediate_dim": 4,
+        "num_experts": 2,
+        "router": keras_moe.TopKRouter(1),
+        "sparse_blocks": (1,),
+        "positions": "rotary",
+        "gated": True,
+        "activation": "silu",
+        "tie_embeddings": False,
+    }
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"positions": "relative"}, "with rotary positions. Received: {.*'relative'"),
+            ({"sparse_blocks": ()}, "a mixture in every block"),
+            ({"router": keras_moe.TopKRouter(1, capacity_factor=1.0)}, "that drop nothing"),
+            ({"router": keras_moe.SwitchRouter()}, "that drop nothing"),
+            ({"gated": False}, "gated experts"),
+            ({"activation": "tanh"}, "an activation of silu, gelu, relu"),
+            ({"tie_embeddings": True}, "outputs that are not scaled"),
+            ({"router": keras_moe.TopKRouter(2, normalize=False)}, "normalized weights"),
+            ({"normalize_queries": True, "key_dim": 4}, "heads that share out the width"),
+        ],
+    )
+    def test_is_refused_and_nothing_written(self, options, message, tmp_path):
+        backbone = zoo.DecoderBackbone(**(self.TINY | options))
+        with pytest.raises(ValueError, match=message):
+            save_transformers(zoo.CausalLM(backbone), tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_another_model(self, tmp_path):
+        with pytest.raises(ValueError, match="must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Rec"):
+            save_transformers(keras.Sequential(), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sliding_window": 8}, "`sliding_window` must be None. Received: sliding_window=8"),
+        ({"attention_bias": True}, "`attention_bias` must be False"),
+        ({"attention_dropout": 0.1}, "`attention_dropout` must be 0"),
+        ({"clip_qkv": 8.0}, "`clip_qkv` must be None"),
+        ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling` must be None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
+        ({"hidden_act": "tanh"}, "`hidden_act` must be one of silu, gelu, relu. Received: 'tanh'"),
+        ({"num_local_experts": 5}, "lacks the weight '.*experts.4.w1.weight' and 5 others"),
+    ],
+)
+def test_configs_that_do_not_fit(options, message, tmp_path):
+    theirs("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(ValueError, match=message):
+        load_transformers(tmp_path)
+
+
+def test_rope_theta_as_earlier_versions_wrote_it(tmp_path):
+    theirs("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps({**config, "rope_theta": 500.0}))
+    assert load_transformers(tmp_path).backbone.max_wavelength == 500.0

@@ -1,0 +1,185 @@
+"""Mixtral and OLMoE: their settings and weights there and here."""
+
+import keras
+
+import keras_moe
+from zoo.conversion.tensors import Weight
+from zoo.models.decoder import CausalLM, DecoderBackbone
+
+FAMILIES = ("mixtral", "olmoe")
+TASK = CausalLM
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+IGNORED = frozenset()
+ACTIVATIONS = ("silu", "gelu", "relu")
+# What transformers may ask for and the backbone has not, and what its `config.json` must then say.
+FOREIGN = {
+    "sliding_window": (None,),
+    "attention_bias": (None, False),
+    "clip_qkv": (None,),
+    "attention_dropout": (None, 0),
+    "rope_scaling": (None,),
+}
+# Where the families differ: the mixture's name, and the expert's gate, input and output kernels.
+MIXTURES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def make(config, tensors, dtype=None):
+    """A `CausalLM` for a `config.json` of transformers, without its weights."""
+    return CausalLM(DecoderBackbone(**settings(config), dtype=dtype))
+
+
+def settings(config):
+    """Arguments of `DecoderBackbone`.
+
+    Raises:
+        ValueError: if the config asks for something that the backbone has not.
+    """
+    for name, allowed in FOREIGN.items():
+        if config.get(name) not in allowed:
+            raise ValueError(f"`{name}` must be {allowed[-1]}. Received: {name}={config[name]!r}")
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"`rope_type` must be 'default'. Received: {rope['rope_type']!r}")
+    if config["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(
+            f"`hidden_act` must be one of {', '.join(ACTIVATIONS)}. "
+            f"Received: {config['hidden_act']!r}"
+        )
+    is_olmoe = config["model_type"] == "olmoe"
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    router = keras_moe.TopKRouter(
+        config["num_experts_per_tok"],
+        normalize=not is_olmoe or config.get("norm_topk_prob", False),
+        load_balancing_weight=config.get("router_aux_loss_coef", 0.0),
+        jitter=config.get("router_jitter_noise", 0.0),
+    )
+    return {
+        "vocabulary_size": config["vocab_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "hidden_dim": config["hidden_size"],
+        "key_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "intermediate_dim": config["intermediate_size"],
+        "router": router,
+        "num_experts": config["num_experts" if is_olmoe else "num_local_experts"],
+        "sparse_blocks": tuple(range(1, layers + 1)),
+        "activation": config["hidden_act"],
+        "gated": True,
+        "positions": "rotary",
+        "num_key_value_heads": config.get("num_key_value_heads"),
+        "max_wavelength": rope["rope_theta"],
+        "normalize_queries": is_olmoe,
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "scale_outputs": False,
+        "dropout": 0.0,
+        "expert_dropout": 0.0,
+        "epsilon": config.get("rms_norm_eps", 1e-5),
+    }
+
+
+def config(model):
+    """What transformers writes into `config.json` for a `CausalLM`.
+
+    Raises:
+        ValueError: if the model has something that transformers has not.
+    """
+    backbone = model.backbone
+    routers = [
+        block.feed_forward.router
+        for block in backbone.blocks
+        if isinstance(block.feed_forward, keras_moe.MixtureOfExperts)
+    ]
+    activation = keras.activations.get(backbone.activation)
+    kinds = [kind for kind in ACTIVATIONS if keras.activations.get(kind) is activation]
+    inner = backbone.num_heads * backbone.key_dim
+    olmoe = backbone.normalize_queries
+    wanted = {
+        "rotary positions": backbone.positions == "rotary",
+        "a mixture in every block": len(routers) == backbone.num_layers,
+        "`TopKRouter`s that drop nothing": all(
+            type(router) is keras_moe.TopKRouter
+            and router.capacity_factor is router.eval_capacity_factor is None
+            for router in routers
+        ),
+        "gated experts": backbone.gated_experts,
+        f"an activation of {', '.join(ACTIVATIONS)}": bool(kinds),
+        "outputs that are not scaled": not backbone.scale_outputs,
+        "normalized weights of the chosen experts (Mixtral)": olmoe
+        or all(router.normalize for router in routers),
+        "heads that share out the width (OLMoE)": not olmoe or inner == backbone.hidden_dim,
+    }
+    if missing := [name for name, is_there in wanted.items() if not is_there]:
+        raise ValueError(
+            f"transformers has Mixtral and OLMoE only, with {missing[0]}. "
+            f"Received: {backbone.get_config()}"
+        )
+    result = {
+        "vocab_size": backbone.vocabulary_size,
+        "hidden_size": backbone.hidden_dim,
+        "intermediate_size": backbone.expert_dim or backbone.intermediate_dim,
+        "num_hidden_layers": backbone.num_layers,
+        "num_attention_heads": backbone.num_heads,
+        "num_key_value_heads": backbone.num_key_value_heads,
+        "num_experts_per_tok": routers[0].k,
+        "router_aux_loss_coef": routers[0].load_balancing_weight,
+        "hidden_act": kinds[0],
+        "rms_norm_eps": backbone.epsilon,
+        "rope_parameters": {"rope_theta": backbone.max_wavelength, "rope_type": "default"},
+        "tie_word_embeddings": backbone.tie_embeddings,
+        "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
+    }
+    if olmoe:
+        return result | {
+            "model_type": "olmoe",
+            "architectures": ["OlmoeForCausalLM"],
+            "num_experts": backbone.num_experts,
+            "norm_topk_prob": routers[0].normalize,
+        }
+    return result | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": backbone.num_experts,
+        "head_dim": backbone.key_dim,
+        "router_jitter_noise": routers[0].jitter,
+    }
+
+
+def weights(model):
+    """Every weight of a `CausalLM` as a `Weight`."""
+    backbone = model.backbone
+    embedding = backbone.token_embedding
+    yield Weight(embedding.embeddings, (EMBEDDING,))
+    if not backbone.tie_embeddings:
+        yield Weight(embedding.reverse_embeddings, (OUTPUT,), True)
+    yield Weight(backbone.output_norm.scale, ("model.norm.weight",))
+    mixture, kernels = MIXTURES["olmoe" if backbone.normalize_queries else "mixtral"]
+    for number, block in enumerate(backbone.blocks):
+        yield from _block(block, f"model.layers.{number}", mixture, kernels)
+
+
+def copies(model):
+    """Names under which weights are written once more."""
+    return ()
+
+
+def _block(block, name, mixture, kernels):
+    attention, layer = block.attention, block.feed_forward
+    yield Weight(block.attention_norm.scale, (f"{name}.input_layernorm.weight",))
+    yield Weight(block.feed_forward_norm.scale, (f"{name}.post_attention_layernorm.weight",))
+    for part, there in (("query", "q"), ("key", "k"), ("value", "v"), ("output_projection", "o")):
+        kernel = getattr(attention, part).kernel
+        yield Weight(kernel, (f"{name}.self_attn.{there}_proj.weight",), True)
+    if attention.normalize:
+        yield Weight(attention.query_norm.scale, (f"{name}.self_attn.q_norm.weight",))
+        yield Weight(attention.key_norm.scale, (f"{name}.self_attn.k_norm.weight",))
+    name = f"{name}.{mixture}"
+    yield Weight(layer.router.kernel, (f"{name}.gate.weight",), True)
+    bank = layer.experts
+    for kernel, there in zip(
+        (bank.kernel_gate, bank.kernel_in, bank.kernel_out), kernels, strict=True
+    ):
+        names = tuple(f"{name}.experts.{e}.{there}.weight" for e in range(bank.num_experts))
+        yield Weight(kernel, names, True)
