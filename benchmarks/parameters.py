@@ -1,12 +1,11 @@
 """The sizes of the zoo's models, without memory for their weights.
 
-    python -m benchmarks.parameters
+python -m benchmarks.parameters
 """
-
-import keras
 
 import zoo
 from benchmarks.tables import markdown
+from zoo.models.deferred import Deferred
 
 MODELS = [
     *((zoo.dense_transformer, size, None, {}) for size in ("small", "base", "large", "xl", "xxl")),
@@ -25,9 +24,8 @@ def main():
     for build, size, num_experts, options in MODELS:
         if num_experts is not None:
             options = {"num_experts": num_experts, **options}
-        with keras.StatelessScope(initialize_variables=False):
+        with Deferred():
             figures = zoo.figures(build(size, **options))
-        keras.utils.clear_session()  # or the next scope would initialize the weights
         arguments = [repr(size), *(f"{name}={value!r}" for name, value in options.items())]
         rows.append(
             [

@@ -1,5 +1,6 @@
 """What `keras.ops` lacks, or does slowly. The only folder that names a backend."""
 
+from keras_moe.ops.arrays import adopt
 from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, normal, uniform
@@ -9,6 +10,7 @@ from keras_moe.ops.rows import add_rows, sum_rows, take_rows, top_k
 __all__ = [
     "IMPLEMENTATIONS",
     "add_rows",
+    "adopt",
     "call_by_row",
     "drop",
     "dropout",

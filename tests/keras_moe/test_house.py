@@ -14,6 +14,7 @@ ORDER = (
     "ops.gradients",
     "ops.products",
     "ops.calls",
+    "ops.arrays",
     "ops.__init__",
     "capped",
     "slots",

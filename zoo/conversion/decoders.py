@@ -27,8 +27,8 @@ MIXTURES = {
 
 
 def make(config, tensors, dtype=None):
-    """A `CausalLM` for a `config.json` of transformers, without its weights."""
-    return CausalLM(DecoderBackbone(**settings(config), dtype=dtype))
+    """A `DecoderBackbone` for a `config.json` of transformers, without its weights."""
+    return DecoderBackbone(**settings(config), dtype=dtype)
 
 
 def settings(config):
@@ -80,13 +80,12 @@ def settings(config):
     }
 
 
-def config(model):
-    """What transformers writes into `config.json` for a `CausalLM`.
+def config(backbone):
+    """What transformers writes into `config.json` for the `CausalLM` of a backbone.
 
     Raises:
-        ValueError: if the model has something that transformers has not.
+        ValueError: if the backbone has something that transformers has not.
     """
-    backbone = model.backbone
     routers = [
         block.feed_forward.router
         for block in backbone.blocks
@@ -147,9 +146,8 @@ def config(model):
     }
 
 
-def weights(model):
-    """Every weight of a `CausalLM` as a `Weight`."""
-    backbone = model.backbone
+def weights(backbone):
+    """Every weight of a `DecoderBackbone` as a `Weight`."""
     embedding = backbone.token_embedding
     yield Weight(embedding.embeddings, (EMBEDDING,))
     if not backbone.tie_embeddings:
@@ -160,7 +158,7 @@ def weights(model):
         yield from _block(block, f"model.layers.{number}", mixture, kernels)
 
 
-def copies(model):
+def copies(backbone):
     """Names under which weights are written once more."""
     return ()
 

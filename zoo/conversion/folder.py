@@ -1,16 +1,21 @@
 """Whole checkpoints in transformers' format: a `config.json` and weights, in a folder."""
 
+import collections
+import functools
 import json
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from keras import ops
 
+from keras_moe.ops import adopt
 from zoo.conversion import decoders, t5
 from zoo.conversion.tensors import Tensors, write
+from zoo.models.deferred import Deferred
 
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
 
@@ -37,13 +42,14 @@ def load_transformers(folder, dtype=None):
     with Tensors(folder) as tensors:
         _require(folder, {family.EMBEDDING}, tensors.names)
         try:
-            model = family.make(config, tensors, dtype)
+            with Deferred() as deferred:
+                backbone = family.make(config, tensors, dtype)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` "
                 f"lacks or has a wrong {error}"
             ) from error
-        wanted = list(family.weights(model))
+        wanted = list(family.weights(backbone))
         names = {name for weight in wanted for name in weight.names}
         _require(folder, names, tensors.names)
         if unknown := sorted(tensors.names - names - family.IGNORED - {family.OUTPUT}):
@@ -52,9 +58,11 @@ def load_transformers(folder, dtype=None):
                 f"{_weights(unknown)}"
             )
         for weight in wanted:
-            parts = [_oriented(folder, weight, name, tensors[name]) for name in weight.names]
-            weight.variable.assign(parts[0] if len(parts) == 1 else np.stack(parts))
-    return model
+            for name in weight.names:
+                _check_shape(folder, weight, name, tensors.shape(name))
+        wanted.sort(key=lambda weight: tensors.shard_of[weight.names[0]])  # a shard at a time
+        deferred.initialize(_values(tensors, wanted))
+    return family.TASK(backbone)
 
 
 def read_config(folder):
@@ -93,13 +101,41 @@ def _weights(names):
     return f"the weight {names[0]!r}" + (f" and {len(names) - 1} others" if names[1:] else "")
 
 
-def _oriented(folder, weight, name, array):
-    if tuple(array.shape) != weight.shape_there():
+def _check_shape(folder, weight, name, shape):
+    if shape != weight.shape_there():
         raise ValueError(
-            f"The checkpoint {str(folder)!r} does not fit: weight {name!r} has shape "
-            f"{tuple(array.shape)}, and the model wants {weight.shape_there()}"
+            f"The checkpoint {str(folder)!r} does not fit: weight {name!r} has shape {shape}, and "
+            f"the model wants {weight.shape_there()}"
         )
-    return array.T if weight.transposed else array
+
+
+def _values(tensors, weights):
+    """Pairs of a variable and a function that returns its value; what is next is read meanwhile."""
+
+    def read(weight):
+        first, *others = weight.names
+        if not others:
+            return tensors.read(first)
+        array = np.empty((len(weight.names), *tensors.shape(first)), tensors.dtype(first))
+        for part, name in zip(array, weight.names, strict=True):
+            tensors.read(name, part)
+        return array
+
+    def value(weight, array):
+        tensor = adopt(array.result())
+        if weight.transposed:  # by the backend, which is faster at it than NumPy
+            tensor = ops.swapaxes(tensor, -1, -2)
+        return ops.cast(tensor, weight.variable.dtype)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = collections.deque()
+        for weight in weights:
+            ahead.append((weight, reader.submit(read, weight)))
+            if len(ahead) > 1:
+                weight, array = ahead.popleft()
+                yield weight.variable, functools.partial(value, weight, array)
+        for weight, array in ahead:
+            yield weight.variable, functools.partial(value, weight, array)
 
 
 def save_transformers(model, folder, shard_bytes=5 * 2**30):
@@ -123,12 +159,12 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
             "`model` must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. "
             f"Received: a {type(model).__name__}"
         )
-    config = family.config(model)
+    config = family.config(model.backbone)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write(_named(family, model), beside, shard_bytes)
+        write(_named(family, model.backbone), beside, shard_bytes)
         beside.chmod(0o755)
         os.rename(beside, folder)
     except BaseException:
@@ -136,8 +172,8 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
         raise
 
 
-def _named(family, model):
-    for weight in (*family.copies(model), *family.weights(model)):
+def _named(family, backbone):
+    for weight in (*family.copies(backbone), *family.weights(backbone)):
         value = ops.convert_to_numpy(weight.variable.value)
         parts = value if len(weight.names) > 1 else [value]
         for name, part in zip(weight.names, parts, strict=True):

@@ -31,15 +31,17 @@ ACTIVATIONS = {
 
 
 def make(config, tensors, dtype=None):
-    """A `Seq2SeqLM` for a `config.json` of transformers, without its weights.
+    """An `EncoderDecoderBackbone` for a `config.json` of transformers, without its weights.
 
     `tensors` says whether the logits have weights of their own: the config does not. T5 1.1 has
     them, but transformers 5 ties them unless the checkpoint has both, and earlier versions wrote
     both where they were tied.
     """
-    tied = OUTPUT not in tensors.names or np.array_equal(tensors[OUTPUT], tensors[EMBEDDING])
+    tied = OUTPUT not in tensors.names or np.array_equal(
+        tensors.read(OUTPUT), tensors.read(EMBEDDING)
+    )
     options = {**settings(config), "tie_embeddings": tied}
-    return Seq2SeqLM(EncoderDecoderBackbone(**options, dtype=dtype))
+    return EncoderDecoderBackbone(**options, dtype=dtype)
 
 
 def settings(config):
@@ -142,13 +144,12 @@ def _sparse(num_layers, num_sparse):
     return [i + 1 for i in range(num_layers) if step == 1 or i % step == 1]
 
 
-def config(model):
-    """What transformers writes into `config.json` for a `Seq2SeqLM`.
+def config(backbone):
+    """What transformers writes into `config.json` for the `Seq2SeqLM` of a backbone.
 
     Raises:
-        ValueError: if the model has something that transformers has not.
+        ValueError: if the backbone has something that transformers has not.
     """
-    backbone = model.backbone
     activation = keras.activations.get(backbone.activation)
     kinds = [
         kind
@@ -221,9 +222,8 @@ def config(model):
     }
 
 
-def weights(model):
-    """Every weight of a `Seq2SeqLM` as a `Weight`."""
-    backbone = model.backbone
+def weights(backbone):
+    """Every weight of an `EncoderDecoderBackbone` as a `Weight`."""
     embedding = backbone.token_embedding
     yield Weight(embedding.embeddings, (EMBEDDING,))
     if not backbone.tie_embeddings:
@@ -240,9 +240,8 @@ def weights(model):
             yield from _block(block, f"{side}.block.{number}.layer", dense)
 
 
-def copies(model):
+def copies(backbone):
     """Names under which weights are written once more."""
-    backbone = model.backbone
     # Or versions before 5 would scale the outputs.
     if backbone.tie_embeddings and not backbone.scale_outputs:
         yield Weight(backbone.token_embedding.embeddings, (OUTPUT,))

@@ -4,14 +4,24 @@ Such a folder holds `model.safetensors` or `pytorch_model.bin`, or several shard
 with an index, `<file>.index.json`, that says which shard has which weight.
 """
 
+import contextlib
 import json
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "int64",
+    "I32": "int32",
+}
 
 
 class Weight(NamedTuple):
@@ -28,7 +38,7 @@ class Weight(NamedTuple):
 
 
 class Tensors:
-    """The weights of a checkpoint by name, as NumPy arrays; at most one shard is open at a time.
+    """The weights of a checkpoint by name; at most one shard is open at a time.
 
     Pickled shards are read by PyTorch with `weights_only`, so that nothing in them is run.
 
@@ -36,7 +46,7 @@ class Tensors:
 
     ```python
     with Tensors(folder) as tensors:
-        tensors["shared.weight"]  # a NumPy array
+        tensors.read("shared.weight")  # a NumPy array
     ```
 
     Args:
@@ -48,13 +58,18 @@ class Tensors:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.shard_of = self._index()
         self._open_path, self._shard = None, None
+        self.shard_of = self._index()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
+        self._close()
+
+    def _close(self):
+        if self._shard is not None:
+            self._shard.close()
         self._open_path, self._shard = None, None
 
     @property
@@ -62,15 +77,23 @@ class Tensors:
         """Names of all weights."""
         return set(self.shard_of)
 
-    def __getitem__(self, name):
-        path = self.shard_of[name]
-        if path != self._open_path:
-            self._shard = None  # let go of the last one first
-            self._shard, self._open_path = self._opened(path), path
-        try:
-            return self._shard(name)
-        except Exception as error:
-            raise self._damaged(path) from error
+    def shape(self, name):
+        """Shape of a weight, as its file says."""
+        with self._turned_to(self.shard_of[name]) as shard:
+            return shard.shape(name)
+
+    def dtype(self, name):
+        """Its dtype."""
+        with self._turned_to(self.shard_of[name]) as shard:
+            return shard.dtype(name)
+
+    def read(self, name, into=None):
+        """Reads a weight into a contiguous array, or a new one, and returns it."""
+        if into is None:
+            into = np.empty(self.shape(name), self.dtype(name))
+        with self._turned_to(self.shard_of[name]) as shard:
+            shard.read(name, into)
+        return into
 
     def _index(self):
         for file in (SAFETENSORS, PICKLED):
@@ -89,35 +112,22 @@ class Tensors:
                         )
                 return shards
             if whole.is_file():
-                return dict.fromkeys(self._names(whole), whole)
+                with self._turned_to(whole) as shard:
+                    return dict.fromkeys(shard.names(), whole)
         raise ValueError(
             f"The checkpoint {str(self.folder)!r} must have weights: neither {SAFETENSORS!r} nor "
             f"{PICKLED!r} is there, nor an index of shards"
         )
 
-    def _names(self, path):
-        if path.name == SAFETENSORS:
-            return self._header(path)
-        self._shard, self._open_path = self._opened(path), path
-        return self._shard.args[0]
-
-    def _header(self, path):
-        import safetensors
-
+    @contextlib.contextmanager
+    def _turned_to(self, path):
+        """The opened shard; errors within are said to be the file's."""
         try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return list(file.keys())
-        except Exception as error:
-            raise self._damaged(path) from error
-
-    def _opened(self, path):
-        """A function from names of weights to arrays."""
-        try:
-            if path.suffix == ".safetensors":
-                import safetensors
-
-                return safetensors.safe_open(path, framework="numpy").get_tensor
-            return _Pickled(path)
+            if path != self._open_path:
+                self._close()
+                self._shard = (_Safe if path.suffix == ".safetensors" else _Pickled)(path)
+                self._open_path = path
+            yield self._shard
         except ImportError:
             raise
         except Exception as error:
@@ -128,6 +138,42 @@ class Tensors:
             f"The checkpoint {str(self.folder)!r} does not fit or is damaged: {path.name!r} cannot "
             "be read"
         )
+
+
+class _Safe:
+    """The weights of a shard of safetensors."""
+
+    def __init__(self, path):
+        import safetensors
+
+        with safetensors.safe_open(path, framework="numpy"):  # which checks header and length
+            pass
+        # Read without a buffer of its own, into the arrays that are to have the weights.
+        self.file = path.open("rb", buffering=0)
+        self.start = 8 + int.from_bytes(self.file.read(8), "little")
+        self.header = json.loads(self.file.read(self.start - 8))
+        self.header.pop("__metadata__", None)
+
+    def close(self):
+        self.file.close()
+
+    def names(self):
+        return self.header.keys()
+
+    def shape(self, name):
+        return tuple(self.header[name]["shape"])
+
+    def dtype(self, name):
+        return np.dtype(DTYPES[self.header[name]["dtype"]])
+
+    def read(self, name, into):
+        self.file.seek(self.start + self.header[name]["data_offsets"][0])
+        rest = memoryview(into.reshape(-1).view("uint8"))
+        while rest:
+            count = self.file.readinto(rest)
+            if not count:
+                raise EOFError
+            rest = rest[count:]
 
 
 class _Pickled:
@@ -141,17 +187,28 @@ class _Pickled:
                 f"{path.name!r} is a file of PyTorch's: install torch to read it"
             ) from error
         mmap = zipfile.is_zipfile(path)  # files of versions before 1.6 are none
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        self.args = (weights,)
+        self.int16 = torch.int16
+        self.weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
-    def __call__(self, name):
-        import torch
+    def close(self):
+        self.weights = None
 
-        tensor = self.args[0][name].detach()
-        if tensor.dtype == torch.bfloat16:
-            import ml_dtypes
+    def names(self):
+        return self.weights.keys()
 
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    def shape(self, name):
+        return tuple(self.weights[name].shape)
+
+    def dtype(self, name):
+        return self._array(name).dtype
+
+    def read(self, name, into):
+        into[...] = self._array(name)
+
+    def _array(self, name):
+        tensor = self.weights[name].detach()
+        if str(tensor.dtype) == "torch.bfloat16":  # which NumPy does not have itself
+            return tensor.view(self.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
 

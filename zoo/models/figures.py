@@ -25,8 +25,7 @@ def figures(backbone):
 
     Args:
         backbone: a `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or `zoo.DecoderBackbone`;
-            also one that was made in a `keras.StatelessScope(initialize_variables=False)`, without
-            memory for its weights.
+            also one without memory for its weights, see `zoo.models.deferred.Deferred`.
 
     Returns:
         A `Figures`: `parameters`, `active_parameters` and `training_flops_per_token`.

@@ -300,7 +300,9 @@ class TestDamage:
 
     def test_another_family(self, folder):
         self.change(folder, model_type="bert")
-        self.fails(folder, "one of the families t5, mt5, switch_transformers, .*. Received: .*'bert'")
+        self.fails(
+            folder, "one of the families t5, mt5, switch_transformers, .*. Received: .*'bert'"
+        )
 
     def test_config_that_is_no_json(self, folder):
         (folder / "config.json").write_text("{")
