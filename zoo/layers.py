@@ -150,14 +150,14 @@ class Attention(keras.layers.Layer):
             position_bias: tensor that broadcasts likewise; `None`: none.
             training: boolean.
         """
-        logits_BHQS = by_group("bgqk,bgsk->bgqs", query_BHQK, key_BGSK)
+        logits_BHQS = by_group(query_BHQK, ops.swapaxes(key_BGSK, 2, 3))
         if position_bias is not None:
             logits_BHQS = logits_BHQS + position_bias
         logits_BHQS = ops.cast(logits_BHQS, "float32")
         logits_BHQS = ops.where(ops.cast(mask, "bool"), logits_BHQS, -1e9)
         weight_BHQS = ops.cast(ops.softmax(logits_BHQS, axis=-1), self.compute_dtype)
         weight_BHQS = self.attention_dropout(weight_BHQS, training=training)
-        mixed_BHQK = by_group("bgqs,bgsk->bgqk", weight_BHQS, value_BGSK)
+        mixed_BHQK = by_group(weight_BHQS, value_BGSK)
         batch, _, length, _ = ops.shape(mixed_BHQK)
         mixed_BQD = ops.reshape(
             ops.transpose(mixed_BHQK, (0, 2, 1, 3)), (batch, length, self.num_heads * self.key_dim)
@@ -182,14 +182,14 @@ class Attention(keras.layers.Layer):
         }
 
 
-def by_group(equation, of_heads, of_groups):
-    """`einsum` of two `[batch, heads or groups, ...]` tensors, the heads of a group one by one."""
+def by_group(of_heads, of_groups):
+    """The matrix of each head times that of its group, `[batch, heads or groups, ...]` each."""
     batch, heads, length, width = ops.shape(of_heads)
     groups = ops.shape(of_groups)[1]
     if groups == heads:
-        return ops.einsum(equation, of_heads, of_groups)
+        return ops.matmul(of_heads, of_groups)
     of_heads = ops.reshape(of_heads, (batch, groups, heads // groups * length, width))
-    result = ops.einsum(equation, of_heads, of_groups)
+    result = ops.matmul(of_heads, of_groups)
     return ops.reshape(result, (batch, heads, length, ops.shape(result)[-1]))
 
 

@@ -229,10 +229,10 @@ class DecoderBackbone(keras_hub.models.Backbone):
         self.epsilon = epsilon
 
     def empty_cache(self, batch, length):
-        """The cache before the first token, for `length` tokens."""
+        """The cache before the first token, for `length` tokens: a tuple of tensors."""
         heads = self.num_heads if self.positions == "relative" else self.num_key_value_heads
-        shape = (batch, self.num_layers, 2, heads, length, self.key_dim)
-        return ops.zeros(shape, self.compute_dtype)
+        shape = (batch, 2, heads, length, self.key_dim)
+        return tuple(ops.zeros(shape, self.compute_dtype) for _ in self.blocks)
 
     def go_on(self, token_ids, cache, first):
         """The outputs for tokens at `first` and after, in inference.
@@ -247,12 +247,12 @@ class DecoderBackbone(keras_hub.models.Backbone):
         """
         x, bias = self.token_embedding(token_ids), None
         if self.position_bias is not None:
-            bias = self.position_bias(x, num_keys=ops.shape(cache)[4], first=first)
+            bias = self.position_bias(x, num_keys=ops.shape(cache[0])[3], first=first)
         caches = []
-        for number, block in enumerate(self.blocks):
-            x, new = block.go_on(x, bias, cache[:, number], first, token_ids=token_ids)
+        for block, old in zip(self.blocks, cache, strict=True):
+            x, new = block.go_on(x, bias, old, first, token_ids=token_ids)
             caches.append(new)
-        return self.output_norm(x), ops.stack(caches, axis=1)
+        return self.output_norm(x), tuple(caches)
 
     def logits(self, outputs):
         """Logits of the next token, `[..., vocabulary_size]`, from the outputs."""

@@ -267,15 +267,14 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         """What the decoder's blocks look up of an encoder's outputs.
 
         Returns:
-            `[batch, blocks, 2, heads, length, key_dim]` tensor.
+            Tuple, for each block a `[batch, 2, heads, length, key_dim]` tensor.
         """
-        caches = [block.cross_attention.remember(memory) for block in self.decoder_blocks]
-        return ops.stack(caches, axis=1)
+        return tuple(block.cross_attention.remember(memory) for block in self.decoder_blocks)
 
     def empty_cache(self, batch, length):
-        """The decoder's cache before its first token, for `length` tokens."""
-        shape = (batch, self.num_decoder_layers, 2, self.num_heads, length, self.key_dim)
-        return ops.zeros(shape, self.compute_dtype)
+        """The decoder's cache before its first token, for `length` tokens: a tuple of tensors."""
+        shape = (batch, 2, self.num_heads, length, self.key_dim)
+        return tuple(ops.zeros(shape, self.compute_dtype) for _ in self.decoder_blocks)
 
     def go_on(self, token_ids, cache, first, memory, memory_mask):
         """The decoder's outputs for tokens at `first` and after, in inference.
@@ -291,14 +290,12 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
             Tuple of the outputs `[batch, length, hidden_dim]` and the new cache.
         """
         x = self.token_embedding(token_ids)
-        bias = self.decoder_position_bias(x, num_keys=ops.shape(cache)[4], first=first)
+        bias = self.decoder_position_bias(x, num_keys=ops.shape(cache[0])[3], first=first)
         caches = []
-        for number, block in enumerate(self.decoder_blocks):
-            x, new = block.go_on(
-                x, bias, cache[:, number], first, memory[:, number], memory_mask, token_ids
-            )
+        for block, old, remembered in zip(self.decoder_blocks, cache, memory, strict=True):
+            x, new = block.go_on(x, bias, old, first, remembered, memory_mask, token_ids)
             caches.append(new)
-        return self.decoder_output_norm(x), ops.stack(caches, axis=1)
+        return self.decoder_output_norm(x), tuple(caches)
 
     def logits(self, outputs):
         """Logits of the next token, `[..., vocabulary_size]`, from the decoder's outputs."""
