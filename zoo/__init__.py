@@ -30,6 +30,7 @@ _HOME = {
     "hash_transformer": "zoo.models.builders",
     "save_transformers": "zoo.conversion",
     "switch_transformer": "zoo.models.builders",
+    "t5_tokenizer": "zoo.tokenizer",
     "finetune": "zoo.training",
     "from_preset": "zoo.presets",
     "load_transformers": "zoo.conversion",

@@ -4,11 +4,13 @@ How the shipped vocabulary was made is told in `assets/README.md`.
 """
 
 import importlib.resources
+from pathlib import Path
 
 import keras
 import keras_hub
 
 VOCABULARY = "wiki_news_novels_8k.spm"
+SENTINEL = "▁<extra_id_{}>"  # with the space before it
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -58,3 +60,42 @@ def default_tokenizer(**kwargs):
     """
     asset = importlib.resources.files("zoo").joinpath("assets", VOCABULARY)
     return ZooTokenizer(proto=asset.read_bytes(), **kwargs)
+
+
+def t5_tokenizer(proto, sentinels=100, **kwargs):
+    """The tokenizer of T5 and of the public Switch models, from their `spiece.model`.
+
+    The file lacks the sentinels that mark what is missing from a text, `<extra_id_0>` to
+    `<extra_id_99>`: they are added after its pieces, the first one last, as transformers does. They
+    are found at the start of a text and after a space.
+
+    Example:
+
+    ```python
+    tokenizer = zoo.t5_tokenizer("spiece.model")
+    tokenizer("A <extra_id_0> walks into a bar <extra_id_1> parrot.")
+    ```
+
+    Args:
+        proto: path of the SentencePiece model, or the model as bytes.
+        sentinels: how many to add; none are added to a model that has some.
+        **kwargs: other arguments of `ZooTokenizer`.
+
+    Returns:
+        A `ZooTokenizer`.
+    """
+    if not isinstance(proto, bytes):
+        proto = Path(proto).read_bytes()
+    tokenizer = ZooTokenizer(proto=proto, **kwargs)
+    if sentinels == 0 or SENTINEL.format(0) in tokenizer.get_vocabulary():
+        return tokenizer
+    # A serialized message goes on with further entries of its repeated fields.
+    pieces = [_piece(SENTINEL.format(number)) for number in reversed(range(sentinels))]
+    return ZooTokenizer(proto=proto + b"".join(pieces), **kwargs)
+
+
+def _piece(text):
+    """An entry of a SentencePiece model: field 1 with text, score 0 and type USER_DEFINED."""
+    text = text.encode()
+    piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4) + b"\x18\x04"
+    return b"\x0a" + bytes([len(piece)]) + piece

@@ -6,7 +6,7 @@ import keras
 import pytest
 import sentencepiece
 
-from zoo.tokenizer import ZooTokenizer, default_tokenizer
+from zoo.tokenizer import ZooTokenizer, default_tokenizer, t5_tokenizer
 from zoo.train_tokenizer import REQUIRED_CHARACTERS, main, sample_sentences, train
 
 
@@ -177,3 +177,33 @@ def test_the_command_reports_in_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="error: Expected gzip .*missing.jsonl.gz"):
         main([missing, "--output", str(tmp_path / "out.spm")])
     assert not list(tmp_path.iterdir())
+
+
+# T5's vocabularies, which lack the sentinels.
+
+
+def test_sentinels_are_the_last_pieces_and_the_first_is_last(tokenizer):
+    t5 = t5_tokenizer(tokenizer.proto)
+    assert t5.vocabulary_size() == 8100
+    words = ids(tokenizer, "a"), ids(tokenizer, "walks"), ids(tokenizer, "bar")
+    text = "A <extra_id_0> walks <extra_id_99> bar"
+    assert ids(t5, text) == [*words[0], 8099, *words[1], 8000, *words[2]]
+    assert t5.detokenize(ids(t5, text)) == text.lower()
+    assert ids(t5, "<extra_id_1> bar") == [8098, *words[2]]
+    assert ids(t5, "the quick brown fox") == ids(tokenizer, "the quick brown fox")
+
+
+def test_sentinels_are_added_once_and_as_many_as_asked(tokenizer, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(tokenizer.proto)
+    three = t5_tokenizer(tmp_path / "spiece.model", sentinels=3)
+    assert three.get_vocabulary()[8000:] == [f"▁<extra_id_{n}>" for n in (2, 1, 0)]
+    assert t5_tokenizer(three.proto).vocabulary_size() == 8003
+    assert t5_tokenizer(tokenizer.proto, sentinels=0).vocabulary_size() == 8000
+
+
+def test_sentinels_are_saved(tokenizer, tmp_path):
+    t5 = t5_tokenizer(tokenizer.proto)
+    t5.save_assets(tmp_path)
+    again = ZooTokenizer.from_config(t5.get_config())
+    again.load_assets(tmp_path)
+    assert ids(again, "a <extra_id_7>") == ids(t5, "a <extra_id_7>")
