@@ -33,6 +33,10 @@ _HOME = {
     "t5_tokenizer": "zoo.tokenizer",
     "finetune": "zoo.training",
     "from_preset": "zoo.presets",
+    "list_presets": "zoo.presets",
+    "model_card": "zoo.presets",
+    "save_preset": "zoo.presets",
+    "upload": "zoo.hub",
     "load_transformers": "zoo.conversion",
     "moe_lstm": "zoo.models.moe_lstm",
 }

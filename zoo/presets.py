@@ -1,58 +1,247 @@
-"""Checkpoints by name or folder; a checkpoint is a KerasHub preset folder."""
+"""Models by name, from folders and the hub: presets, and checkpoints of transformers."""
 
 import contextlib
+import difflib
 import json
 import re
 from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
+import keras
 import keras_hub
 
-import zoo.models.encoder  # registers the classes that presets name
+import zoo.models.decoder  # these register the classes that presets name
+import zoo.models.encoder
+import zoo.models.encoder_decoder
 import zoo.models.moe_lstm
+from zoo.conversion import load_transformers
+from zoo.hub import download, sha256
+from zoo.models.figures import figures
+
+CARD, HASHES = "README.md", "sha256.json"
+HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
+
+
+class Preset(NamedTuple):
+    """What `list_presets` says of a model; `None` where it is not known."""
+
+    name: str
+    kind: str
+    parameters: int
+    active_parameters: int
+    file_bytes: int | None
+    licence: str | None
+    training_data: str | None
+    scores: dict | None
+
+
+def list_presets():
+    """The published models that `from_preset` loads by name.
+
+    They are those of the hub's google and google-t5, in transformers' format, whose sizes are
+    tested here; none of them has been downloaded in the making of this library. Any other
+    checkpoint of a family that `load_transformers` knows is loaded in the same way.
+
+    Returns:
+        List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
+        `file_bytes`, `licence`, `training_data` and `scores`.
+    """
+    c4 = "C4, span corruption (https://arxiv.org/abs/1910.10683)"
+    supervised = f"{c4}, and supervised tasks"
+    rows = [
+        *(
+            (f"google/switch-base-{experts}", "Switch Transformer", *parameters, c4)
+            for experts, parameters in {
+                8: (619_339_008, 222_977_280),
+                16: (1_072_397_568, 223_051_008),
+                32: (1_978_514_688, 223_198_464),
+                64: (3_790_748_928, 223_493_376),
+                128: (7_415_217_408, 224_083_200),
+                256: (14_664_154_368, 225_262_848),
+            }.items()
+        ),
+        ("google/switch-large-128", "Switch Transformer", 26_309_291_008, 740_813_824, c4),
+        ("google-t5/t5-small", "T5", 60_506_624, 60_506_624, supervised),
+        ("google-t5/t5-base", "T5", 222_903_552, 222_903_552, supervised),
+        ("google-t5/t5-large", "T5", 737_668_096, 737_668_096, supervised),
+    ]
+    return [
+        Preset(f"hf://{name}", kind, total, active, None, "Apache-2.0", data, None)
+        for name, kind, total, active, data in rows
+    ]
 
 
 def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
-    """Loads what was saved with `save_to_preset`: a text classifier, or a language model.
+    """Loads a model with its weights, and its tokenizer where it has one.
+
+    Example:
+
+    ```python
+    model = zoo.from_preset("hf://google/switch-base-8")
+    model.generate("A <extra_id_0> walks into a bar.", max_length=20)
+    ```
 
     Args:
-        preset: folder of the preset.
-        num_classes: makes a new head of that many classes; `None` keeps the saved one. Not for a
-            language model.
+        preset: a folder, or "hf://owner/model" for one on the Hugging Face hub, see
+            `zoo.list_presets`. What is in it was saved by `zoo.save_preset` or `save_to_preset`,
+            or by transformers, see `zoo.load_transformers`.
+        num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
+            classifiers only.
         load_weights: `False` leaves all weights as they are initialized.
         dtype: dtype or dtype policy of the backbone's layers; `None` for Keras' own.
 
     Returns:
-        A `zoo.EncoderTextClassifier` or a `zoo.LstmCausalLM`.
+        A `zoo.EncoderTextClassifier`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or `zoo.LstmCausalLM`.
 
     Raises:
-        ValueError: if the folder holds no preset, or one in which something is missing or damaged,
-            or `num_classes` is out of range.
+        ValueError: if there is no such preset, or one in which something is missing or damaged, or
+            `num_classes` is out of range.
+        OSError: if the hub cannot be reached and the cache does not have the model.
+        ImportError: if a package is missing that the files or the hub need.
     """
-    folder = Path(preset)
     if num_classes is not None and not (isinstance(num_classes, Integral) and num_classes > 0):
         raise ValueError(
             f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
         )
+    if str(preset).startswith("hf://"):
+        folder = download(str(preset))
+    else:
+        folder = Path(preset)
+        if not folder.is_dir():
+            raise ValueError(_unknown(preset))
+    if _is_of_transformers(folder):
+        _only_classifiers_have_heads(preset, num_classes)
+        return load_transformers(folder, dtype, load_weights)
     _check_configs(folder, num_classes)
+    task = _task_class(folder)
     if load_weights:
-        _check_weights(folder, num_classes)
-    if _is_language_model(folder):
-        if num_classes is not None:
-            raise ValueError(
-                "`num_classes` must be None for a language model. "
-                f"Received: num_classes={num_classes}, preset={preset!r}"
-            )
+        _check_weights(folder, num_classes is None and task not in HEADLESS)
+    _check_hashes(folder)
+    options = {"load_weights": load_weights, "dtype": dtype}
+    if task is None or issubclass(task, keras_hub.models.TextClassifier):
+        # KerasHub takes the head to be a new one whenever it is told of classes at all.
+        head = {} if num_classes is None else {"num_classes": int(num_classes)}
         with explained(folder):
-            return zoo.models.moe_lstm.LstmCausalLM.from_preset(
-                str(folder), load_weights=load_weights, dtype=dtype
-            )
-    # KerasHub takes the head to be a new one whenever it is told of classes at all.
-    head = {} if num_classes is None else {"num_classes": int(num_classes)}
+            return keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
+    _only_classifiers_have_heads(preset, num_classes)
     with explained(folder):
-        return keras_hub.models.TextClassifier.from_preset(
-            str(folder), load_weights=load_weights, dtype=dtype, **head
+        return task.from_preset(str(folder), **options)
+
+
+def _unknown(preset):
+    names = [known.name for known in list_presets()]
+    by_end = {name.rpartition("/")[2]: name for name in names}
+    near = difflib.get_close_matches(str(preset).rpartition("/")[2], by_end, n=1)
+    hint = f" Did you mean {by_end[near[0]]!r}?" if near else ""
+    return (
+        "`preset` must be a folder that is there, or 'hf://owner/model'. "
+        f"Received: preset={str(preset)!r}.{hint}"
+    )
+
+
+def _only_classifiers_have_heads(preset, num_classes):
+    if num_classes is not None:
+        raise ValueError(
+            "`num_classes` must be None for a language model. "
+            f"Received: num_classes={num_classes}, preset={str(preset)!r}"
         )
+
+
+def _is_of_transformers(folder):
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _task_class(folder):
+    """The class that `task.json` names, `None` without one."""
+    path = folder / "task.json"
+    if not path.is_file():
+        return None
+    name = json.loads(path.read_text())["registered_name"]
+    return keras.saving.get_registered_object(name)
+
+
+def save_preset(model, folder, licence=None, training_data=None, scores=None):
+    """Saves a model as a preset with a model card and the SHA-256 of every file.
+
+    `zoo.from_preset` loads it, and checks the files; `zoo.upload` brings it to the hub.
+
+    Args:
+        model: a task with its preprocessor, e.g. a `zoo.Seq2SeqLM`.
+        folder: path; it must not be there yet.
+        licence: name of a licence, "apache-2.0", say.
+        training_data: a sentence.
+        scores: name of a metric -> number.
+
+    Raises:
+        ValueError: if the folder is there.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"`folder` must not be there yet. Received: folder={str(folder)!r}")
+    model.save_to_preset(str(folder))
+    card = model_card(model, folder.name, licence, training_data, scores)
+    (folder / CARD).write_text(card)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    (folder / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+def model_card(model, name, licence=None, training_data=None, scores=None):
+    """What a reader must know of a model, in Markdown with the hub's header.
+
+    Args:
+        model: a task.
+        name: of the model.
+        licence: name of a licence, "apache-2.0", say.
+        training_data: a sentence.
+        scores: name of a metric -> number.
+    """
+    sizes = figures(model.backbone)
+    header = ["---", "library_name: keras-hub", "tags: [keras, mixture-of-experts]"]
+    header += [f"license: {licence}"] if licence else []
+    lines = [
+        *header,
+        "---",
+        f"# {name}",
+        f"A `zoo.{type(model).__name__}` of keras_moe, on TensorFlow, JAX and PyTorch:",
+        "",
+        "```python",
+        "import zoo",
+        "",
+        f'model = zoo.from_preset("{name}")  # this folder, or "hf://owner/{name}"',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {sizes.parameters:,} |",
+        f"| of them active for a token | {sizes.active_parameters:,} |",
+        f"| training FLOPs per token | {sizes.training_flops_per_token:,} |",
+        f"| licence | {licence or 'not stated'} |",
+        f"| training data | {training_data or 'not stated'} |",
+        *(f"| {metric} | {score:.4g} |" for metric, score in (scores or {}).items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _check_hashes(folder):
+    path = folder / HASHES
+    if not path.is_file():
+        return
+    try:
+        hashes = json.loads(path.read_text())
+    except ValueError:
+        hashes = {HASHES: None}
+    for name, expected in hashes.items():
+        file = folder / name
+        if file.is_file() and sha256(file) != expected:
+            raise ValueError(
+                f"`preset` must hold the files that were saved, and {name!r} is another or is "
+                f"damaged. Received: preset={str(folder)!r}"
+            )
 
 
 def _check_configs(folder, num_classes):
@@ -82,14 +271,10 @@ def _describes_an_object(path):
     return isinstance(config, dict) and "registered_name" in config
 
 
-def _is_language_model(folder):
-    task = folder / "task.json"
-    return task.is_file() and "CausalLM" in json.loads(task.read_text())["registered_name"]
-
-
-def _check_weights(folder, num_classes):
+def _check_weights(folder, with_head):
     # KerasHub leaves a head whose file is missing as it was initialized, and says nothing.
-    missing = None if num_classes or (folder / "task.weights.h5").is_file() else "task.weights.h5"
+    has_head = not with_head or (folder / "task.weights.h5").is_file()
+    missing = None if has_head else "task.weights.h5"
     # A large model's are in several files, which the second one lists.
     if not any((folder / name).is_file() for name in ("model.weights.h5", "model.weights.json")):
         missing = "model.weights.h5"

@@ -6,7 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+import keras_moe
 import zoo
+from zoo.conversion import save_transformers
+from zoo.models.deferred import Deferred
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,145 @@ def test_an_unknown_option_is_refused(preset):
 
 def test_no_preset(tmp_path):
     assert "`preset` must be the folder of a saved preset" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("google/switch-base8", " Did you mean 'hf://google/switch-base-8'?"),
+        ("t5_large", " Did you mean 'hf://google-t5/t5-large'?"),
+        ("qqq", ""),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(name, hint):
+    expected = "`preset` must be a folder that is there, or 'hf://owner/model'. "
+    assert error_of(name) == f"{expected}Received: preset={name!r}.{hint}"
+
+
+def test_the_hub_is_asked(preset, monkeypatch):
+    asked = []
+    monkeypatch.setattr("zoo.presets.download", lambda name: asked.append(name) or preset)
+    assert zoo.from_preset("hf://owner/model").num_classes == 2
+    assert asked == ["hf://owner/model"]
+
+
+class TestListPresets:
+    def test_sizes_are_those_of_the_models(self):
+        for preset in zoo.list_presets():
+            size = preset.name.rpartition("/")[2].split("-")
+            with Deferred():
+                if "switch" in size:
+                    backbone = zoo.switch_transformer(size[1], num_experts=int(size[2]))
+                else:
+                    backbone = zoo.dense_transformer(size[1])
+            ours = zoo.figures(backbone)
+            assert preset.parameters == ours.parameters, preset.name
+            assert preset.active_parameters == ours.active_parameters, preset.name
+
+    def test_the_rest(self):
+        presets = zoo.list_presets()
+        assert len({preset.name for preset in presets}) == len(presets)
+        for preset in presets:
+            assert preset.name.startswith("hf://") and preset.licence == "Apache-2.0"
+            assert preset.kind in ("T5", "Switch Transformer") and "C4" in preset.training_data
+
+
+class TestSavePreset:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("presets") / "tiny"
+        backbone = zoo.switch_transformer(
+            "mini",
+            num_experts=2,
+            num_layers=2,
+            num_decoder_layers=1,
+            hidden_dim=8,
+            intermediate_dim=12,
+        )
+        model = zoo.Seq2SeqLM(backbone, zoo.Seq2SeqLMPreprocessor(zoo.default_tokenizer(), 8, 6))
+        facts = {"licence": "apache-2.0", "training_data": "None.", "scores": {"loss": 1.25}}
+        zoo.save_preset(model, folder, **facts)
+        return folder
+
+    def test_loads_and_has_a_card(self, folder):
+        model = zoo.from_preset(folder, dtype="bfloat16")
+        assert isinstance(model, zoo.Seq2SeqLM)
+        assert model.backbone.compute_dtype == "bfloat16"
+        assert isinstance(model.generate(["a fox"], max_length=4)[0], str)
+        card = (folder / "README.md").read_text()
+        sizes = zoo.figures(model.backbone)
+        for line in (
+            "license: apache-2.0",
+            "# tiny",
+            f"| parameters | {sizes.parameters:,} |",
+            f"| of them active for a token | {sizes.active_parameters:,} |",
+            "| training data | None. |",
+            "| loss | 1.25 |",
+        ):
+            assert line in card.splitlines()
+        assert "not stated" in zoo.model_card(model, "tiny")
+
+    def test_every_file_is_checked(self, folder, tmp_path):
+        hashes = json.loads((folder / "sha256.json").read_text())
+        assert {"config.json", "task.json", "model.weights.h5", "README.md"} < set(hashes)
+        assert "assets/tokenizer/vocabulary.spm" in hashes
+        for name in hashes:
+            copy = tmp_path / name.replace("/", "-")
+            shutil.copytree(folder, copy)
+            content = (copy / name).read_bytes()
+            (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            message = error_of(copy)
+            assert name in message or "damaged" in message, message
+        shutil.copytree(folder, tmp_path / "hashes")
+        (tmp_path / "hashes" / "sha256.json").write_text("{")
+        assert "'sha256.json' is another or is damaged" in error_of(tmp_path / "hashes")
+
+    def test_a_folder_that_is_there(self, folder):
+        with pytest.raises(ValueError, match="`folder` must not be there yet. Received: folder="):
+            zoo.save_preset(zoo.from_preset(folder), folder)
+
+    def test_a_language_model_has_no_classes(self, folder):
+        assert error_of(folder, num_classes=2).startswith("`num_classes` must be None for a lang")
+
+    def test_upload(self, folder, monkeypatch):
+        sent = []
+        monkeypatch.setattr("keras_hub.upload_preset", lambda *arguments: sent.append(arguments))
+        zoo.upload(folder, "hf://me/tiny")
+        assert sent == [("hf://me/tiny", str(folder))]
+
+
+class TestTransformersFolder:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        """A Switch Transformer with a tokenizer, as transformers would have written it."""
+        folder = tmp_path_factory.mktemp("theirs") / "model"
+        router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
+        options = {"num_layers": 2, "num_decoder_layers": 2, "hidden_dim": 8, "key_dim": 4}
+        backbone = zoo.switch_transformer(
+            "mini", num_experts=2, router=router, intermediate_dim=12, **options
+        )
+        save_transformers(zoo.Seq2SeqLM(backbone), folder)
+        (folder / "spiece.model").write_bytes(zoo.default_tokenizer().proto)
+        return folder
+
+    def test_is_loaded_with_its_tokenizer(self, folder):
+        model = zoo.from_preset(folder)
+        assert model.preprocessor.tokenizer.vocabulary_size() == 8100
+        assert isinstance(model.generate("a <extra_id_0> fox", max_length=4), str)
+        with pytest.raises(ValueError, match="`num_classes` must be None"):
+            zoo.from_preset(folder, num_classes=2)
+
+    def test_without_weights_they_are_as_initialized(self, folder):
+        loaded, fresh = zoo.from_preset(folder), zoo.from_preset(folder, load_weights=False)
+        pairs = zip(loaded.trainable_variables, fresh.trainable_variables, strict=True)
+        equal = [np.array_equal(*map(keras.ops.convert_to_numpy, pair)) for pair in pairs]
+        assert not all(equal) and loaded.count_params() == fresh.count_params()
+
+    def test_a_vocabulary_that_does_not_fit(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "copy")
+        bytes_ = zoo.t5_tokenizer(zoo.default_tokenizer().proto, sentinels=200).proto
+        (tmp_path / "copy" / "spiece.model").write_bytes(bytes_)
+        message = error_of(tmp_path / "copy")
+        assert (
+            "its tokenizer has 8200 pieces with its sentinels, and the model only 8192" in message
+        )

@@ -80,6 +80,11 @@ def settings(config):
     }
 
 
+def preprocessor(folder, backbone):
+    """None: these families have tokenizers of many kinds."""
+    return None
+
+
 def config(backbone):
     """What transformers writes into `config.json` for the `CausalLM` of a backbone.
 

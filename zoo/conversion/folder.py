@@ -20,16 +20,20 @@ from zoo.models.deferred import Deferred
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
 
 
-def load_transformers(folder, dtype=None):
+def load_transformers(folder, dtype=None, load_weights=True):
     """Loads a model from a folder that transformers wrote, one weight at a time.
+
+    T5's and the Switch models' tokenizer is loaded, too, if its `spiece.model` is there.
 
     Args:
         folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
             file or in shards. The family is T5, T5 1.1, mT5, Switch Transformers, Mixtral or OLMoE.
         dtype: dtype or dtype policy of the layers; `None` for Keras' own.
+        load_weights: `False` leaves all weights as they are initialized.
 
     Returns:
-        A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE, without a preprocessor.
+        A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE; without a preprocessor if
+        there is no tokenizer.
 
     Raises:
         ValueError: if something is missing or damaged, the family is another, or a weight does not
@@ -61,8 +65,9 @@ def load_transformers(folder, dtype=None):
             for name in weight.names:
                 _check_shape(folder, weight, name, tensors.shape(name))
         wanted.sort(key=lambda weight: tensors.shard_of[weight.names[0]])  # a shard at a time
-        deferred.initialize(_values(tensors, wanted))
-    return family.TASK(backbone)
+        preprocessor = family.preprocessor(folder, backbone)
+        deferred.initialize(_values(tensors, wanted) if load_weights else ())
+    return family.TASK(backbone, preprocessor)
 
 
 def read_config(folder):

@@ -6,11 +6,18 @@ import numpy as np
 import keras_moe
 from zoo.conversion.tensors import Weight
 from zoo.layers import gelu_tanh
-from zoo.models.encoder_decoder import EncoderDecoderBackbone, Seq2SeqLM
+from zoo.models.encoder_decoder import (
+    EncoderDecoderBackbone,
+    Seq2SeqLM,
+    Seq2SeqLMPreprocessor,
+)
+from zoo.tokenizer import t5_tokenizer
 
 EMBEDDING, OUTPUT = "shared.weight", "lm_head.weight"
 FAMILIES = ("t5", "mt5", "switch_transformers")
 TASK = Seq2SeqLM
+VOCABULARY = "spiece.model"
+LENGTH = 512  # tokens that T5 was trained on
 # The embedding table again, which some versions write, and a weight that T5's cross-attention never
 # used.
 IGNORED = {
@@ -97,6 +104,25 @@ def settings(config):
         "group": "sequence",
         "expert_dropout": config.get("dropout_rate", 0.1),
     }
+
+
+def preprocessor(folder, backbone):
+    """Texts to tokens and back, if the folder has a tokenizer; `None` otherwise.
+
+    Raises:
+        ValueError: if the tokenizer has more pieces than the model.
+    """
+    path = folder / VOCABULARY
+    if not path.is_file():
+        return None
+    tokenizer = t5_tokenizer(path)
+    if tokenizer.vocabulary_size() > backbone.vocabulary_size:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit: its tokenizer has "
+            f"{tokenizer.vocabulary_size()} pieces with its sentinels, and the model only "
+            f"{backbone.vocabulary_size}"
+        )
+    return Seq2SeqLMPreprocessor(tokenizer, LENGTH, LENGTH)
 
 
 def _scales_outputs(config):

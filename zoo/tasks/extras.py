@@ -4,12 +4,15 @@ import contextlib
 import importlib
 import logging
 
+_NEEDED_BY = {"glue": "GLUE tasks and metrics need", "hub": "models of the hub need"}
 
-def require(module):
-    """Imports a module of the `glue` extra.
+
+def require(module, extra="glue"):
+    """Imports a module of an extra.
 
     Args:
         module: The dotted name of the module.
+        extra: The name of the extra, "glue" or "hub".
 
     Returns:
         The module.
@@ -23,8 +26,8 @@ def require(module):
         # Not always the module itself: scikit-learn stands on SciPy.
         package = (error.name or module).partition(".")[0]
         raise ImportError(
-            f"GLUE tasks and metrics need the package {package!r}, which "
-            "`pip install 'keras-moe[glue]'` installs."
+            f"{_NEEDED_BY[extra]} the package {package!r}, which "
+            f"`pip install 'keras-moe[{extra}]'` installs."
         ) from error
 
 
