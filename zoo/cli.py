@@ -13,6 +13,7 @@ import sys
 from zoo.tasks.task import TASKS, recipe
 
 BACKENDS = ("tensorflow", "jax", "torch")
+SAMPLERS = ("greedy", "beam", "top_k", "top_p", "contrastive")
 
 
 def main(arguments=None):
@@ -39,7 +40,8 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m zoo", description="Mixture-of-experts Transformers on GLUE."
+        prog="python -m zoo",
+        description="Mixture-of-experts Transformers: train, convert, generate.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -95,6 +97,32 @@ def _parser():
     command.set_defaults(
         run=_finetune, interrupted="finetune, without --restart, goes on from here"
     )
+
+    command = commands.add_parser(
+        "generate", help="what a language model, or a text-to-text model, makes of texts"
+    )
+    add = command.add_argument
+    add("preset", metavar="PRESET", help="a folder, or hf://owner/model, see presets")
+    add("texts", nargs="*", metavar="TEXT", help="default: the lines of the standard input")
+    add("--max-length", type=int, default=64, metavar="N", help="tokens; default: 64")
+    add("--sampler", choices=SAMPLERS, default="greedy", help="default: greedy")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
+    add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
+    command.set_defaults(run=_generate, interrupted="nothing is kept")
+
+    command = commands.add_parser(
+        "convert", help="a preset to transformers' format, or the other way round"
+    )
+    add = command.add_argument
+    add("source", metavar="SRC", help="a folder, or hf://owner/model, see presets")
+    add("target", metavar="DST", help="a folder that is not there yet")
+    add("--to", choices=("keras", "transformers"), required=True, help="the format of DST")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
+    add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
+    command.set_defaults(run=_convert, interrupted="DST is not there")
+
+    command = commands.add_parser("presets", help="published models that have a name here")
+    command.set_defaults(run=_presets, interrupted="nothing is kept")
     return parser
 
 
@@ -155,7 +183,7 @@ def _prepare(options):
         print(f"left out: {task} (no {file})")
 
 
-def _finetune(options):
+def _choose_backend(options):
     backend = options.backend or os.environ.get("KERAS_BACKEND") or "tensorflow"
     if backend not in BACKENDS:
         raise ValueError(
@@ -167,6 +195,10 @@ def _finetune(options):
             "brings it, and `--backend` chooses another."
         )
     os.environ["KERAS_BACKEND"] = backend
+
+
+def _finetune(options):
+    _choose_backend(options)
     with _without_remarks():
         from zoo.training import finetune
 
@@ -182,3 +214,48 @@ def _finetune(options):
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in results["metrics"])
     print(f"best epoch {best['epoch']} of {len(results['history'])}: {scores}")
     print(f"saved: {results['preset']}")
+
+
+def _generate(options):
+    _choose_backend(options)
+    if options.max_length < 1:
+        raise ValueError(
+            f"`max_length` must be a positive integer. Received: max_length={options.max_length}"
+        )
+    texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
+    if not texts:
+        return
+    with _without_remarks():
+        from zoo.presets import from_preset
+
+        model = from_preset(options.preset, dtype=options.dtype)
+    if not hasattr(model, "generate") or model.preprocessor is None:
+        raise ValueError(
+            "`preset` must be of a language model or a text-to-text model with a tokenizer. "
+            f"Received: a {type(model).__name__} in {options.preset!r}"
+        )
+    model.compile(sampler=options.sampler)
+    for text in model.generate(texts, max_length=options.max_length):
+        print(text)
+
+
+def _convert(options):
+    _choose_backend(options)
+    with _without_remarks():
+        from zoo.conversion import save_transformers
+        from zoo.presets import from_preset, save_preset
+
+        model = from_preset(options.source, dtype=options.dtype)
+    {"keras": save_preset, "transformers": save_transformers}[options.to](model, options.target)
+    print(f"saved: {options.target}")
+
+
+def _presets(options):
+    with _without_remarks():
+        from zoo.presets import list_presets
+
+    for preset in list_presets():
+        print(
+            f"{preset.name:32}{preset.kind:20}{preset.parameters / 1e6:10,.0f}M parameters,"
+            f"{preset.active_parameters / 1e6:6,.0f}M active, {preset.licence}"
+        )

@@ -94,6 +94,14 @@ def t5_tokenizer(proto, sentinels=100, **kwargs):
     return ZooTokenizer(proto=proto + b"".join(pieces), **kwargs)
 
 
+def without_sentinels(proto):
+    """The SentencePiece model, as bytes, that `t5_tokenizer` was given."""
+    number = 0
+    while proto.endswith(piece := _piece(SENTINEL.format(number))):
+        proto, number = proto.removesuffix(piece), number + 1
+    return proto
+
+
 def _piece(text):
     """An entry of a SentencePiece model: field 1 with text, score 0 and type USER_DEFINED."""
     text = text.encode()

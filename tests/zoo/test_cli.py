@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import os
 import re
@@ -169,3 +170,63 @@ def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_p
     assert "best epoch 1 of 1: val_matthews" in done.stdout
     assert done.stderr == ""
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["backend"] == backend
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """A tiny text-to-text model, of a kind that transformers has, too."""
+    import keras_moe
+    import zoo
+
+    router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
+    widths = {"num_layers": 2, "num_decoder_layers": 2, "hidden_dim": 8, "intermediate_dim": 12}
+    backbone = zoo.switch_transformer("mini", num_experts=2, router=router, **widths)
+    folder = tmp_path_factory.mktemp("cli") / "preset"
+    preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.t5_tokenizer(zoo.default_tokenizer().proto), 8, 6)
+    zoo.save_preset(zoo.Seq2SeqLM(backbone, preprocessor), folder)
+    return folder
+
+
+def run(*arguments):
+    """On the backend of the tests, which is loaded already."""
+    return cli.main([*map(str, arguments), "--backend", os.environ["KERAS_BACKEND"]])
+
+
+def test_convert_there_and_back_and_generate(preset, tmp_path, capsys):
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    assert run("convert", preset, theirs, "--to", "transformers") == 0
+    assert json.loads((theirs / "config.json").read_text())["model_type"] == "switch_transformers"
+    assert run("convert", theirs, back, "--to", "keras") == 0
+    assert capsys.readouterr().out == f"saved: {theirs}\nsaved: {back}\n"
+    said = []
+    for folder in (preset, theirs, back):
+        assert run("generate", folder, "a <extra_id_0> fox", "the dog", "--max-length", 5) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] and said[0].count("\n") == 2
+
+
+def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a fox\nthe dog\n"))
+    options = ("--max-length", 4, "--sampler", "beam", "--dtype", "bfloat16")
+    assert run("generate", preset, *options) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_generate_and_convert_bad_input(preset, tmp_path, capsys):
+    for arguments, message in (
+        (("generate", tmp_path / "none", "a"), "`preset` must be a folder that is there"),
+        (("generate", preset, "a", "--max-length", 0), "`max_length` must be a positive integer"),
+        (("convert", preset, tmp_path, "--to", "keras"), "`folder` must not be there yet"),
+    ):
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+
+
+def test_presets_are_listed(capsys):
+    assert cli.main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "switch-base-8 " in line]
+    assert re.sub(" +", " ", line) == (
+        "hf://google/switch-base-8 Switch Transformer 619M parameters, 223M active, Apache-2.0"
+    )

@@ -6,7 +6,7 @@ import keras
 import pytest
 import sentencepiece
 
-from zoo.tokenizer import ZooTokenizer, default_tokenizer, t5_tokenizer
+from zoo.tokenizer import ZooTokenizer, default_tokenizer, t5_tokenizer, without_sentinels
 from zoo.train_tokenizer import REQUIRED_CHARACTERS, main, sample_sentences, train
 
 
@@ -199,6 +199,12 @@ def test_sentinels_are_added_once_and_as_many_as_asked(tokenizer, tmp_path):
     assert three.get_vocabulary()[8000:] == [f"▁<extra_id_{n}>" for n in (2, 1, 0)]
     assert t5_tokenizer(three.proto).vocabulary_size() == 8003
     assert t5_tokenizer(tokenizer.proto, sentinels=0).vocabulary_size() == 8000
+
+
+def test_sentinels_are_taken_off_again(tokenizer):
+    for sentinels in (0, 3, 100):
+        proto = t5_tokenizer(tokenizer.proto, sentinels=sentinels).proto
+        assert without_sentinels(proto) == tokenizer.proto
 
 
 def test_sentinels_are_saved(tokenizer, tmp_path):

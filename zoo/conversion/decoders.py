@@ -85,6 +85,10 @@ def preprocessor(folder, backbone):
     return None
 
 
+def write_tokenizer(preprocessor, folder):
+    """Writes nothing, for the same reason."""
+
+
 def config(backbone):
     """What transformers writes into `config.json` for the `CausalLM` of a backbone.
 

@@ -170,6 +170,8 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     try:
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write(_named(family, model.backbone), beside, shard_bytes)
+        if model.preprocessor is not None:
+            family.write_tokenizer(model.preprocessor, beside)
         beside.chmod(0o755)
         os.rename(beside, folder)
     except BaseException:

@@ -11,7 +11,7 @@ from zoo.models.encoder_decoder import (
     Seq2SeqLM,
     Seq2SeqLMPreprocessor,
 )
-from zoo.tokenizer import t5_tokenizer
+from zoo.tokenizer import t5_tokenizer, without_sentinels
 
 EMBEDDING, OUTPUT = "shared.weight", "lm_head.weight"
 FAMILIES = ("t5", "mt5", "switch_transformers")
@@ -123,6 +123,11 @@ def preprocessor(folder, backbone):
             f"{backbone.vocabulary_size}"
         )
     return Seq2SeqLMPreprocessor(tokenizer, LENGTH, LENGTH)
+
+
+def write_tokenizer(preprocessor, folder):
+    """Writes the tokenizer's `spiece.model`, to which transformers adds the sentinels itself."""
+    (folder / VOCABULARY).write_bytes(without_sentinels(preprocessor.tokenizer.proto))
 
 
 def _scales_outputs(config):
