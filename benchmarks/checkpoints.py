@@ -9,6 +9,7 @@ ratios within a round, with quartiles; writes `results/checkpoints.json`.
 """
 
 import argparse
+import gc
 import json
 import sys
 import threading
@@ -89,9 +90,9 @@ def loading(options, files):
     def load():
         return zoo.load_transformers(options.folder)
 
-    load()  # what Keras makes once
-    with Peak() as peak:
+    with Peak() as peak:  # of the first one, with what Keras makes once
         load()
+    gc.collect()
     figures = {"memory": peak.bytes}
     return figures | timed({"read": read, "load": load}, options.rounds)
 
@@ -143,6 +144,7 @@ def timed(functions, rounds):
             result = function()
             seconds[name].append(time.perf_counter() - start)
             del result
+            gc.collect()
     return seconds
 
 

@@ -33,7 +33,7 @@ _HOME = {
     "t5_tokenizer": "zoo.tokenizer",
     "finetune": "zoo.training",
     "from_preset": "zoo.presets",
-    "list_presets": "zoo.presets",
+    "list_presets": "zoo.catalogue",
     "model_card": "zoo.presets",
     "save_preset": "zoo.presets",
     "upload": "zoo.hub",

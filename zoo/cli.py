@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 
+from zoo.catalogue import list_presets
+from zoo.files import require_absent
 from zoo.tasks.task import TASKS, recipe
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -241,6 +243,7 @@ def _generate(options):
 
 def _convert(options):
     _choose_backend(options)
+    require_absent(options.target)
     with _without_remarks():
         from zoo.conversion import save_transformers
         from zoo.presets import from_preset, save_preset
@@ -251,9 +254,6 @@ def _convert(options):
 
 
 def _presets(options):
-    with _without_remarks():
-        from zoo.presets import list_presets
-
     for preset in list_presets():
         print(
             f"{preset.name:32}{preset.kind:20}{preset.parameters / 1e6:10,.0f}M parameters,"

@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import re
+import shutil
+import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
 from zoo.tasks.extras import require
 
+CARD = "README.md"
 ADDRESS = re.compile(r"hf://([\w.-]+)/([\w.-]+?)(?:@([\w.-]+))?")
 # Of these the first that a model has are its weights; all else that it needs is small.
 WEIGHTS = (
@@ -15,7 +18,7 @@ WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-SMALL = ("*.json", "spiece.model", "tokenizer.model", "assets/**", "LICENSE*", "README.md")
+SMALL = ("*.json", "spiece.model", "tokenizer.model", "assets/**", "LICENSE*", CARD)
 
 
 def download(address):
@@ -39,13 +42,24 @@ def download(address):
     if parts is None:
         raise ValueError(f"`preset` must look like 'hf://owner/model'. Received: {address!r}")
     require("huggingface_hub", "hub")
-    import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     owner, name, revision = parts.groups()
     repository = f"{owner}/{name}"
     blobs = Path(constants.HF_HUB_CACHE, f"models--{owner}--{name}", "blobs")
     before = set(blobs.iterdir()) if blobs.is_dir() else set()
+    try:
+        return _fetched(address, repository, revision)
+    finally:  # also what arrived before a failure
+        if blobs.is_dir():
+            _check(address, set(blobs.iterdir()) - before)
+
+
+def _fetched(address, repository, revision):
+    """The folder of a model in the cache, downloaded as far as it is not there."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
     try:
         there = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
         weights = next((p for p in WEIGHTS if any(fnmatch(f, p[0]) for f in there)), ())
@@ -61,8 +75,6 @@ def download(address):
                 f"{address!r} cannot be downloaded ({type(error).__name__}) and is not in the "
                 "cache; what had arrived is kept"
             ) from error
-    if blobs.is_dir():
-        _check(address, set(blobs.iterdir()) - before)
     return Path(folder)
 
 
@@ -99,13 +111,30 @@ def sha256(path):
 
 
 def upload(folder, address):
-    """Uploads a preset's folder to the hub, by KerasHub's `upload_preset`.
+    """Uploads a preset's folder, with its model card, to the hub.
 
     Args:
         folder: of a preset, see `zoo.save_preset`.
         address: "hf://owner/model".
+
+    Raises:
+        ValueError: if the address is none.
+        ImportError: if `huggingface_hub` is not installed.
     """
+    parts = ADDRESS.fullmatch(address)
+    if parts is None:
+        raise ValueError(f"`address` must look like 'hf://owner/model'. Received: {address!r}")
     require("huggingface_hub", "hub")
+    import huggingface_hub
     import keras_hub
 
-    keras_hub.upload_preset(address, str(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        # KerasHub puts a card of its own into the folder, uploads and removes it.
+        copy = shutil.copytree(folder, Path(temporary, "preset"))
+        keras_hub.upload_preset(address, str(copy))
+    card = Path(folder, CARD)
+    if card.is_file():
+        owner, name, _ = parts.groups()
+        huggingface_hub.HfApi().upload_file(
+            path_or_fileobj=card, path_in_repo=CARD, repo_id=f"{owner}/{name}"
+        )

@@ -6,7 +6,6 @@ import json
 import re
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import keras_hub
@@ -15,61 +14,14 @@ import zoo.models.decoder  # these register the classes that presets name
 import zoo.models.encoder
 import zoo.models.encoder_decoder
 import zoo.models.moe_lstm
+from zoo.catalogue import list_presets
 from zoo.conversion import load_transformers
-from zoo.hub import download, sha256
+from zoo.files import written_whole
+from zoo.hub import CARD, download, sha256
 from zoo.models.figures import figures
 
-CARD, HASHES = "README.md", "sha256.json"
+HASHES = "sha256.json"
 HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
-
-
-class Preset(NamedTuple):
-    """What `list_presets` says of a model; `None` where it is not known."""
-
-    name: str
-    kind: str
-    parameters: int
-    active_parameters: int
-    file_bytes: int | None
-    licence: str | None
-    training_data: str | None
-    scores: dict | None
-
-
-def list_presets():
-    """The published models that `from_preset` loads by name.
-
-    They are those of the hub's google and google-t5, in transformers' format, whose sizes are
-    tested here; none of them has been downloaded in the making of this library. Any other
-    checkpoint of a family that `load_transformers` knows is loaded in the same way.
-
-    Returns:
-        List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
-        `file_bytes`, `licence`, `training_data` and `scores`.
-    """
-    c4 = "C4, span corruption (https://arxiv.org/abs/1910.10683)"
-    supervised = f"{c4}, and supervised tasks"
-    rows = [
-        *(
-            (f"google/switch-base-{experts}", "Switch Transformer", *parameters, c4)
-            for experts, parameters in {
-                8: (619_339_008, 222_977_280),
-                16: (1_072_397_568, 223_051_008),
-                32: (1_978_514_688, 223_198_464),
-                64: (3_790_748_928, 223_493_376),
-                128: (7_415_217_408, 224_083_200),
-                256: (14_664_154_368, 225_262_848),
-            }.items()
-        ),
-        ("google/switch-large-128", "Switch Transformer", 26_309_291_008, 740_813_824, c4),
-        ("google-t5/t5-small", "T5", 60_506_624, 60_506_624, supervised),
-        ("google-t5/t5-base", "T5", 222_903_552, 222_903_552, supervised),
-        ("google-t5/t5-large", "T5", 737_668_096, 737_668_096, supervised),
-    ]
-    return [
-        Preset(f"hf://{name}", kind, total, active, None, "Apache-2.0", data, None)
-        for name, kind, total, active, data in rows
-    ]
 
 
 def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
@@ -117,7 +69,7 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
     task = _task_class(folder)
     if load_weights:
         _check_weights(folder, num_classes is None and task not in HEADLESS)
-    _check_hashes(folder)
+    _check_hashes(folder, load_weights)
     options = {"load_weights": load_weights, "dtype": dtype}
     if task is None or issubclass(task, keras_hub.models.TextClassifier):
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
@@ -161,7 +113,8 @@ def _task_class(folder):
     if not path.is_file():
         return None
     name = json.loads(path.read_text())["registered_name"]
-    return keras.saving.get_registered_object(name)
+    task = keras.saving.get_registered_object(name)
+    return task if isinstance(task, type) else None
 
 
 def save_preset(model, folder, licence=None, training_data=None, scores=None):
@@ -180,14 +133,13 @@ def save_preset(model, folder, licence=None, training_data=None, scores=None):
         ValueError: if the folder is there.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"`folder` must not be there yet. Received: folder={str(folder)!r}")
-    model.save_to_preset(str(folder))
     card = model_card(model, folder.name, licence, training_data, scores)
-    (folder / CARD).write_text(card)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    (folder / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+    with written_whole(folder) as beside:
+        model.save_to_preset(str(beside))
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        hashes = {path.relative_to(beside).as_posix(): sha256(path) for path in files}
+        (beside / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+        (beside / CARD).write_text(card)  # which may be edited
 
 
 def model_card(model, name, licence=None, training_data=None, scores=None):
@@ -227,20 +179,23 @@ def model_card(model, name, licence=None, training_data=None, scores=None):
     return "\n".join(lines) + "\n"
 
 
-def _check_hashes(folder):
+def _check_hashes(folder, with_weights):
     path = folder / HASHES
     if not path.is_file():
         return
     try:
-        hashes = json.loads(path.read_text())
-    except ValueError:
+        hashes = dict(json.loads(path.read_text()).items())
+    except (ValueError, AttributeError):
         hashes = {HASHES: None}
     for name, expected in hashes.items():
         file = folder / name
-        if file.is_file() and sha256(file) != expected:
+        if not with_weights and file.suffix == ".h5":
+            continue
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not (is_inside and file.is_file() and sha256(file) == expected):
             raise ValueError(
-                f"`preset` must hold the files that were saved, and {name!r} is another or is "
-                f"damaged. Received: preset={str(folder)!r}"
+                f"`preset` must hold the files that were saved, and {name!r} is missing, another "
+                f"or damaged. Received: preset={str(folder)!r}"
             )
 
 

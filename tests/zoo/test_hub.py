@@ -19,6 +19,7 @@ BIG = bytes(range(256)) * 400
 FILES = {
     "config.json": b"{}",
     "README.md": b"# model",
+    "model-1.safetensors": BIG[::-1],
     "model.safetensors": BIG,
     "pytorch_model.bin": b"the same again",
     "flax_model.msgpack": b"and again",
@@ -52,7 +53,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, name, with_body):
         content = self.server.files[name]
-        digest = hashlib.sha256(FILES[name]).hexdigest() if name in ("model.safetensors",) else name
+        digest = hashlib.sha256(FILES[name]).hexdigest() if name.endswith("safetensors") else name
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if start:
@@ -65,7 +66,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if with_body:
-            cut = self.server.cut if len(body) > 1000 else None
+            cut = self.server.cut if self.path.endswith("/model.safetensors") else None
             self.wfile.write(body[:cut])
             if cut:
                 self.connection.close()
@@ -86,11 +87,11 @@ def download(hub, tmp_path):
     """`download(address)` in a process that knows no other hub; its last line, or its error."""
 
     def run(address=f"hf://{REPOSITORY}", online=True):
-        port = hub.server_address[1] if online else 9  # nobody listens there
         environment = {
             **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
             "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0" if online else "1",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "2",
@@ -118,7 +119,9 @@ except (OSError, ValueError) as error:
 
 def test_only_what_is_needed_and_only_once(hub, download):
     folder = download()
-    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == sorted(
+        set(FILES) - {"pytorch_model.bin", "flax_model.msgpack"}
+    )
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         assert file.read() == BIG
     hub.asked.clear()
@@ -127,7 +130,7 @@ def test_only_what_is_needed_and_only_once(hub, download):
 
 
 def test_pickles_where_there_is_nothing_else(hub, download):
-    del hub.files["model.safetensors"]
+    del hub.files["model.safetensors"], hub.files["model-1.safetensors"]
     assert sorted(os.listdir(download())) == ["README.md", "config.json", "pytorch_model.bin"]
 
 
@@ -166,3 +169,12 @@ def test_a_tampered_file_does_not_stay(hub, download):
     hub.files["model.safetensors"] = BIG
     with open(os.path.join(download(), "model.safetensors"), "rb") as file:
         assert file.read() == BIG
+
+
+def test_what_arrived_damaged_before_a_failure_does_not_stay(hub, download):
+    hub.files["model-1.safetensors"] = BIG[1:] + b"x"
+    hub.cut = 30_000
+    assert "arrived damaged and was removed" in download()
+    hub.files, hub.cut = dict(FILES), None
+    with open(os.path.join(download(), "model-1.safetensors"), "rb") as file:
+        assert file.read() == BIG[::-1]

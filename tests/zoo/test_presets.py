@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import keras_moe
 import zoo
 from zoo.conversion import save_transformers
+from zoo.hub import sha256
 from zoo.models.deferred import Deferred
 
 
@@ -226,7 +228,7 @@ class TestSavePreset:
 
     def test_every_file_is_checked(self, folder, tmp_path):
         hashes = json.loads((folder / "sha256.json").read_text())
-        assert {"config.json", "task.json", "model.weights.h5", "README.md"} < set(hashes)
+        assert {"config.json", "task.json", "model.weights.h5"} < set(hashes)
         assert "assets/tokenizer/vocabulary.spm" in hashes
         for name in hashes:
             copy = tmp_path / name.replace("/", "-")
@@ -235,9 +237,27 @@ class TestSavePreset:
             (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             message = error_of(copy)
             assert name in message or "damaged" in message, message
+            (copy / name).unlink()
+            assert error_of(copy)
         shutil.copytree(folder, tmp_path / "hashes")
-        (tmp_path / "hashes" / "sha256.json").write_text("{")
-        assert "'sha256.json' is another or is damaged" in error_of(tmp_path / "hashes")
+        for text in ("{", "[]"):
+            (tmp_path / "hashes" / "sha256.json").write_text(text)
+            assert "'sha256.json' is missing, another" in error_of(tmp_path / "hashes")
+        for name in ("../hashes/config.json", str(folder / "config.json"), "nothing"):
+            hashes = {name: sha256(folder / "config.json")}
+            (tmp_path / "hashes" / "sha256.json").write_text(json.dumps(hashes))
+            assert f"{name!r} is missing, another" in error_of(tmp_path / "hashes")
+
+    def test_the_card_may_be_edited(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "copy")
+        (tmp_path / "copy" / "README.md").write_text("mine")
+        zoo.from_preset(tmp_path / "copy")
+
+    def test_a_failure_leaves_nothing(self, folder, tmp_path):
+        model = zoo.from_preset(folder)
+        with pytest.raises(ValueError):
+            zoo.save_preset(model, tmp_path / "new", scores={"loss": "low"})
+        assert not any(tmp_path.iterdir())
 
     def test_a_folder_that_is_there(self, folder):
         with pytest.raises(ValueError, match="`folder` must not be there yet. Received: folder="):
@@ -247,10 +267,24 @@ class TestSavePreset:
         assert error_of(folder, num_classes=2).startswith("`num_classes` must be None for a lang")
 
     def test_upload(self, folder, monkeypatch):
-        sent = []
-        monkeypatch.setattr("keras_hub.upload_preset", lambda *arguments: sent.append(arguments))
+        """KerasHub takes the card of the folder it is given away."""
+        sent, before = [], (folder / "README.md").read_bytes()
+
+        def upload_preset(address, copy):
+            sent.append((address, sorted(path.name for path in Path(copy).iterdir())))
+            (Path(copy) / "README.md").unlink()
+
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            sent.append((repo_id, path_in_repo, Path(path_or_fileobj).read_bytes()))
+
+        monkeypatch.setattr("keras_hub.upload_preset", upload_preset)
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_file", upload_file)
         zoo.upload(folder, "hf://me/tiny")
-        assert sent == [("hf://me/tiny", str(folder))]
+        names = sorted(path.name for path in folder.iterdir())
+        assert sent == [("hf://me/tiny", names), ("me/tiny", "README.md", before)]
+        assert (folder / "README.md").read_bytes() == before
+        with pytest.raises(ValueError, match="`address` must look like 'hf://owner/model'"):
+            zoo.upload(folder, "tiny")
 
 
 class TestTransformersFolder:
@@ -288,3 +322,12 @@ class TestTransformersFolder:
         assert (
             "its tokenizer has 8200 pieces with its sentinels, and the model only 8192" in message
         )
+
+    def test_a_model_without_rows_for_the_sentinels(self, folder, tmp_path):
+        backbone = zoo.from_preset(folder, load_weights=False).backbone
+        config = {**backbone.get_config(), "vocabulary_size": 8000}
+        preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.default_tokenizer(), 8, 6)
+        model = zoo.Seq2SeqLM(type(backbone).from_config(config), preprocessor)
+        with pytest.raises(ValueError, match="rows: 8100 in all. Received: vocabulary_size=8000"):
+            save_transformers(model, tmp_path / "out")
+        assert not any(tmp_path.iterdir())

@@ -11,6 +11,10 @@ TASK = CausalLM
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = frozenset()
 ACTIVATIONS = ("silu", "gelu", "relu")
+ONLY_ONE = (
+    "A router that chooses one expert and normalizes its weight, to 1, is not among the zoo's: "
+    "`num_experts_per_tok` must be at least 2. Received: 1"
+)
 # What transformers may ask for and the backbone has not, and what its `config.json` must then say.
 FOREIGN = {
     "sliding_window": (None,),
@@ -28,11 +32,16 @@ MIXTURES = {
 
 def make(config, tensors, dtype=None):
     """A `DecoderBackbone` for a `config.json` of transformers, without its weights."""
-    return DecoderBackbone(**settings(config), dtype=dtype)
+    tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
+    return DecoderBackbone(**settings(config, tied), dtype=dtype)
 
 
-def settings(config):
+def settings(config, tied=True):
     """Arguments of `DecoderBackbone`.
+
+    Args:
+        config: dictionary.
+        tied: whether the weights allow for logits that are made by the embedding table.
 
     Raises:
         ValueError: if the config asks for something that the backbone has not.
@@ -40,19 +49,24 @@ def settings(config):
     for name, allowed in FOREIGN.items():
         if config.get(name) not in allowed:
             raise ValueError(f"`{name}` must be {allowed[-1]}. Received: {name}={config[name]!r}")
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"`rope_type` must be 'default'. Received: {rope['rope_type']!r}")
+    is_olmoe = config["model_type"] == "olmoe"
+    rope = config.get("rope_parameters") or config
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"`rope_type` must be 'default'. Received: {kind!r}")
+    normalizes = not is_olmoe or config.get("norm_topk_prob", False)
+    k = config["num_experts_per_tok"]
+    if normalizes and k == 1:
+        raise ValueError(ONLY_ONE)
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(
             f"`hidden_act` must be one of {', '.join(ACTIVATIONS)}. "
             f"Received: {config['hidden_act']!r}"
         )
-    is_olmoe = config["model_type"] == "olmoe"
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     router = keras_moe.TopKRouter(
-        config["num_experts_per_tok"],
-        normalize=not is_olmoe or config.get("norm_topk_prob", False),
+        k,
+        normalize=normalizes,
         load_balancing_weight=config.get("router_aux_loss_coef", 0.0),
         jitter=config.get("router_jitter_noise", 0.0),
     )
@@ -70,9 +84,9 @@ def settings(config):
         "gated": True,
         "positions": "rotary",
         "num_key_value_heads": config.get("num_key_value_heads"),
-        "max_wavelength": rope["rope_theta"],
+        "max_wavelength": rope.get("rope_theta", 1e4 if is_olmoe else 1e6),
         "normalize_queries": is_olmoe,
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": config.get("tie_word_embeddings", False) and tied,
         "scale_outputs": False,
         "dropout": 0.0,
         "expert_dropout": 0.0,
@@ -85,7 +99,7 @@ def preprocessor(folder, backbone):
     return None
 
 
-def write_tokenizer(preprocessor, folder):
+def write_tokenizer(model, folder):
     """Writes nothing, for the same reason."""
 
 
@@ -115,8 +129,8 @@ def config(backbone):
         "gated experts": backbone.gated_experts,
         f"an activation of {', '.join(ACTIVATIONS)}": bool(kinds),
         "outputs that are not scaled": not backbone.scale_outputs,
-        "normalized weights of the chosen experts (Mixtral)": olmoe
-        or all(router.normalize for router in routers),
+        "normalized weights of two or more chosen experts (Mixtral)": olmoe
+        or all(router.normalize and router.k > 1 for router in routers),
         "heads that share out the width (OLMoE)": not olmoe or inner == backbone.hidden_dim,
     }
     if missing := [name for name, is_there in wanted.items() if not is_there]:
@@ -137,6 +151,7 @@ def config(backbone):
         "rms_norm_eps": backbone.epsilon,
         "rope_parameters": {"rope_theta": backbone.max_wavelength, "rope_type": "default"},
         "tie_word_embeddings": backbone.tie_embeddings,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # not known here
         "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
     }
     if olmoe:
@@ -144,7 +159,7 @@ def config(backbone):
             "model_type": "olmoe",
             "architectures": ["OlmoeForCausalLM"],
             "num_experts": backbone.num_experts,
-            "norm_topk_prob": routers[0].normalize,
+            "norm_topk_prob": routers[0].normalize and routers[0].k > 1,
         }
     return result | {
         "model_type": "mixtral",

@@ -3,9 +3,6 @@
 import collections
 import functools
 import json
-import os
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from keras import ops
 from keras_moe.ops import adopt
 from zoo.conversion import decoders, t5
 from zoo.conversion.tensors import Tensors, write
+from zoo.files import require_absent, written_whole
 from zoo.models.deferred import Deferred
 
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
@@ -48,7 +46,7 @@ def load_transformers(folder, dtype=None, load_weights=True):
         try:
             with Deferred() as deferred:
                 backbone = family.make(config, tensors, dtype)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` "
                 f"lacks or has a wrong {error}"
@@ -86,7 +84,7 @@ def read_config(folder):
             f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` names "
             "no `model_type`"
         ) from error
-    if family not in MODULES:
+    if not isinstance(family, str) or family not in MODULES:
         raise ValueError(
             f"The checkpoint {str(folder)!r} must be of one of the families "
             f"{', '.join(MODULES)}. Received: model_type={family!r}"
@@ -147,17 +145,17 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     """Writes a model as transformers does, so that its `from_pretrained` loads it.
 
     Args:
-        model: a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. What only training needs, and transformers has
-            not, is left out: dropout, the router's z-loss.
+        model: a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Dropout and the router's z-loss, where
+            transformers has none, and the tokenizer and special tokens of a `CausalLM` are left
+            out. Weights of the balancing losses are written as they are, though transformers pools
+            over layers what is added up here.
         folder: path; it must not be there yet.
         shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 
     Raises:
         ValueError: if the folder is there, or the model has something that transformers has not.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"`folder` must not be there yet. Received: folder={str(folder)!r}")
+    require_absent(folder)
     family = next((f for f in set(MODULES.values()) if isinstance(model, f.TASK)), None)
     if family is None:
         raise ValueError(
@@ -165,18 +163,11 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
             f"Received: a {type(model).__name__}"
         )
     config = family.config(model.backbone)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with written_whole(folder) as beside:
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write(_named(family, model.backbone), beside, shard_bytes)
         if model.preprocessor is not None:
-            family.write_tokenizer(model.preprocessor, beside)
-        beside.chmod(0o755)
-        os.rename(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+            family.write_tokenizer(model, beside)
+        write(_named(family, model.backbone), beside, shard_bytes)
 
 
 def _named(family, backbone):

@@ -1,7 +1,6 @@
 """T5, T5 1.1, mT5 and Switch Transformers: their settings and weights there and here."""
 
 import keras
-import numpy as np
 
 import keras_moe
 from zoo.conversion.tensors import Weight
@@ -44,9 +43,7 @@ def make(config, tensors, dtype=None):
     them, but transformers 5 ties them unless the checkpoint has both, and earlier versions wrote
     both where they were tied.
     """
-    tied = OUTPUT not in tensors.names or np.array_equal(
-        tensors.read(OUTPUT), tensors.read(EMBEDDING)
-    )
+    tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
     options = {**settings(config), "tie_embeddings": tied}
     return EncoderDecoderBackbone(**options, dtype=dtype)
 
@@ -125,9 +122,20 @@ def preprocessor(folder, backbone):
     return Seq2SeqLMPreprocessor(tokenizer, LENGTH, LENGTH)
 
 
-def write_tokenizer(preprocessor, folder):
-    """Writes the tokenizer's `spiece.model`, to which transformers adds the sentinels itself."""
-    (folder / VOCABULARY).write_bytes(without_sentinels(preprocessor.tokenizer.proto))
+def write_tokenizer(model, folder):
+    """Writes the tokenizer's `spiece.model`, to which transformers adds 100 sentinels itself.
+
+    Raises:
+        ValueError: if the model has no rows for them.
+    """
+    proto = without_sentinels(model.preprocessor.tokenizer.proto)
+    (folder / VOCABULARY).write_bytes(proto)
+    pieces = t5_tokenizer(proto).vocabulary_size()
+    if pieces > model.backbone.vocabulary_size:
+        raise ValueError(
+            "transformers adds 100 sentinels to a tokenizer, for which the model must have rows: "
+            f"{pieces} in all. Received: vocabulary_size={model.backbone.vocabulary_size}"
+        )
 
 
 def _scales_outputs(config):

@@ -95,22 +95,30 @@ class Tensors:
             shard.read(name, into)
         return into
 
+    def are_equal_or_one(self, name, other):
+        """Whether two weights are the same, or the second is not there."""
+        if other not in self.shard_of:
+            return True
+        return self.shape(name) == self.shape(other) and np.array_equal(
+            self.read(name), self.read(other)
+        )
+
     def _index(self):
         for file in (SAFETENSORS, PICKLED):
             index, whole = self.folder / f"{file}.index.json", self.folder / file
             if index.is_file():
                 try:
-                    weight_map = json.loads(index.read_text())["weight_map"]
-                except (ValueError, KeyError, TypeError) as error:
+                    weight_map = dict(json.loads(index.read_text())["weight_map"].items())
+                    inside = {shard: Path(shard).name == shard for shard in weight_map.values()}
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise self._damaged(index) from error
-                shards = {name: self.folder / shard for name, shard in weight_map.items()}
-                for path in shards.values():
-                    if path.parent != self.folder or not path.is_file():
+                for shard, is_inside in inside.items():
+                    if not (is_inside and (self.folder / shard).is_file()):
                         raise ValueError(
-                            f"The checkpoint {str(self.folder)!r} must have the shard "
-                            f"{path.name!r}, which its index names and which is not there"
+                            f"The checkpoint {str(self.folder)!r} must have the shard {shard!r}, "
+                            "which its index names and which is not there"
                         )
-                return shards
+                return {name: self.folder / shard for name, shard in weight_map.items()}
             if whole.is_file():
                 with self._turned_to(whole) as shard:
                     return dict.fromkeys(shard.names(), whole)
@@ -167,6 +175,11 @@ class _Safe:
         return np.dtype(DTYPES[self.header[name]["dtype"]])
 
     def read(self, name, into):
+        if into.dtype != self.dtype(name):
+            whole = np.empty(into.shape, self.dtype(name))
+            self.read(name, whole)
+            into[...] = whole
+            return
         self.file.seek(self.start + self.header[name]["data_offsets"][0])
         rest = memoryview(into.reshape(-1).view("uint8"))
         while rest:

@@ -50,6 +50,7 @@ SIZES = {
     "100m": _widths(12, 12, 768, 64, 3072, **_GATED),
     "8b": _widths(32, 32, 4096, 128, 16384, **_GATED),
 }
+DECODER_SIZES = ("100m", "8b")
 # Experts of the published models, where there are not many to choose from.
 NUM_EXPERTS = {"large": 128, "xl": 128, "xxl": 128, "c-2048": 2048, "100m": 64, "8b": 64}
 
@@ -128,10 +129,11 @@ def expert_choice_transformer(
     `capacity_factor` experts on average (2 by default), each of which is narrower than the dense
     layer by that factor.
 
-    Choosing among tokens looks ahead. A decoder beside an encoder therefore routes by top-2, with
-    experts of half the dense layer's width. One on its own is the paper's: it looks ahead in
-    training, and generates by the thresholds that its experts learn (`inference="threshold"`). Of
-    its sizes "100m" and "8b" an expert is as wide as the dense layer, and alone not gated.
+    Choosing among tokens looks ahead. A decoder beside an encoder therefore routes by top-k, with
+    the same experts and as many to a token (top-2 by default). One on its own is the paper's: it
+    looks ahead in training, and generates by the thresholds that its experts learn
+    (`inference="threshold"`). Of its sizes "100m" and "8b" an expert is as wide as the dense layer,
+    and alone not gated.
 
     Args:
         size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
@@ -152,13 +154,13 @@ def expert_choice_transformer(
     """
     inference = {"inference": "threshold"} if architecture == "decoder" else {}
     router = router or keras_moe.ExpertChoiceRouter(**inference)
-    hidden_dim = options.get("intermediate_dim", _size(size)["intermediate_dim"])
-    if size in ("100m", "8b"):
+    hidden_dim = options.get("intermediate_dim") or _size(size)["intermediate_dim"]
+    if size in DECODER_SIZES:
         defaults = {"gated_experts": False}
     else:
         defaults = {"expert_dim": round(hidden_dim / router.capacity_factor)}
     if architecture == "encoder_decoder":
-        defaults["decoder_router"] = keras_moe.TopKRouter(2)
+        defaults["decoder_router"] = keras_moe.TopKRouter(max(1, round(router.capacity_factor)))
     given = {"num_experts": num_experts, "vocabulary_size": vocabulary_size, "router": router}
     return _make(architecture, size, defaults, {**given, **options})
 
@@ -206,6 +208,11 @@ def _make(architecture, size, defaults, options):
             f"Received: architecture={architecture!r}"
         )
     of_size = dict(_size(size))
+    if size in DECODER_SIZES and architecture != "decoder":
+        raise ValueError(
+            f"`architecture` must be 'decoder' for size={size!r}. "
+            f"Received: architecture={architecture!r}"
+        )
     if architecture != "encoder":  # which makes no logits
         of_size["tie_embeddings"] = size not in ("xl", "xxl")
     if "router" in defaults | options:

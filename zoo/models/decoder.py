@@ -12,7 +12,7 @@ from keras import ops
 from zoo.decoder_layers import CausalSelfAttention, DecoderBlock, RotarySelfAttention
 from zoo.layers import Dropout, RelativePositionBias
 from zoo.models.blocks import feed_forward, serialized, sparse_numbers
-from zoo.models.generation import written
+from zoo.models.generation import only_pieces, written
 from zoo.tokenizer import ZooTokenizer
 
 POSITIONS = ("relative", "rotary")
@@ -64,8 +64,8 @@ class DecoderBackbone(keras_hub.models.Backbone):
         trainable: whether training changes the weights.
 
     Raises:
-        ValueError: if the router looks ahead in inference, a sparse block's number is out of range,
-            or there are no such positions.
+        ValueError: if the router looks ahead in inference or drops tokens of other sequences, a
+            sparse block's number is out of range, or there are no such positions.
     """
 
     def __init__(
@@ -110,6 +110,13 @@ class DecoderBackbone(keras_hub.models.Backbone):
             raise ValueError(
                 "`router` must not look ahead in inference (expert choice does not with "
                 f"`inference='threshold'`). Received: router={router!r}"
+            )
+
+        drops = router is not None and router.eval_capacity_factor is not None
+        if group != "sequence" and drops and num_experts and sparse_blocks:
+            raise ValueError(
+                "`group` must be 'sequence' for a router that drops tokens in inference, or a text "
+                f"would depend on others. Received: group={group!r}, router={router!r}"
             )
 
         # === Layers ===
@@ -345,7 +352,8 @@ class CausalLM(keras_hub.models.CausalLM):
         def next(prompt, cache, index):
             last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
             x_B1D, cache = backbone.go_on(last, cache, index - 1)
-            return backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], cache
+            logits = only_pieces(backbone.logits(x_B1D)[:, 0], self)
+            return logits, x_B1D[:, 0], cache
 
         token_ids = self.sampler(
             next=next,

@@ -205,7 +205,11 @@ class EncoderBackbone(keras_hub.models.Backbone):
     @classmethod
     def from_config(cls, config):
         router = config["router"] and keras.saving.deserialize_keras_object(config["router"])
-        return super().from_config({**config, "router": router})
+        config = {**config, "router": router}
+        if "sparse_step" in config:  # of earlier versions
+            step = config.pop("sparse_step")
+            config["sparse_blocks"] = tuple(range(step, config["num_layers"] + 1, step))
+        return super().from_config(config)
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -12,7 +12,7 @@ from keras import ops
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
 from zoo.models.blocks import feed_forward, serialized, sparse_numbers
-from zoo.models.generation import written
+from zoo.models.generation import only_pieces, written
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -406,7 +406,8 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
             cache, memory, memory_mask = cache
             last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
             x_B1D, cache = backbone.go_on(last, cache, index - 1, memory, memory_mask)
-            return backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], (cache, memory, memory_mask)
+            logits = only_pieces(backbone.logits(x_B1D)[:, 0], self)
+            return logits, x_B1D[:, 0], (cache, memory, memory_mask)
 
         token_ids = self.sampler(
             next=next,

@@ -30,18 +30,20 @@ def figures(backbone):
     Returns:
         A `Figures`: `parameters`, `active_parameters` and `training_flops_per_token`.
     """
-    parameters = sum(_size(v) for v in backbone.trainable_variables)
+    layers = backbone._flatten_layers()
+    # What training changes, also if it is frozen just now; not seeds, counters or thresholds.
+    weights = [v for layer in layers for v in layer._trainable_variables]
+    parameters = sum(map(_size, weights))
     idle = 0
-    for layer in backbone._flatten_layers():
+    for layer in layers:
         if isinstance(layer, MixtureOfExperts):
-            experts = sum(_size(v) for v in layer.experts.trainable_variables)
+            bank = layer.experts._flatten_layers()
+            experts = sum(_size(v) for part in bank for v in part._trainable_variables)
             share = layer.router.experts_per_token / layer.router.num_experts
             idle += round(experts * (1 - share))
     active = parameters - idle
     not_multiplied = sum(
-        _size(v)
-        for v in backbone.trainable_variables
-        if len(v.shape) == 1 or "position_bias" in v.path
+        _size(v) for v in weights if len(v.shape) == 1 or "position_bias" in v.path
     )
     embedding = backbone.token_embedding
     if not getattr(embedding, "tie_weights", False):  # a tied table makes the logits

@@ -20,3 +20,18 @@ def written(token_ids, given, stop_token_ids):
     is_stop = ops.any(token_ids[..., None] == stop_token_ids, axis=-1)
     stops = ops.cast(is_stop & ~given, "int32")
     return ops.cumsum(stops, axis=-1) - stops == 0
+
+
+def only_pieces(logits, model):
+    """Logits in which rows of the table beyond the tokenizer's pieces, if any, have no chance.
+
+    Args:
+        logits: `[batch, vocabulary_size]` tensor.
+        model: a task; without a preprocessor all rows are pieces.
+    """
+    if model.preprocessor is None:
+        return logits
+    pieces = model.preprocessor.tokenizer.vocabulary_size()
+    if pieces >= logits.shape[-1]:
+        return logits
+    return ops.where(ops.arange(logits.shape[-1], dtype="int32") < pieces, logits, -1e9)

@@ -17,7 +17,7 @@ from keras_moe import (
     NoisyTopKRouter,
 )
 from zoo.layers import Dropout
-from zoo.models.generation import written
+from zoo.models.generation import only_pieces, written
 from zoo.tokenizer import ZooTokenizer
 
 KINDS = ("lstm", "moe", "dense")
@@ -327,16 +327,10 @@ class LstmCausalLM(keras_hub.models.CausalLM):
             token_ids, mask=ops.broadcast_to(read_L, (batch, length))
         )
 
-        vocabulary = self.backbone.vocabulary_size  # it may have rows beyond the tokenizer's pieces
-        pieces = vocabulary
-        if self.preprocessor is not None:
-            pieces = self.preprocessor.tokenizer.vocabulary_size()
-        has_piece = ops.arange(vocabulary, dtype="int32") < pieces
-
         def next(prompt, state, index):
             last = ops.slice(prompt, [0, index - 1], [batch, 1])
             x_B1D, state = self.backbone.call_with_state(last, state)
-            return ops.where(has_piece, self.logits(x_B1D)[:, 0], -1e9), x_B1D[:, 0], state
+            return only_pieces(self.logits(x_B1D)[:, 0], self), x_B1D[:, 0], state
 
         token_ids = self.sampler(
             next=next,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from keras import ops
+from safetensors.numpy import load_file, save_file
 
 import keras_moe
 import zoo
@@ -160,7 +161,7 @@ class TestNotInTransformers:
         "key_dim": 2,
         "intermediate_dim": 4,
         "num_experts": 2,
-        "router": keras_moe.TopKRouter(1),
+        "router": keras_moe.TopKRouter(2),
         "sparse_blocks": (1,),
         "positions": "rotary",
         "gated": True,
@@ -173,12 +174,13 @@ class TestNotInTransformers:
         [
             ({"positions": "relative"}, "with rotary positions. Received: {.*'relative'"),
             ({"sparse_blocks": ()}, "a mixture in every block"),
-            ({"router": keras_moe.TopKRouter(1, capacity_factor=1.0)}, "that drop nothing"),
+            ({"router": keras_moe.TopKRouter(2, capacity_factor=1.0)}, "that drop nothing"),
             ({"router": keras_moe.SwitchRouter()}, "that drop nothing"),
             ({"gated": False}, "gated experts"),
             ({"activation": "tanh"}, "an activation of silu, gelu, relu"),
             ({"tie_embeddings": True}, "outputs that are not scaled"),
             ({"router": keras_moe.TopKRouter(2, normalize=False)}, "normalized weights"),
+            ({"router": keras_moe.TopKRouter(1)}, "of two or more chosen experts"),
             ({"normalize_queries": True, "key_dim": 4}, "heads that share out the width"),
         ],
     )
@@ -202,6 +204,10 @@ class TestNotInTransformers:
         ({"clip_qkv": 8.0}, "`clip_qkv` must be None"),
         ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling` must be None"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
+        ({"rope_parameters": {"type": "yarn"}}, "`rope_type` must be 'default'"),
+        ({"num_experts_per_tok": 1}, "`num_experts_per_tok` must be at least 2. Received: 1"),
+        ({"num_attention_heads": 0, "head_dim": None}, "lacks or has a wrong"),
+        ({"model_type": []}, "must be of one of the families"),
         ({"hidden_act": "tanh"}, "`hidden_act` must be one of silu, gelu, relu. Received: 'tanh'"),
         ({"num_local_experts": 5}, "lacks the weight '.*experts.4.w1.weight' and 5 others"),
     ],
@@ -219,5 +225,44 @@ def test_rope_theta_as_earlier_versions_wrote_it(tmp_path):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     del config["rope_parameters"]
-    path.write_text(json.dumps({**config, "rope_theta": 500.0}))
-    assert load_transformers(tmp_path).backbone.max_wavelength == 500.0
+    cases = (({"rope_theta": 500.0}, 500), ({}, 1e6), ({"rope_parameters": {}}, 1e6))
+    for given, wavelength in cases:
+        path.write_text(json.dumps({**config, **given}))
+        assert load_transformers(tmp_path).backbone.max_wavelength == wavelength
+
+
+def test_logits_of_their_own_where_the_config_says_tied(tmp_path):
+    """transformers then looks whether the weights are the same, and so must we."""
+    model = theirs("mixtral, tied")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_transformers(tmp_path).backbone.tie_embeddings
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_transformers(tmp_path)
+    assert not loaded.backbone.tie_embeddings
+    expected = run_theirs(type(model).from_pretrained(tmp_path).eval()).logits
+    close(loaded.predict(INPUTS, verbose=0)[VALID], expected[torch.tensor(VALID)])
+
+
+def test_experts_of_several_dtypes(tmp_path):
+    theirs("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    tensors[name] = tensors[name].astype("float16")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    bank = load_transformers(tmp_path).backbone.blocks[0].feed_forward.experts
+    np.testing.assert_array_equal(ops.convert_to_numpy(bank.kernel_gate[1]).T, tensors[name])
+
+
+def test_bfloat16_there_and_back(tmp_path):
+    theirs("olmoe").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    save_transformers(load_transformers(tmp_path / "theirs", dtype="bfloat16"), tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    ours, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
+    assert set(ours) == set(expected)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], expected[name])

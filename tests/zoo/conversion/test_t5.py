@@ -337,6 +337,25 @@ class TestDamage:
         shard.unlink()
         self.fails(folder, f"must have the shard '{shard.name}'")
 
+    @pytest.mark.parametrize("shard", ["../shard.safetensors", "/shard.safetensors", "a/b", "."])
+    def test_a_shard_elsewhere(self, folder, shard):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["shared.weight"] = shard
+        path.write_text(json.dumps(index))
+        (folder.parent / "shard.safetensors").touch()
+        self.fails(folder, f"must have the shard '{shard}', which its index names and")
+
+    @pytest.mark.parametrize("weight_map", [[], {"shared.weight": 3}, None])
+    def test_an_index_that_is_none(self, folder, weight_map):
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        self.fails(folder, "'model.safetensors.index.json' cannot be read")
+
+    def test_sparse_blocks_that_cannot_be(self, folder):
+        self.change(folder, num_sparse_encoder_layers=9)
+        self.fails(folder, "its `config.json` lacks or has a wrong")
+
     def test_no_weights(self, folder):
         for shard in folder.glob("model*"):
             shard.unlink()

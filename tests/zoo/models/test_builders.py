@@ -180,27 +180,18 @@ def test_numbers_of_parameters_of_expert_choice(size, num_experts, millions):
     assert zoo.figures(model).parameters / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_figures(tiny):
-    """By hand: of 8 experts a token sees one, or two that are half as wide."""
-    table, attention, dense = 60 * 16, 4 * 16 * 16, 2 * 16 * 32
-    norms, buckets, router = 5 * 16, 32 * 2, 16 * 8
-    rest = table + norms + buckets + 2 * attention
-    for build, extra in (
-        (zoo.dense_transformer, 0),
-        (zoo.switch_transformer, router),
-        (zoo.expert_choice_transformer, router),
-        (zoo.hash_transformer, 0),
-    ):
-        ours = zoo.figures(build(tiny, **ENCODER))
-        of_experts = {zoo.dense_transformer: dense, zoo.expert_choice_transformer: 4 * dense}
-        assert ours.parameters == rest + extra + dense + of_experts.get(build, 8 * dense)
-        assert ours.active_parameters == rest + extra + 2 * dense
-        assert ours.training_flops_per_token == 6 * (2 * attention + 2 * dense + extra)
-    model = zoo.dense_transformer(tiny)
-    assert zoo.figures(model).training_flops_per_token == 6 * (table + 6 * attention + 4 * dense)
-    untied = zoo.dense_transformer(tiny, tie_embeddings=False)
-    assert zoo.figures(untied).parameters == zoo.figures(model).parameters + table
-    assert zoo.figures(untied)[2] == zoo.figures(model)[2]
+def test_the_decoder_sees_as_many_experts(tiny):
+    for factor, k, width in ((1.0, 1, 32), (2.0, 2, 16), (4.0, 4, 8)):
+        router = keras_moe.ExpertChoiceRouter(capacity_factor=factor)
+        block = zoo.expert_choice_transformer(tiny, router=router).decoder_blocks[1].feed_forward
+        assert (block.router.k, block.experts.hidden_dim) == (k, width)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_sizes_of_decoders_only(builder):
+    for size in ("100m", "8b"):
+        with pytest.raises(ValueError, match=f"`architecture` must be 'decoder' for size='{size}'"):
+            builder(size)
 
 
 def test_vocabularies():

@@ -109,8 +109,15 @@ class TestGenerate:
             alone = {name: value[row : row + 1] for name, value in x.items()}
             np.testing.assert_array_equal(self.generated(lm, alone), together[row : row + 1])
 
-    def test_contrastive_search_of_one_candidate_is_greedy(self, lm):
-        sampler = keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0)
+    @pytest.mark.parametrize(
+        "sampler",
+        [
+            keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0),
+            keras_hub.samplers.BeamSampler(num_beams=1),
+        ],
+        ids=["contrastive", "beam"],
+    )
+    def test_samplers_that_choose_the_best_are_greedy(self, lm, sampler):
         x = self.prompts()
         np.testing.assert_array_equal(self.generated(lm, x, sampler), self.generated(lm, x))
 
@@ -157,6 +164,11 @@ def test_generates_in_lower_precision(dtype):
     x = TestGenerate().prompts()
     ours, given = TestGenerate().generated(lm, x), x["padding_mask"] == 1
     np.testing.assert_array_equal(ours[given], x["token_ids"][given])
+    full = np.ones((2, 8), "int32")
+    scores = lm.predict({"token_ids": ours, "padding_mask": full}, verbose=0).astype("float32")
+    chosen = np.take_along_axis(scores[:, :-1], ours[:, 1:, None], axis=-1)[..., 0]
+    best = scores[:, :-1].max(axis=-1)
+    assert (chosen >= best - 0.1 * np.abs(best))[~given[:, 1:]].all()  # nearly the best
 
 
 def test_texts(tmp_path):
@@ -255,6 +267,7 @@ def test_every_config_key_makes_the_round_trip():
         ({"sparse_blocks": [3]}, "`sparse_blocks` must be numbers from 1 to 2.*3"),
         ({"positions": "sinusoidal"}, "`positions` must be one of 'relative', 'rotary'"),
         ({"router": keras_moe.ExpertChoiceRouter()}, "`router` must not look ahead in inference"),
+        ({"router": keras_moe.SwitchRouter(), "group": "batch"}, "`group` must be 'sequence' for"),
         ({"positions": "rotary", "num_key_value_heads": 3}, "multiple of `num_key_value_heads`"),
     ],
 )

@@ -388,3 +388,11 @@ def test_name_and_trainable(tmp_path):
 def test_sparse_blocks_are_there():
     with pytest.raises(ValueError, match="`sparse_blocks` must be numbers from 1 to 2. Received"):
         encoder(sparse_blocks=(3,))
+
+
+def test_configs_of_earlier_versions():
+    config = encoder(num_layers=4).get_config()
+    del config["sparse_blocks"]
+    for step, blocks in ((2, (2, 4)), (3, (3,))):
+        earlier = {**config, "sparse_step": step}
+        assert zoo.EncoderBackbone.from_config(earlier).sparse_blocks == blocks
