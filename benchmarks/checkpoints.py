@@ -82,13 +82,13 @@ def measure(options):
 
 
 def loading(options, files):
-    import zoo
+    from zoo import load_transformers  # which loads Keras, before memory is looked at
 
     def read():
         return [file.read_bytes() for file in files]
 
     def load():
-        return zoo.load_transformers(options.folder)
+        return load_transformers(options.folder)
 
     with Peak() as peak:  # of the first one, with what Keras makes once
         load()

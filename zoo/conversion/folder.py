@@ -124,8 +124,8 @@ def _values(tensors, weights):
             tensors.read(name, part)
         return array
 
-    def value(weight, array):
-        tensor = adopt(array.result())
+    def value(weight, waiting):
+        tensor = adopt(waiting.pop().result())  # and nobody keeps the array
         if weight.transposed:  # by the backend, which is faster at it than NumPy
             tensor = ops.swapaxes(tensor, -1, -2)
         return ops.cast(tensor, weight.variable.dtype)
@@ -136,9 +136,9 @@ def _values(tensors, weights):
             ahead.append((weight, reader.submit(read, weight)))
             if len(ahead) > 1:
                 weight, array = ahead.popleft()
-                yield weight.variable, functools.partial(value, weight, array)
+                yield weight.variable, functools.partial(value, weight, [array])
         for weight, array in ahead:
-            yield weight.variable, functools.partial(value, weight, array)
+            yield weight.variable, functools.partial(value, weight, [array])
 
 
 def save_transformers(model, folder, shard_bytes=5 * 2**30):

@@ -50,6 +50,7 @@ class Deferred(keras.StatelessScope):
             variable._initializer = lambda shape, dtype=None, function=function: function()
             variable._deferred_initialize()
             given.add(id(variable))
+            del function  # what it may hold is not needed while the next one is made
         for variable in self.variables:
             if id(variable) not in given:
                 variable._deferred_initialize()
