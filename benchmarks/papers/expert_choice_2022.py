@@ -1,6 +1,6 @@
 """Expert choice against token choice on masked bytes, where looking ahead is allowed.
 
-    python -m benchmarks.papers.expert_choice_2022             25 minutes on 2 cores; start it twice
+    python -m benchmarks.papers.expert_choice_2022             30 minutes on 2 cores; start it twice
     python -m benchmarks.papers.expert_choice_2022 --quick     2 to 3 minutes
 
 Zhou et al. 2022 (https://arxiv.org/abs/2202.09368), section 4: expert choice at capacity 2, 1 and
