@@ -1,6 +1,6 @@
 """The balancing losses of 2017: six weightings, and what they do to balance and to quality.
 
-    python -m benchmarks.papers.balancing_2017             hours on 2 cores; start it twice
+    python -m benchmarks.papers.balancing_2017             50 minutes on 2 cores; start it twice
     python -m benchmarks.papers.balancing_2017 --quick     2 to 3 minutes
 
 Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Table 6: noisy top-k gating with 4 of 64

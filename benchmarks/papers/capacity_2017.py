@@ -1,6 +1,6 @@
 """The sparsely-gated layer of 2017: more capacity at the same FLOPs per token.
 
-    python -m benchmarks.papers.capacity_2017             hours on 2 cores; start it twice
+    python -m benchmarks.papers.capacity_2017             40 minutes on 2 cores; start it twice
     python -m benchmarks.papers.capacity_2017 --quick     2 to 3 minutes
 
 Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Table 7 and Figure 2: four active experts of
