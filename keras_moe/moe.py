@@ -21,8 +21,8 @@ class MixtureOfExperts(keras.layers.Layer):
     serves comes out as exactly zero: put a residual connection around the layer.
 
     The router's losses are added with `add_loss` (in evaluation too, as Keras does with all such
-    losses), and routing statistics are kept in two
-    non-trainable weights for `keras_moe.callbacks.RoutingMetrics`; they are not saved.
+    losses), and routing statistics are kept in two non-trainable weights for
+    `keras_moe.callbacks.RoutingMetrics`; they are not saved.
 
     Example:
 
@@ -155,6 +155,29 @@ class MixtureOfExperts(keras.layers.Layer):
             )
 
     def call(self, inputs, mask=None, training=False, token_ids=None):
+        y, routing = self.outputs_and_routing(inputs, mask, training, token_ids)
+        for loss in self.router.auxiliary_losses(routing):
+            self.add_loss(loss)
+        statistics = metrics.statistics(routing, self.router.num_experts)
+        for variable, value in zip(self.statistics, statistics, strict=True):
+            variable.assign_add(value)
+        return y
+
+    def outputs_and_routing(self, inputs, mask=None, training=False, token_ids=None):
+        """What a call of the built layer computes, and nothing that it keeps.
+
+        For calls that are no step of training or evaluation: a text that is written token by token
+        has no balancing loss and does not count in the statistics. And for a look at the routing.
+
+        Args:
+            inputs: as in a call, in the layer's compute dtype.
+            mask: as in a call.
+            training: as in a call.
+            token_ids: as in a call.
+
+        Returns:
+            Tuple of the outputs, as a call returns them, and their `Routing`.
+        """
         x_GSD, mask_GS = self._split(inputs, mask)
         groups, tokens, _ = ops.shape(x_GSD)
         compact = getattr(self.experts, "compact", False)
@@ -162,15 +185,10 @@ class MixtureOfExperts(keras.layers.Layer):
         routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
         slots_RCD = dispatch(x_GSD, routing)
         slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
-        y_GSD = combine(slots_RCD, routing, groups, tokens)
-
-        for loss in self.router.auxiliary_losses(routing):
-            self.add_loss(loss)
-        statistics = metrics.statistics(routing, self.router.num_experts)
-        for variable, value in zip(self.statistics, statistics, strict=True):
-            variable.assign_add(value)
-        y = self._join(y_GSD, inputs)
-        return y if self.shared is None else y + self._shared_outputs(inputs, mask, training)
+        y = self._join(combine(slots_RCD, routing, groups, tokens), inputs)
+        if self.shared is not None:
+            y = y + self._shared_outputs(inputs, mask, training)
+        return y, routing
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Plain: the experts, made in the same `keras.RematScope`, are what is computed again."""

@@ -8,6 +8,7 @@ or an expert has as many rows as its assignments need.
 Selection has no gradient: all of this file is integers, except the scores that experts choose by.
 """
 
+import math
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -111,13 +112,14 @@ def by_rows(expert_index_GN, num_experts, capacity=None, order_GN=None):
         `Slots` of one group (the groups share their rows), so `assignment_index` is `[1, R, C]`
         and `slot_index` `[1, G*N]`. Rows that are left over are of expert `num_experts`.
     """
+    assignments = math.prod(ops.shape(expert_index_GN))
+    size = row_size(assignments, num_experts)
+    if capacity is None and isinstance(size, int) and size == 1:
+        return _by_single_rows(expert_index_GN, num_experts, assignments)
     rank_GN, count_GE = _rank(expert_index_GN, num_experts, order_GN)
     if capacity is not None:
         expert_index_GN = ops.where(rank_GN < capacity, expert_index_GN, num_experts)
         count_GE = ops.minimum(count_GE, capacity)
-    groups, assignments = ops.shape(expert_index_GN)
-    assignments = groups * assignments
-    size = row_size(assignments, num_experts)
     if isinstance(assignments, int):
         busy = min(num_experts, assignments)
     else:
@@ -135,6 +137,16 @@ def by_rows(expert_index_GN, num_experts, capacity=None, order_GN=None):
     slot_1N = ops.reshape(slot_GN, (1, assignments))
     assignment_1RC = ops.reshape(_inverse(slot_1N, num_rows * size), (1, num_rows, size))
     return Slots(assignment_1RC, slot_1N, ops.cast(row_expert_R, "int32"))
+
+
+def _by_single_rows(expert_index_GN, num_experts, assignments):
+    """`by_rows` where a row is one slot and nothing is dropped: the assignments, sorted."""
+    expert_1N = ops.reshape(ops.cast(expert_index_GN, "int32"), (1, assignments))
+    sorted_1N = ops.cast(ops.argsort(expert_1N, axis=1), "int32")
+    row_expert_1R = ops.take_along_axis(expert_1N, sorted_1N, axis=1)
+    slot_1N = ops.where(expert_1N < num_experts, _inverse(sorted_1N, assignments), assignments)
+    assignment_1R = ops.where(row_expert_1R < num_experts, sorted_1N, assignments)
+    return Slots(assignment_1R[..., None], slot_1N, row_expert_1R[0])
 
 
 def reroute(wish_GSK, num_experts, capacity, order_GS=None):

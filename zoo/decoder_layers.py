@@ -243,7 +243,7 @@ class DecoderBlock(TransformerBlock):
         if self.cross_attention is not None:
             x = self.cross_attention_norm(inputs)
             inputs = inputs + self.cross_attention.look_up(x, memory, memory_mask)
-        return self.feed(inputs, None, token_ids=token_ids), cache
+        return self.feed(inputs, None, token_ids=token_ids, counts=False), cache
 
     def get_config(self):
         cross_attention = self.cross_attention

@@ -365,6 +365,7 @@ class TransformerBlock(keras.layers.Layer):
 
     Call arguments:
         inputs, position_bias, padding_mask, training, token_ids: as `SelfAttention`.
+        counts: whether a mixture keeps losses and statistics of the call.
     """
 
     def __init__(self, attention, feed_forward, dropout=0.0, epsilon=1e-6, **kwargs):
@@ -389,17 +390,19 @@ class TransformerBlock(keras.layers.Layer):
         norm.build(input_shape)
         return norm
 
-    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
+    def call(
+        self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
+    ):
         x = self.attention_norm(inputs)
         x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
         inputs = inputs + self.residual_dropout(x, training=training)
-        return self.feed(inputs, padding_mask, training, token_ids)
+        return self.feed(inputs, padding_mask, training, token_ids, counts)
 
-    def feed(self, inputs, padding_mask, training=False, token_ids=None):
+    def feed(self, inputs, padding_mask, training=False, token_ids=None, counts=True):
         """The second half of the block: `x + feed_forward(norm(x))`."""
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids)
+            x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids, counts)
         elif isinstance(self.feed_forward, SoftMoE):
             x = self.feed_forward(x, mask=padding_mask, training=training)
         else:
@@ -427,7 +430,11 @@ class TransformerBlock(keras.layers.Layer):
         return cls(**{**config, **parts})
 
 
-def call_mixture(mixture, inputs, padding_mask, training, token_ids):
-    """Calls a `MixtureOfExperts`, with `token_ids` if its router hashes them."""
-    ids = {"token_ids": token_ids} if mixture.router.needs_token_ids else {}
-    return mixture(inputs, mask=padding_mask, training=training, **ids)
+def call_mixture(mixture, inputs, padding_mask, training, token_ids, counts=True):
+    """The outputs of a `MixtureOfExperts`, which gets `token_ids` if its router hashes them."""
+    options = {"mask": padding_mask, "training": training}
+    if mixture.router.needs_token_ids:
+        options["token_ids"] = token_ids
+    if counts:
+        return mixture(inputs, **options)
+    return mixture.outputs_and_routing(inputs, **options)[0]

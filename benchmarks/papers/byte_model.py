@@ -7,7 +7,8 @@ Everything that a run depends on is in its settings, a dictionary that JSON can 
     experts, k      their number, and how many a token gets (with expert choice on average)
     capacity        capacity factor; None drops nothing
     router          further arguments of the router
-    init_scale      of the experts' kernels
+    init_scale      of the experts' kernels, see `keras_moe.FeedForwardExperts`
+    scaled          which kernels start with it: those of the "experts", or "all"
     dropout         after attention and feed-forward layers
     expert_dropout  inside the experts
     precision       "float32"; "selective": bfloat16 but for the router; "bfloat16": with the router
@@ -43,6 +44,7 @@ DEFAULTS = {
     "capacity": None,
     "router": {},
     "init_scale": 1.0,
+    "scaled": "experts",
     "dropout": 0.0,
     "expert_dropout": 0.0,
     "precision": "float32",
@@ -133,19 +135,24 @@ class Bfloat16SwitchRouter(keras_moe.SwitchRouter):
 def make_router(options):
     """The router of a kind of feed-forward layer."""
     kind, capacity = options["kind"], options["capacity"]
+    more = dict(options["router"])
+    if options["scaled"] == "all":
+        more["kernel_initializer"] = initializer(options)
+    if kind == "expert_choice":
+        return keras_moe.ExpertChoiceRouter(capacity_factor=capacity, **more)
+    more |= {"capacity_factor": capacity, "eval_capacity_factor": capacity}
     if kind == "switch":
         low = options["precision"] == "bfloat16"
-        router = Bfloat16SwitchRouter if low else keras_moe.SwitchRouter
-        return router(capacity_factor=capacity, eval_capacity_factor=capacity, **options["router"])
-    if kind == "expert_choice":
-        return keras_moe.ExpertChoiceRouter(capacity_factor=capacity, **options["router"])
+        return (Bfloat16SwitchRouter if low else keras_moe.SwitchRouter)(**more)
     router = {"top_k": keras_moe.TopKRouter, "noisy": keras_moe.NoisyTopKRouter}[kind]
-    return router(
-        options["k"],
-        capacity_factor=capacity,
-        eval_capacity_factor=capacity,
-        **options["router"],
-    )
+    return router(options["k"], **more)
+
+
+def initializer(options):
+    """Of the kernels that are not an expert's; a new one at every call, or all would be alike."""
+    if options["scaled"] == "experts":
+        return "glorot_uniform"
+    return keras.initializers.VarianceScaling(options["init_scale"], "fan_in", "truncated_normal")
 
 
 def make_model(settings):
@@ -192,11 +199,14 @@ def _model(options):
         # bytes' frequencies after 1,200 steps.
         x = x + keras.layers.Conv1D(WIDTH, 3, padding="same")(x)
     for number in range(BLOCKS):
-        attention = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
+        attention = keras.layers.MultiHeadAttention(
+            HEADS, WIDTH // HEADS, kernel_initializer=initializer(options)
+        )
         normed = keras.layers.RMSNormalization()(x)
         x = x + dropout(attention(normed, normed, use_causal_mask=causal))
         x = x + dropout(feed_forward(number)(keras.layers.RMSNormalization()(x)))
-    logits = keras.layers.Dense(BYTES, dtype="float32")(keras.layers.RMSNormalization()(x))
+    head = keras.layers.Dense(BYTES, kernel_initializer=initializer(options), dtype="float32")
+    logits = head(keras.layers.RMSNormalization()(x))
     return keras.Model(numbers, logits)
 
 
@@ -246,7 +256,8 @@ def train(text, watch=None, **settings):
     Returns:
         A dictionary: `curve`, pairs of a step and the nats per byte on the split; `loss`, the last
         of them; `parameters`; `step_flops`; `step_seconds`, the median over the evaluations;
-        `routing`, the figures of the last training steps, means over the layers.
+        `routing`, the figures of the last training steps, means over the layers, and
+        `routing_of_all`, those of all of them.
     """
     keras.utils.set_random_seed(settings["seed"])
     options = {**DEFAULTS, **settings}
@@ -264,7 +275,7 @@ def train(text, watch=None, **settings):
     examples = text.examples(text.train[order], options["objective"], settings["seed"])
     held_out = text.examples(text.evaluated[options["split"]], options["objective"], seed=0)
 
-    curve, seconds = [], []
+    curve, seconds, routing = [], [], []
     ends = [*range(0, settings["steps"], EVERY), settings["steps"]]
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         x, y, weight = (array[start * BATCH : end * BATCH] for array in examples)
@@ -279,6 +290,7 @@ def train(text, watch=None, **settings):
             callbacks=[keras_moe.callbacks.RoutingMetrics()],
         ).history
         seconds.append((time.perf_counter() - begin) / (end - start))
+        routing.append(routing_figures(history))
         x, y, weight = held_out
         figures = model.evaluate(x, y, BATCH, 0, weight, return_dict=True)
         curve.append([end, figures["nats"]])
@@ -288,7 +300,10 @@ def train(text, watch=None, **settings):
         "parameters": model.count_params(),
         "step_flops": step_flops(settings),
         "step_seconds": float(np.median(seconds)),
-        "routing": routing_figures(history),
+        "routing": routing[-1],
+        "routing_of_all": {
+            name: float(np.mean([figures[name] for figures in routing])) for name in routing[-1]
+        },
     }
     if watch is not None:
         result |= watch(model, *text.examples(text.train[unseen], options["objective"], seed=0))

@@ -19,8 +19,11 @@ def main(experiment, description, contestants, base, arguments=None, shares=()):
     It takes equal runs from the experiments whose names are in `shares`, where they are there.
     """
     chosen, train, runs = start(experiment, description, arguments, shares=shares)
-    results = compare(runs, train, contestants, QUICK if chosen.quick else FULL)
+    protocol = QUICK if chosen.quick else FULL
+    results = compare(runs, train, contestants, protocol)
     print(table(results, base))
+    if not chosen.quick:
+        print("\n" + tuning_table(runs, train, contestants, protocol))
     draw(results, chosen.into / f"{experiment}.png")
 
 
@@ -50,20 +53,14 @@ def compare(runs, train, contestants, protocol):
         Dictionary: name -> list of the results of the seeds, each with its `learning_rate`.
     """
     steps, seeds = protocol["steps"], range(protocol["seeds"])
-
-    def tuning(settings):
-        shared = {"steps": protocol["tuning_steps"], "seed": 1000, "split": "tuning"}
-        return [
-            {**settings, **shared, "learning_rate": rate} for rate in protocol["learning_rates"]
-        ]
-
     if len(protocol["learning_rates"]) > 1:
-        runs.ahead(train, [each for settings in contestants.values() for each in tuning(settings)])
+        short = [tuning(settings, protocol) for settings in contestants.values()]
+        runs.ahead(train, [each for of_rates in short for each in of_rates])
     tuned = {}
     for name, settings in contestants.items():
         rate, *others = protocol["learning_rates"]
         if others:
-            best = min(tuning(settings), key=lambda each: runs(train, **each)["loss"])
+            best = min(tuning(settings, protocol), key=lambda each: runs(train, **each)["loss"])
             rate = best["learning_rate"]
         tuned[name] = [
             {**settings, "steps": steps, "seed": seed, "learning_rate": rate} for seed in seeds
@@ -73,6 +70,12 @@ def compare(runs, train, contestants, protocol):
         name: [{**runs(train, **each), "learning_rate": each["learning_rate"]} for each in settings]
         for name, settings in tuned.items()
     }
+
+
+def tuning(settings, protocol):
+    """Settings of a contestant's short runs, one for each learning rate."""
+    shared = {"steps": protocol["tuning_steps"], "seed": 1000, "split": "tuning"}
+    return [{**settings, **shared, "learning_rate": rate} for rate in protocol["learning_rates"]]
 
 
 def steps_to(curve, loss):
@@ -102,6 +105,8 @@ def table(results, base):
     """The contestants in Markdown; how fast each reaches the last loss of `base`, seed by seed."""
     header = ["", "parameters", "FLOPs", "rate", "nats/byte", "steps", "FLOPs", "seconds"]
     header += ["dropped", "max/mean load"]
+    of_all = "routing_of_all" in next(iter(results.values()))[0]
+    header += ["dropped, all steps"] if of_all else []
     rows = []
     for name, of_seeds in results.items():
         first = of_seeds[0]
@@ -115,6 +120,7 @@ def table(results, base):
                 mean_sd([r["loss"] for r in of_seeds], 3),
                 *(times([f[axis] for f in faster]) for axis in ("steps", "FLOPs", "seconds")),
                 *(figure(of_seeds, name) for name in ("dropped", "max_share")),
+                *([figure(of_seeds, "dropped", "routing_of_all")] if of_all else []),
             ]
         )
     return markdown(header, rows)
@@ -127,10 +133,22 @@ def times(factors):
     return mean_sd(factors, 2)
 
 
-def figure(of_seeds, name):
-    if name not in of_seeds[0]["routing"]:
+def figure(of_seeds, name, when="routing"):
+    """Mean and deviation of a figure of routing, in the last 100 steps or in all of them."""
+    if name not in of_seeds[0][when]:
         return ""
-    return mean_sd([r["routing"][name] for r in of_seeds], 2)
+    return mean_sd([r[when][name] for r in of_seeds], 3 if name == "dropped" else 2)
+
+
+def tuning_table(runs, train, contestants, protocol):
+    """The loss of every contestant's short run at every learning rate, in Markdown."""
+    rates = protocol["learning_rates"]
+    rows = []
+    for name, settings in contestants.items():
+        losses = [runs(train, **each)["loss"] for each in tuning(settings, protocol)]
+        best = min(losses)
+        rows.append([name, *(f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in losses)])
+    return markdown(["short runs", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def draw(results, path, unit="nats per byte, held out"):

@@ -5,9 +5,12 @@
 
 Fedus et al. 2022 (https://arxiv.org/abs/2101.03961): Table 1 (top-1 and top-2 at three capacity
 factors), Table 2 (selective precision), Table 3 (initial scale, five seeds, early in training) and
-Table 4 (expert dropout). 16 experts. Bytes of novels, next-byte prediction, see `byte_model`. For
-the dropout, which the paper needs in fine-tuning on small tasks, the model learns from little text
-that it sees again and again, and starts from nothing, not from a trained model.
+Table 4 (expert dropout). 16 experts. Bytes of novels, next-byte prediction, see `byte_model`. A
+capacity factor is the paper's, slots per expert relative to the tokens' share of one expert, so
+that top-2 has as many slots as top-1 at the same factor; `keras_moe` counts them relative to
+choices. The initial scale is the paper's, of all kernels, and that of the experts' alone, as the
+zoo has it. For the dropout, which the paper needs in fine-tuning on small tasks, the model learns
+from little text that it sees again and again, and starts from nothing, not from a trained model.
 """
 
 import numpy as np
@@ -22,12 +25,14 @@ SMALL = {**SWITCH, "sequences": 1000}
 # Contestants of each study; the others are measured by the first.
 STUDIES = {
     "capacity": {
-        f"{name}, capacity factor {c:g}": {**settings, "capacity": c}
-        for c in (2.0, 1.0, 0.5)
+        f"{name}, capacity factor {c:g}": {**settings, "capacity": c / settings.get("k", 1)}
+        for c in (2.0, 1.25, 1.0)
         for name, settings in (("Switch", SWITCH), ("top-2", TOP_2))
     },
     "initial scale": {
-        f"initial scale {scale:g}": {**SWITCH, "init_scale": scale} for scale in (0.1, 1.0)
+        "0.1": {**SWITCH, "scaled": "all"},
+        "1": {**SWITCH, "init_scale": 1.0, "scaled": "all"},
+        "0.1, experts alone": SWITCH,
     },
     "precision": {
         "float32": SWITCH,
@@ -54,6 +59,9 @@ def main(arguments=None):
         results[study] = comparison.compare(runs, train, contestants, protocol)
     for study, of_study in results.items():
         print(f"\n{study}\n\n{comparison.table(of_study, next(iter(of_study)))}")
+        if not chosen.quick:
+            protocol = FULL_OF.get(study, FULL)
+            print("\n" + comparison.tuning_table(runs, train, STUDIES[study], protocol))
     draw(results, chosen.into / "switch_ablations.png")
 
 

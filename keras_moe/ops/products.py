@@ -109,8 +109,11 @@ def _fastest_as_needed(kernel_EDF=None):
     backend = keras.backend.backend()
     if backend == "tensorflow" or _on_cpu(backend):
         return "loop"
-    aligned = backend == "jax" or kernel_EDF is None or _is_aligned(kernel_EDF)
-    return "grouped" if aligned else "loop"
+    if backend == "jax" or kernel_EDF is None:
+        return "grouped"
+    from keras_moe.ops.torch_only import is_aligned
+
+    return "grouped" if is_aligned(kernel_EDF) else "loop"
 
 
 def _on_cpu(backend):
@@ -136,11 +139,6 @@ def _compiles():
 
         return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     return backend == "jax"
-
-
-def _is_aligned(*tensors):
-    """Whether PyTorch's grouped product takes them: their rows are multiples of 16 bytes."""
-    return all(dim * t.element_size() % 16 == 0 for t in tensors for dim in t.shape[1:])
 
 
 def _grouped(x_RCD, kernel_EDF, row_expert):
@@ -169,19 +167,17 @@ def _grouped(x_RCD, kernel_EDF, row_expert):
 
 def _loop(x_RCD, kernel_EDF, row_expert):
     """The products one after another, with a gradient that is such a loop too."""
-    times_kernel, times_rows = {
-        "tensorflow": (_xla_times_kernel, _xla_times_rows)
-        if _compiles()
-        else (_tensorflow_times_kernel, _tensorflow_times_rows),
-        "torch": (_torch_times_kernel, _torch_times_rows),
-    }[keras.backend.backend()]
-    num_experts = kernel_EDF.shape[0]
-    if keras.backend.backend() == "tensorflow":
+    if keras.backend.backend() == "torch":
+        from keras_moe.ops.torch_only import times_kernel, times_rows
+    else:
         import tensorflow as tf
 
+        if _compiles():
+            times_kernel, times_rows = _xla_times_kernel, _xla_times_rows
+        else:
+            times_kernel, times_rows = _tensorflow_times_kernel, _tensorflow_times_rows
         kernel_EDF = tf.convert_to_tensor(kernel_EDF)  # Keras leaves a variable as it is
-
-    spans = _spans(row_expert, num_experts)
+    spans = _spans(row_expert, kernel_EDF.shape[0])
 
     def forward(x_RCD, kernel_EDF):
         return times_kernel(x_RCD, kernel_EDF, spans)
@@ -410,42 +406,3 @@ def _tensorflow_zeros(shape, dtype):
     import tensorflow as tf
 
     return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=True)
-
-
-def _torch_times_kernel(x_RCD, kernel_EDF, spans, transposed=False):
-    import torch
-
-    rows, slots, dim = x_RCD.shape
-    kernel_EDF = kernel_EDF.mT if transposed else kernel_EDF
-    x_MD = x_RCD.reshape(-1, dim)
-    end = int(spans[1][-1]) * slots
-    if len(x_MD) >= len(kernel_EDF) and _is_aligned(kernel_EDF):
-        # On a CPU the same loop in C++, which stops at every expert, busy or not.
-        y_MF = torch.nn.functional.grouped_mm(x_MD, kernel_EDF, offs=spans[1] * slots)
-    else:
-        y_MF = x_MD.new_empty((len(x_MD), kernel_EDF.shape[2]))
-        for expert, start, end in _torch_spans(spans, slots):
-            torch.mm(x_MD[start:end], kernel_EDF[expert], out=y_MF[start:end])
-    y_MF[end:] = 0.0  # nobody's
-    return y_MF.reshape(rows, slots, -1)
-
-
-def _torch_times_rows(x_RCD, y_RCF, spans):
-    import torch
-
-    _, slots, dim = x_RCD.shape
-    x_MD, y_MF = x_RCD.reshape(-1, dim), y_RCF.reshape(-1, y_RCF.shape[2])
-    if _is_aligned(x_MD, y_MF):
-        return torch.nn.functional.grouped_mm(x_MD.T, y_MF, offs=spans[1] * slots)
-    result_EDF = x_MD.new_empty((len(spans[0]), dim, y_MF.shape[1]))
-    for expert, start, end in _torch_spans(spans, slots, busy=False):
-        torch.mm(x_MD[start:end].T, y_MF[start:end], out=result_EDF[expert])
-    return result_EDF
-
-
-def _torch_spans(spans, slots, busy=True):
-    """Every expert, or every busy one, and its span of slots."""
-    import torch
-
-    pairs = enumerate(torch.stack(spans, dim=1).tolist())
-    return [(e, i * slots, j * slots) for e, (i, j) in pairs if i < j or not busy]

@@ -260,7 +260,7 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         x = self.token_embedding(token_ids)
         bias = self.encoder_position_bias(x)
         for block in self.encoder_blocks:
-            x = block(x, bias, padding_mask, token_ids=token_ids)
+            x = block(x, bias, padding_mask, token_ids=token_ids, counts=False)
         return self.encoder_output_norm(x)
 
     def remember(self, memory):
