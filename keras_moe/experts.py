@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe.ops import IMPLEMENTATIONS, call_by_row, drop, expert_product, uniform
+from keras_moe.routing.base import positive_integer, positive_number
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -67,9 +68,8 @@ class FeedForwardExperts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**{"name": "experts", **kwargs})
-        for name, value in (("num_experts", num_experts), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        positive_integer("num_experts", num_experts)
+        positive_integer("hidden_dim", hidden_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout}")
         if implementation not in IMPLEMENTATIONS:
@@ -77,10 +77,7 @@ class FeedForwardExperts(keras.layers.Layer):
                 f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)}. "
                 f"Received: implementation={implementation!r}"
             )
-        if init_scale <= 0:
-            raise ValueError(
-                f"`init_scale` must be a positive number. Received: init_scale={init_scale}"
-            )
+        positive_number("init_scale", init_scale)
         self.num_experts = num_experts
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
@@ -229,13 +226,9 @@ class LinearExperts(keras.layers.Layer):
 
     def __init__(self, num_experts, output_dim, init_scale=1.0, seed=None, **kwargs):
         super().__init__(**{"name": "experts", **kwargs})
-        for name, value in (("num_experts", num_experts), ("output_dim", output_dim)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
-        if init_scale <= 0:
-            raise ValueError(
-                f"`init_scale` must be a positive number. Received: init_scale={init_scale}"
-            )
+        positive_integer("num_experts", num_experts)
+        positive_integer("output_dim", output_dim)
+        positive_number("init_scale", init_scale)
         self.num_experts = num_experts
         self.output_dim = output_dim
         self.init_scale = init_scale
@@ -273,10 +266,11 @@ class LinearExperts(keras.layers.Layer):
 class LayerExperts(keras.layers.Layer):
     """Any Keras layers or models as experts, one call each on that expert's slots.
 
-    They may differ in everything but the width of their outputs. Each sees `[slots, dim]`, like a
-    batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts them.
-    Without capacity a layer is called once for all of its tokens, or, where XLA compiles, once per
-    row of its slots; losses that it adds itself (regularizers of its outputs) are then not
+    They may differ in everything but the width of their outputs (Shazeer et al. 2017,
+    https://arxiv.org/abs/1701.06538, section 2, asks no more of experts). Each sees `[slots, dim]`,
+    like a batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts
+    them. Without capacity a layer is called once for all of its tokens, or, where XLA compiles,
+    once per row of its slots; losses that it adds itself (regularizers of its outputs) are then not
     supported.
 
     Example:

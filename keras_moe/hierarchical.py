@@ -15,7 +15,7 @@ from keras_moe.dispatch import combine, dispatch
 from keras_moe.moe import MixtureOfExperts
 from keras_moe.ops import expert_product, top_k
 from keras_moe.routing import NoisyTopKRouter, Routing, seat_choices
-from keras_moe.routing.base import layer_options
+from keras_moe.routing.base import layer_options, positive_integer
 from keras_moe.routing.noisy import top_k_in_turn
 
 
@@ -24,7 +24,7 @@ class SecondaryGates(NamedTuple):
 
     logits: Any  # [G, S, K, B]
     clean_logits: Any  # [G, S, K, B], the logits without noise
-    noise_scale: Any  # [G, S, K, B], the standard deviation of the noise
+    noise_scale: Any  # [G, S, K, B], the standard deviation of the noise; None as in `Routing`
     weight: Any  # [G, S, K*P] both levels' weights multiplied, before anything is dropped
 
 
@@ -91,9 +91,9 @@ class HierarchicalRouter(NoisyTopKRouter):
         seed=None,
         **kwargs,
     ):
-        for name, value in (("num_groups", num_groups), ("secondary_k", secondary_k)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        positive_integer("num_groups", num_groups)
+        positive_integer("k", k)
+        positive_integer("secondary_k", secondary_k)
         if k > num_groups:
             raise ValueError(
                 f"`k` must be at most `num_groups`. Received: k={k}, num_groups={num_groups}"
@@ -154,11 +154,15 @@ class HierarchicalRouter(NoisyTopKRouter):
         self.secondary_noise_kernel = self.add_weight(
             name="secondary_noise_kernel", shape=shape, initializer=self.noise_initializer
         )
+        for kernel in (self.secondary_kernel, self.secondary_noise_kernel):
+            kernel.per_expert = True  # here, per group: see `keras_moe.optimizers`
 
     def call(self, inputs, mask=None, training=False, compact=False):
         x_GSD = self.prepare(inputs, mask, training)
-        clean_GSA = ops.matmul(x_GSD, self.kernel)
-        scale_GSA = ops.softplus(ops.matmul(x_GSD, self.noise_kernel))
+        clean_GSA, scale_GSA = ops.matmul(x_GSD, self.kernel), None
+        needs_scale = self.needs_noise_scale(training)
+        if needs_scale:
+            scale_GSA = ops.softplus(ops.matmul(x_GSD, self.noise_kernel))
         logits_GSA = self.add_noise(clean_GSA, scale_GSA, training)
         gate_GSK, group_GSK = self.choose(ops.softmax(logits_GSA, axis=-1), training)
         share_GSK = gate_GSK / ops.sum(gate_GSK, axis=-1, keepdims=True)
@@ -166,8 +170,10 @@ class HierarchicalRouter(NoisyTopKRouter):
         if mask is not None:
             group_GSK = ops.where(mask[:, :, None], group_GSK, self.num_groups)
 
-        clean_GSKB, scale_GSKB = self._score_within(x_GSD, group_GSK)
-        scale_GSKB = ops.softplus(scale_GSKB)
+        score_within = self._scores_of_groups(x_GSD, group_GSK)
+        clean_GSKB, scale_GSKB = score_within(self.secondary_kernel), None
+        if needs_scale:
+            scale_GSKB = ops.softplus(score_within(self.secondary_noise_kernel))
         logits_GSKB = self.add_noise(clean_GSKB, scale_GSKB, training)
         p_GSKB = ops.softmax(logits_GSKB, axis=-1)
         gate_GSKP, member_GSKP = self._choose_within(p_GSKB, training)
@@ -195,8 +201,8 @@ class HierarchicalRouter(NoisyTopKRouter):
             secondary=SecondaryGates(logits_GSKB, clean_GSKB, scale_GSKB, weight_GSN),
         )
 
-    def _score_within(self, x_GSD, group_GSK):
-        """Each token times both kernels of its chosen groups: two of `[groups, tokens, k, B]`."""
+    def _scores_of_groups(self, x_GSD, group_GSK):
+        """A function of a kernel `[A, dim, B]`: tokens times those of their chosen groups."""
         groups, tokens, k = ops.shape(group_GSK)
         group_GN1 = ops.reshape(group_GSK, (groups, tokens * k, 1))
         seats = seat_choices(group_GN1, ops.ones_like(group_GN1, "float32"), self.num_groups)
@@ -209,12 +215,12 @@ class HierarchicalRouter(NoisyTopKRouter):
             ),
         )
 
-        def product(kernel_ADB):
+        def score(kernel_ADB):
             y_RCB = expert_product(x_RCD, kernel_ADB, choices.row_expert)
             y_GNB = combine(y_RCB, choices, groups, tokens * k)
             return ops.reshape(y_GNB, (groups, tokens, k, self.group_size))
 
-        return product(self.secondary_kernel), product(self.secondary_noise_kernel)
+        return score
 
     def _choose_within(self, p_GSKB, training):
         if training:

@@ -3,6 +3,7 @@
 G groups, S tokens per group, T tokens in all, D width, R rows of slots, C slots per row.
 """
 
+import contextlib
 import math
 
 import keras
@@ -16,6 +17,10 @@ from keras_moe.routing import Router
 @keras.saving.register_keras_serializable(package="keras_moe")
 class MixtureOfExperts(keras.layers.Layer):
     """Sends every token to a few experts and sums what they make of it.
+
+    `y = sum_e weight_e(x) * expert_e(x)` over the experts that a token reaches: Shazeer et al. 2017
+    (https://arxiv.org/abs/1701.06538), Eq. 1; Switch Transformers
+    (https://arxiv.org/abs/2101.03961), Eq. 2.
 
     An expert gets the tokens that chose it (or that it chose), no others. A token that no expert
     serves comes out as exactly zero: put a residual connection around the layer.
@@ -163,26 +168,30 @@ class MixtureOfExperts(keras.layers.Layer):
             variable.assign_add(value)
         return y
 
-    def outputs_and_routing(self, inputs, mask=None, training=False, token_ids=None):
+    def outputs_and_routing(self, inputs, mask=None, training=False, token_ids=None, drops=True):
         """What a call of the built layer computes, and nothing that it keeps.
 
         For calls that are no step of training or evaluation: a text that is written token by token
         has no balancing loss and does not count in the statistics. And for a look at the routing.
 
         Args:
-            inputs: as in a call, in the layer's compute dtype.
+            inputs: as in a call.
             mask: as in a call.
             training: as in a call.
             token_ids: as in a call.
+            drops: whether the router has its capacity in inference, which `"batched"` experts need.
 
         Returns:
             Tuple of the outputs, as a call returns them, and their `Routing`.
         """
+        inputs = ops.cast(inputs, self.compute_dtype)
         x_GSD, mask_GS = self._split(inputs, mask)
         groups, tokens, _ = ops.shape(x_GSD)
         compact = getattr(self.experts, "compact", False)
         ids = self._split_ids(inputs, token_ids)
-        routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
+        drops = drops or getattr(self.experts, "implementation", None) == "batched"
+        with contextlib.nullcontext() if drops else self.router.dropping_nothing():
+            routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
         slots_RCD = dispatch(x_GSD, routing)
         slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
         y = self._join(combine(slots_RCD, routing, groups, tokens), inputs)

@@ -29,10 +29,10 @@ class Slots(NamedTuple):
 def capacity(tokens, num_experts, factor, k=1, minimum=1):
     """Slots per expert and group: `max(minimum, ceil(tokens * k * factor / num_experts))`.
 
-    Switch Transformers (https://arxiv.org/abs/2101.03961), Eq. 3; the paper leaves the rounding
-    open, here it is always up. The factor is taken as the decimal that was written, not as its
-    binary neighbour: 100 tokens, 10 experts and 1.1 make 11 slots, not 12; it counts to four
-    decimals.
+    Switch Transformers (https://arxiv.org/abs/2101.03961), Eq. 3, times `k`; the paper's has none,
+    since its `k` is 1. It leaves the rounding open, here it is always up. The factor is taken as
+    the decimal that was written, not as its binary neighbour: 100 tokens, 10 experts and 1.1 make
+    11 slots, not 12; it counts to four decimals.
 
     Args:
         tokens: tokens per group, padding included; an integer, or a scalar tensor where the shape

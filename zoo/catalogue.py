@@ -1,5 +1,6 @@
 """Published models that have a name here; needs no Keras."""
 
+import difflib
 from typing import NamedTuple
 
 
@@ -25,28 +26,49 @@ def list_presets():
 
     Returns:
         List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
-        `file_bytes`, `licence`, `training_data` and `scores`.
+        `file_bytes` (about: 4 bytes a parameter, where the weights are float32), `licence`,
+        `training_data` and `scores`.
     """
     c4 = "C4, span corruption (https://arxiv.org/abs/1910.10683)"
     supervised = f"{c4}, and supervised tasks"
+    switch = {
+        "base-8": (619_339_008, 222_977_280),
+        "base-16": (1_072_397_568, 223_051_008),
+        "base-32": (1_978_514_688, 223_198_464),
+        "base-64": (3_790_748_928, 223_493_376),
+        "base-128": (7_415_217_408, 224_083_200),
+        "base-256": (14_664_154_368, 225_262_848),
+        "large-128": (26_309_291_008, 740_813_824),
+        "xxl-128": (394_675_073_024, 11_147_915_264),
+        "c-2048": (1_571_308_972_448, 1_728_326_048),
+    }
+    t5 = {"small": 60_506_624, "base": 222_903_552, "large": 737_668_096}
+    t5_1_1 = {
+        "small": 76_961_152,
+        "base": 247_577_856,
+        "large": 783_150_080,
+        "xl": 2_849_757_184,
+        "xxl": 11_135_332_352,
+    }
     rows = [
         *(
-            (f"google/switch-base-{experts}", "Switch Transformer", *parameters, c4)
-            for experts, parameters in {
-                8: (619_339_008, 222_977_280),
-                16: (1_072_397_568, 223_051_008),
-                32: (1_978_514_688, 223_198_464),
-                64: (3_790_748_928, 223_493_376),
-                128: (7_415_217_408, 224_083_200),
-                256: (14_664_154_368, 225_262_848),
-            }.items()
+            (f"google/switch-{size}", "Switch Transformer", *parameters, None, c4)
+            for size, parameters in switch.items()
         ),
-        ("google/switch-large-128", "Switch Transformer", 26_309_291_008, 740_813_824, c4),
-        ("google-t5/t5-small", "T5", 60_506_624, 60_506_624, supervised),
-        ("google-t5/t5-base", "T5", 222_903_552, 222_903_552, supervised),
-        ("google-t5/t5-large", "T5", 737_668_096, 737_668_096, supervised),
+        *((f"google-t5/t5-{size}", "T5", n, n, 4 * n, supervised) for size, n in t5.items()),
+        *((f"google/t5-v1_1-{size}", "T5 1.1", n, n, 4 * n, c4) for size, n in t5_1_1.items()),
     ]
     return [
-        Preset(f"hf://{name}", kind, total, active, None, "Apache-2.0", data, None)
-        for name, kind, total, active, data in rows
+        Preset(f"hf://{name}", kind, total, active, file_bytes, "Apache-2.0", data, None)
+        for name, kind, total, active, file_bytes, data in rows
     ]
+
+
+def did_you_mean(name):
+    """A question that ends an error about a name nobody knows; "" if none is like it."""
+    by_end = {preset.name.rpartition("/")[2]: preset.name for preset in list_presets()}
+    name = str(name).partition("@")[0]
+    near = difflib.get_close_matches(name.rpartition("/")[2], by_end, n=1)
+    if not near or by_end[near[0]] == name:
+        return ""
+    return f" Did you mean {by_end[near[0]]!r}?"

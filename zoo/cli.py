@@ -107,6 +107,7 @@ def _parser():
     add("preset", metavar="PRESET", help="a folder, or hf://owner/model, see presets")
     add("texts", nargs="*", metavar="TEXT", help="default: the lines of the standard input")
     add("--max-length", type=int, default=64, metavar="N", help="tokens; default: 64")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time; default: 8")
     add("--sampler", choices=SAMPLERS, default="greedy", help="default: greedy")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
     add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
@@ -119,6 +120,7 @@ def _parser():
     add("source", metavar="SRC", help="a folder, or hf://owner/model, see presets")
     add("target", metavar="DST", help="a folder that is not there yet")
     add("--to", choices=("keras", "transformers"), required=True, help="the format of DST")
+    add("--licence", metavar="NAME", help="for the model card; default: as presets says")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
     add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
     command.set_defaults(run=_convert, interrupted="DST is not there")
@@ -220,42 +222,53 @@ def _finetune(options):
 
 def _generate(options):
     _choose_backend(options)
-    if options.max_length < 1:
-        raise ValueError(
-            f"`max_length` must be a positive integer. Received: max_length={options.max_length}"
-        )
+    for name in ("max_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received: {name}={getattr(options, name)}"
+            )
     texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
     if not texts:
         return
     with _without_remarks():
-        from zoo.presets import from_preset
+        from zoo.presets import from_preset, require_generation
 
+        require_generation(options.preset)
         model = from_preset(options.preset, dtype=options.dtype)
-    if not hasattr(model, "generate") or model.preprocessor is None:
-        raise ValueError(
-            "`preset` must be of a language model or a text-to-text model with a tokenizer. "
-            f"Received: a {type(model).__name__} in {options.preset!r}"
-        )
     model.compile(sampler=options.sampler)
-    for text in model.generate(texts, max_length=options.max_length):
-        print(text)
+    for first in range(0, len(texts), options.batch_size):
+        batch = texts[first : first + options.batch_size]
+        print(*model.generate(batch, max_length=options.max_length), sep="\n", flush=True)
 
 
 def _convert(options):
     _choose_backend(options)
     require_absent(options.target)
+    known = next((p for p in list_presets() if p.name == options.source.partition("@")[0]), None)
+    facts = {
+        "licence": options.licence or (known and known.licence),
+        "training_data": known and known.training_data,
+    }
     with _without_remarks():
         from zoo.conversion import save_transformers
         from zoo.presets import from_preset, save_preset
 
         model = from_preset(options.source, dtype=options.dtype)
-    {"keras": save_preset, "transformers": save_transformers}[options.to](model, options.target)
+    if options.to == "keras":
+        save_preset(model, options.target, **facts)
+    else:
+        save_transformers(model, options.target)
     print(f"saved: {options.target}")
 
 
 def _presets(options):
     for preset in list_presets():
         print(
-            f"{preset.name:32}{preset.kind:20}{preset.parameters / 1e6:10,.0f}M parameters,"
-            f"{preset.active_parameters / 1e6:6,.0f}M active, {preset.licence}"
+            f"{preset.name:32}{preset.kind:20}{preset.parameters / 1e6:11,.0f}M parameters,"
+            f"{preset.active_parameters / 1e6:7,.0f}M active, {_size(preset.file_bytes):>16}, "
+            f"{preset.licence}, {preset.training_data}"
         )
+
+
+def _size(file_bytes):
+    return "size not known" if file_bytes is None else f"about {file_bytes / 1e9:.1f} GB"

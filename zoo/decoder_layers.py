@@ -8,6 +8,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_moe.ops import put_rows
 from zoo.layers import Attention, SelfAttention, TransformerBlock
 
 
@@ -20,18 +21,17 @@ class CausalSelfAttention(SelfAttention):
 
     def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
         heads = self.project_heads(inputs, padding_mask, training, token_ids)
-        position_L = ops.arange(ops.shape(inputs)[1], dtype="int32")
-        mask = (position_L <= position_L[:, None]) & ops.cast(
-            padding_mask[:, None, None, :], "bool"
-        )
+        length = ops.shape(inputs)[1]
+        mask = causal_mask(length, length) & ops.cast(padding_mask[:, None, None, :], "bool")
         return self.attend(*heads, mask, position_bias, training)
 
-    def go_on(self, inputs, position_bias, cache, first, token_ids=None):
+    def go_on(self, inputs, position_bias, mask, cache, first, token_ids=None):
         """Attends from tokens at `first` and after to all before them, in inference.
 
         Args:
             inputs: `[batch, length, dim]` tensor.
             position_bias: `[1, heads, length, keys]` tensor, or `None`.
+            mask: `[length, keys]` booleans, see `causal_mask`.
             cache: keys and values of the tokens before `first`.
             first: position of the first of the inputs.
             token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
@@ -40,12 +40,16 @@ class CausalSelfAttention(SelfAttention):
             Tuple of the outputs `[batch, length, dim]` and the cache with the inputs' own.
         """
         query, key, value = self.project_heads(inputs, None, False, token_ids, first)
-        new = ops.stack([key, value], axis=1)
-        cache = ops.slice_update(cache, (0, 0, 0, first, 0), ops.cast(new, cache.dtype))
-        query_L = ops.arange(ops.shape(inputs)[1], dtype="int32") + first
-        mask = ops.arange(ops.shape(cache)[3], dtype="int32") <= query_L[:, None]
+        new = ops.cast(ops.stack([key, value], axis=1), cache.dtype)
+        cache = put_rows(cache, new, first, axis=3)
         y = self.attend(query, cache[:, 0], cache[:, 1], mask, position_bias)
         return y, cache
+
+
+def causal_mask(length, num_keys, first=0):
+    """Which keys are not later than the queries at `first` and after, `[length, num_keys]`."""
+    query_L = ops.arange(length, dtype="int32") + first
+    return ops.arange(num_keys, dtype="int32") <= query_L[:, None]
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -221,29 +225,44 @@ class DecoderBlock(TransformerBlock):
         return self.feed(inputs, padding_mask, training, token_ids)
 
     def go_on(
-        self, inputs, position_bias, cache, first, memory=None, memory_mask=None, token_ids=None
+        self,
+        inputs,
+        position_bias,
+        mask,
+        cache,
+        first,
+        memory=None,
+        memory_mask=None,
+        token_ids=None,
+        padding_mask=None,
     ):
         """The block's outputs for tokens at `first` and after, in inference.
 
+        A mixture drops none of them, whatever its router's capacity, and does not count them in its
+        losses and statistics: a text must not depend on how many of its tokens are read at once.
+
         Args:
             inputs: `[batch, length, dim]` tensor.
-            position_bias: `[1, heads, length, keys]` tensor.
+            position_bias: `[1, heads, length, keys]` tensor, or `None`.
+            mask: `[length, keys]` booleans, see `causal_mask`.
             cache: of the self-attention, up to `first`.
             first: position of the first of the inputs.
             memory: what `cross_attention.remember` made of the encoder's outputs.
             memory_mask: `[batch, keys]`, 0 or `False` for padding.
             token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
+            padding_mask: `[batch, length]`, 0 or `False` for inputs whose outputs nobody reads;
+                `None`: there are none.
 
         Returns:
             Tuple of the outputs `[batch, length, dim]` and the new cache.
         """
         x = self.attention_norm(inputs)
-        x, cache = self.attention.go_on(x, position_bias, cache, first, token_ids)
+        x, cache = self.attention.go_on(x, position_bias, mask, cache, first, token_ids)
         inputs = inputs + x
         if self.cross_attention is not None:
             x = self.cross_attention_norm(inputs)
             inputs = inputs + self.cross_attention.look_up(x, memory, memory_mask)
-        return self.feed(inputs, None, token_ids=token_ids, counts=False), cache
+        return self.feed(inputs, padding_mask, False, token_ids, counts=False, drops=False), cache
 
     def get_config(self):
         cross_attention = self.cross_attention

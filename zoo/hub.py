@@ -2,15 +2,19 @@
 
 import contextlib
 import hashlib
+import json
+import os
 import re
 import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+from zoo.catalogue import did_you_mean
 from zoo.tasks.extras import require
 
 CARD = "README.md"
+HASHES = "sha256.json"
 ADDRESS = re.compile(r"hf://([\w.-]+)/([\w.-]+?)(?:@([\w.-]+))?")
 # Of these the first that a model has are its weights; all else that it needs is small.
 WEIGHTS = (
@@ -19,16 +23,18 @@ WEIGHTS = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
 SMALL = ("*.json", "spiece.model", "tokenizer.model", "assets/**", "LICENSE*", CARD)
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
-def download(address):
+def download(address, weights=True):
     """A folder with a model of the hub, from the cache if it is there already.
 
     The cache is the hub's own (`HF_HOME`). A download that was interrupted goes on where it
-    stopped; large files are checked against their SHA-256 when they arrive.
+    stopped; large files are checked against their SHA-256 when they have arrived.
 
     Args:
         address: "hf://owner/model", or "hf://owner/model@revision".
+        weights: whether they are wanted, and not only the small files beside them.
 
     Returns:
         A `Path`.
@@ -42,66 +48,99 @@ def download(address):
     if parts is None:
         raise ValueError(f"`preset` must look like 'hf://owner/model'. Received: {address!r}")
     require("huggingface_hub", "hub")
-    from huggingface_hub import constants
+    from huggingface_hub import errors
 
     owner, name, revision = parts.groups()
     repository = f"{owner}/{name}"
-    blobs = Path(constants.HF_HUB_CACHE, f"models--{owner}--{name}", "blobs")
-    before = set(blobs.iterdir()) if blobs.is_dir() else set()
     try:
-        return _fetched(address, repository, revision)
-    finally:  # also what arrived before a failure
-        if blobs.is_dir():
-            _check(address, set(blobs.iterdir()) - before)
-
-
-def _fetched(address, repository, revision):
-    """The folder of a model in the cache, downloaded as far as it is not there."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        there = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
-        weights = next((p for p in WEIGHTS if any(fnmatch(f, p[0]) for f in there)), ())
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=[*SMALL, *weights]
-        )
+        return _fetched(address, repository, revision, weights)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ValueError(f"The hub has no model {address!r}, or keeps it to itself") from error
-    except Exception as error:
-        folder = _cached(repository, revision)
+        raise ValueError(
+            f"The hub has no model {address!r}, or keeps it to itself.{did_you_mean(address)}"
+        ) from error
+    except (
+        errors.HTTPError,  # also what fails before there is an answer
+        errors.XetDownloadError,
+        errors.LocalEntryNotFoundError,
+        ConnectionError,  # and this is what it is to be offline
+    ) as error:
+        folder = _cached(repository, revision, weights)
         if folder is None:
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise OSError(
-                f"{address!r} cannot be downloaded ({type(error).__name__}) and is not in the "
-                "cache; what had arrived is kept"
+                f"{address!r} cannot be downloaded ({type(error).__name__}: {reason}) and is not "
+                f"in the cache; what had arrived is kept.{did_you_mean(address)}"
             ) from error
+        return folder
+
+
+def _fetched(address, repository, revision, weights):
+    """The folder of a model in the cache, downloaded and checked as far as it is not there."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    info = huggingface_hub.HfApi().model_info(repository, revision=revision)
+    there = [file.rfilename for file in info.siblings]
+    first = next((p for p in WEIGHTS if any(fnmatch(f, p[0]) for f in there)), ())
+    cache = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+    blobs, unchecked = cache / "blobs", cache / "unchecked"
+    is_known = not unchecked.exists() and blobs.is_dir()
+    known = {blob.name for blob in blobs.iterdir()} if is_known else set()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[*SMALL, *(first if weights else ())],
+        )
+    except KeyboardInterrupt:  # whoever stops does not wait for a check, which the next one makes
+        if cache.is_dir():
+            unchecked.touch()
+        raise
+    except Exception:
+        _check(address, cache / "snapshots" / info.sha, known)
+        raise
+    _check(address, Path(folder), known)
+    unchecked.unlink(missing_ok=True)
     return Path(folder)
 
 
-def _cached(repository, revision):
+def _check(address, folder, known):
+    """Checks the large files of a snapshot, which the cache names by their SHA-256."""
+    for path in folder.rglob("*"):
+        blob = path.resolve()
+        is_new = blob.is_file() and blob.name not in known
+        if is_new and re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+            blob.unlink()  # so that it is downloaded again
+            raise ValueError(f"A file of {address!r} arrived damaged and was removed; try again")
+
+
+def _cached(repository, revision, weights):
     """The folder in the cache, if it is whole."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    for weights in WEIGHTS:
+    for patterns in WEIGHTS if weights else [()]:
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = huggingface_hub.snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=[*SMALL, *weights],
+                allow_patterns=[*SMALL, *patterns],
                 local_files_only=True,
             )
-            if any(Path(folder).glob(weights[0])):
-                return folder
+            if _is_whole(Path(folder), *patterns):
+                return Path(folder)
     return None
 
 
-def _check(address, blobs):
-    """The cache names large files by their SHA-256."""
-    for blob in blobs:
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
-            blob.unlink()  # so that it is downloaded again
-            raise ValueError(f"A file of {address!r} arrived damaged and was removed; try again")
+def _is_whole(folder, weights=None, index=None):
+    """Whether the config is there, and the weights, and all of them that an index names."""
+    names = ["config.json"]
+    if index and (folder / index).is_file():
+        for shards in json.loads((folder / index).read_text())["weight_map"].values():
+            names += [shards] if isinstance(shards, str) else shards  # Keras may have a list
+    elif weights and not any(folder.glob(weights)):
+        return False
+    return all((folder / name).is_file() for name in set(names))
 
 
 def sha256(path):
@@ -110,31 +149,85 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_hashes(folder, with_weights=True):
+    """Checks the files of a preset against its `sha256.json`, if it has one.
+
+    Args:
+        folder: a `Path`.
+        with_weights: whether those, too.
+
+    Raises:
+        ValueError: if a file is missing, another or damaged.
+    """
+    path = folder / HASHES
+    if not path.is_file():
+        return
+    try:
+        hashes = dict(json.loads(path.read_text()).items())
+    except (ValueError, AttributeError):
+        hashes = {HASHES: None}
+    for name, expected in hashes.items():
+        file = folder / name
+        if not with_weights and file.suffix == ".h5":
+            continue
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not (is_inside and file.is_file() and sha256(file) == expected):
+            raise ValueError(
+                f"`preset` must hold the files that were saved, and {name!r} is missing, another "
+                f"or damaged. Received: preset={str(folder)!r}"
+            )
+
+
 def upload(folder, address):
     """Uploads a preset's folder, with its model card, to the hub.
 
     Args:
-        folder: of a preset, see `zoo.save_preset`.
+        folder: of a preset, see `zoo.save_preset`; its files are checked first.
         address: "hf://owner/model".
 
     Raises:
-        ValueError: if the address is none.
+        ValueError: if the address is none or has a revision, or if the folder is of no preset,
+            holds pickles, or a file in it is missing, another or damaged.
         ImportError: if `huggingface_hub` is not installed.
     """
+    folder = Path(folder)
     parts = ADDRESS.fullmatch(address)
-    if parts is None:
-        raise ValueError(f"`address` must look like 'hf://owner/model'. Received: {address!r}")
+    if parts is None or parts[3]:
+        raise ValueError(
+            "`address` must look like 'hf://owner/model', without a revision. "
+            f"Received: {address!r}"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "`folder` must be that of a saved preset, with a `config.json` in it. "
+            f"Received: folder={str(folder)!r}"
+        )
+    if pickles := sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES):
+        raise ValueError(
+            f"`folder` must not hold pickles, which may run code, such as {pickles[0]!r}. "
+            f"Received: folder={str(folder)!r}"
+        )
+    check_hashes(folder)
     require("huggingface_hub", "hub")
     import huggingface_hub
     import keras_hub
 
-    with tempfile.TemporaryDirectory() as temporary:
+    beside = folder.parent if os.access(folder.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=beside) as temporary:
         # KerasHub puts a card of its own into the folder, uploads and removes it.
-        copy = shutil.copytree(folder, Path(temporary, "preset"))
+        copy = shutil.copytree(folder, Path(temporary, "preset"), copy_function=_link)
         keras_hub.upload_preset(address, str(copy))
-    card = Path(folder, CARD)
+    card = folder / CARD
     if card.is_file():
-        owner, name, _ = parts.groups()
         huggingface_hub.HfApi().upload_file(
-            path_or_fileobj=card, path_in_repo=CARD, repo_id=f"{owner}/{name}"
+            path_or_fileobj=card, path_in_repo=CARD, repo_id=f"{parts[1]}/{parts[2]}"
         )
+
+
+def _link(source, target):
+    """A file once more, without a copy of its content where that need not be."""
+    if Path(source).name != CARD:  # which may be written to
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)

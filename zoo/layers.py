@@ -396,13 +396,13 @@ class TransformerBlock(keras.layers.Layer):
         x = self.attention_norm(inputs)
         x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
         inputs = inputs + self.residual_dropout(x, training=training)
-        return self.feed(inputs, padding_mask, training, token_ids, counts)
+        return self.feed(inputs, padding_mask, training, token_ids, counts=counts)
 
-    def feed(self, inputs, padding_mask, training=False, token_ids=None, counts=True):
-        """The second half of the block: `x + feed_forward(norm(x))`."""
+    def feed(self, inputs, padding_mask, training=False, token_ids=None, **of_mixture):
+        """The second half of the block: `x + feed_forward(norm(x))`; see `call_mixture`."""
         x = self.feed_forward_norm(inputs)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids, counts)
+            x = call_mixture(self.feed_forward, x, padding_mask, training, token_ids, **of_mixture)
         elif isinstance(self.feed_forward, SoftMoE):
             x = self.feed_forward(x, mask=padding_mask, training=training)
         else:
@@ -430,11 +430,17 @@ class TransformerBlock(keras.layers.Layer):
         return cls(**{**config, **parts})
 
 
-def call_mixture(mixture, inputs, padding_mask, training, token_ids, counts=True):
-    """The outputs of a `MixtureOfExperts`, which gets `token_ids` if its router hashes them."""
+def call_mixture(
+    mixture, inputs, padding_mask, training=False, token_ids=None, counts=True, drops=True
+):
+    """The outputs of a `MixtureOfExperts`, which gets `token_ids` if its router hashes them.
+
+    Without `counts` it keeps neither losses nor statistics of the call; then `drops` says whether
+    its router has a capacity.
+    """
     options = {"mask": padding_mask, "training": training}
     if mixture.router.needs_token_ids:
         options["token_ids"] = token_ids
     if counts:
         return mixture(inputs, **options)
-    return mixture.outputs_and_routing(inputs, **options)[0]
+    return mixture.outputs_and_routing(inputs, drops=drops, **options)[0]

@@ -1,7 +1,6 @@
 """Models by name, from folders and the hub: presets, and checkpoints of transformers."""
 
 import contextlib
-import difflib
 import json
 import re
 from numbers import Integral
@@ -14,14 +13,15 @@ import zoo.models.decoder  # these register the classes that presets name
 import zoo.models.encoder
 import zoo.models.encoder_decoder
 import zoo.models.moe_lstm
-from zoo.catalogue import list_presets
+from zoo.catalogue import did_you_mean
 from zoo.conversion import load_transformers
+from zoo.conversion.folder import has_tokenizer
 from zoo.files import written_whole
-from zoo.hub import CARD, download, sha256
+from zoo.hub import CARD, HASHES, check_hashes, download, sha256
 from zoo.models.figures import figures
 
-HASHES = "sha256.json"
 HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
+LANGUAGE_MODELS = (*HEADLESS, zoo.models.moe_lstm.LstmCausalLM)
 
 
 def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
@@ -56,40 +56,66 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         raise ValueError(
             f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
         )
-    if str(preset).startswith("hf://"):
-        folder = download(str(preset))
-    else:
-        folder = Path(preset)
-        if not folder.is_dir():
-            raise ValueError(_unknown(preset))
+    folder = _folder(preset, load_weights)
     if _is_of_transformers(folder):
         _only_classifiers_have_heads(preset, num_classes)
         return load_transformers(folder, dtype, load_weights)
-    _check_configs(folder, num_classes)
-    task = _task_class(folder)
+    task = _task_class(folder, num_classes)
     if load_weights:
         _check_weights(folder, num_classes is None and task not in HEADLESS)
-    _check_hashes(folder, load_weights)
+    check_hashes(folder, load_weights)
     options = {"load_weights": load_weights, "dtype": dtype}
-    if task is None or issubclass(task, keras_hub.models.TextClassifier):
+    if issubclass(task, keras_hub.models.TextClassifier):
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
         head = {} if num_classes is None else {"num_classes": int(num_classes)}
         with explained(folder):
             return keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
     _only_classifiers_have_heads(preset, num_classes)
+    if not (folder / "task.json").is_file() and not _has_tokenizer(folder):
+        options["preprocessor"] = None
     with explained(folder):
         return task.from_preset(str(folder), **options)
 
 
-def _unknown(preset):
-    names = [known.name for known in list_presets()]
-    by_end = {name.rpartition("/")[2]: name for name in names}
-    near = difflib.get_close_matches(str(preset).rpartition("/")[2], by_end, n=1)
-    hint = f" Did you mean {by_end[near[0]]!r}?" if near else ""
-    return (
-        "`preset` must be a folder that is there, or 'hf://owner/model'. "
-        f"Received: preset={str(preset)!r}.{hint}"
-    )
+def require_generation(preset):
+    """Refuses a preset that generates no text from texts, without its weights.
+
+    Args:
+        preset: as in `from_preset`.
+
+    Raises:
+        ValueError: if there is no such preset, it is of another kind of model, or it has no
+            tokenizer.
+        OSError: if the hub cannot be reached and the cache does not have the preset.
+        ImportError: if the hub needs a package that is missing.
+    """
+    folder = _folder(preset, weights=False)
+    writers = (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM)
+    if not _is_of_transformers(folder) and not issubclass(_task_class(folder, 1), writers):
+        raise ValueError(
+            "`preset` must be of a language model or a text-to-text model. "
+            f"Received: preset={str(preset)!r}"
+        )
+    if not _has_tokenizer(folder):
+        raise ValueError(f"`preset` must have a tokenizer. Received: preset={str(preset)!r}")
+
+
+def _folder(preset, weights):
+    if str(preset).startswith("hf://"):
+        return download(str(preset), weights)
+    folder = Path(preset)
+    if not folder.is_dir():
+        raise ValueError(
+            "`preset` must be a folder that is there, or 'hf://owner/model'. "
+            f"Received: preset={str(preset)!r}.{did_you_mean(preset)}"
+        )
+    return folder
+
+
+def _has_tokenizer(folder):
+    if _is_of_transformers(folder):
+        return has_tokenizer(folder)
+    return (folder / "tokenizer.json").is_file()
 
 
 def _only_classifiers_have_heads(preset, num_classes):
@@ -107,14 +133,30 @@ def _is_of_transformers(folder):
         return False
 
 
-def _task_class(folder):
-    """The class that `task.json` names, `None` without one."""
-    path = folder / "task.json"
-    if not path.is_file():
-        return None
+def _task_class(folder, num_classes):
+    """The class of a preset's model: what `task.json` names, or what its backbone is made for."""
+    _check_configs(folder)
+    is_task = (folder / "task.json").is_file()
+    path = folder / ("task.json" if is_task else "config.json")
     name = json.loads(path.read_text())["registered_name"]
-    task = keras.saving.get_registered_object(name)
-    return task if isinstance(task, type) else None
+    named = keras.saving.get_registered_object(name)
+    named = named if isinstance(named, type) else object
+    if issubclass(named, keras_hub.models.Task):
+        return named
+    if is_task or not issubclass(named, keras_hub.models.Backbone):
+        raise ValueError(
+            f"`preset` must be of a task or of a backbone. Received: {name!r} in {path.name!r}, "
+            f"preset={str(folder)!r}"
+        )
+    for task in LANGUAGE_MODELS:
+        if issubclass(named, task.backbone_cls):
+            return task
+    if num_classes is None:
+        raise ValueError(
+            "`num_classes` must be given for a preset without a `task.json`. "
+            f"Received: num_classes=None, preset={str(folder)!r}"
+        )
+    return keras_hub.models.TextClassifier
 
 
 def save_preset(model, folder, licence=None, training_data=None, scores=None):
@@ -130,9 +172,13 @@ def save_preset(model, folder, licence=None, training_data=None, scores=None):
         scores: name of a metric -> number.
 
     Raises:
-        ValueError: if the folder is there.
+        ValueError: if the folder is there, or the model is no task.
     """
     folder = Path(folder)
+    if not isinstance(model, keras_hub.models.Task):
+        raise ValueError(
+            f"`model` must be a task, such as a `zoo.Seq2SeqLM`. Received: a {type(model).__name__}"
+        )
     card = model_card(model, folder.name, licence, training_data, scores)
     with written_whole(folder) as beside:
         model.save_to_preset(str(beside))
@@ -179,36 +225,11 @@ def model_card(model, name, licence=None, training_data=None, scores=None):
     return "\n".join(lines) + "\n"
 
 
-def _check_hashes(folder, with_weights):
-    path = folder / HASHES
-    if not path.is_file():
-        return
-    try:
-        hashes = dict(json.loads(path.read_text()).items())
-    except (ValueError, AttributeError):
-        hashes = {HASHES: None}
-    for name, expected in hashes.items():
-        file = folder / name
-        if not with_weights and file.suffix == ".h5":
-            continue
-        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not (is_inside and file.is_file() and sha256(file) == expected):
-            raise ValueError(
-                f"`preset` must hold the files that were saved, and {name!r} is missing, another "
-                f"or damaged. Received: preset={str(folder)!r}"
-            )
-
-
-def _check_configs(folder, num_classes):
+def _check_configs(folder):
     if not (folder / "config.json").is_file():
         raise ValueError(
             "`preset` must be the folder of a saved preset, with a `config.json` in it. "
             f"Received: preset={str(folder)!r}"
-        )
-    if num_classes is None and not (folder / "task.json").is_file():
-        raise ValueError(
-            "`num_classes` must be given for a preset without a `task.json`. "
-            f"Received: num_classes=None, preset={str(folder)!r}"
         )
     for path in (folder / "config.json", folder / "task.json"):
         if path.is_file() and not _describes_an_object(path):

@@ -4,20 +4,24 @@ How the shipped vocabulary was made is told in `assets/README.md`.
 """
 
 import importlib.resources
+import re
 from pathlib import Path
 
 import keras
 import keras_hub
+import numpy as np
 
 VOCABULARY = "wiki_news_novels_8k.spm"
 SENTINEL = "▁<extra_id_{}>"  # with the space before it
+SENTINELS = re.compile(SENTINEL.format(r"(\d+)"))
 
 
 @keras.saving.register_keras_serializable(package="zoo")
 class ZooTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """SentencePiece with T5's special pieces: `<pad>` 0, `</s>` 1 and `<unk>` 2.
 
-    As in T5 the decoder starts with the piece that ends a text, here `</s>`.
+    As in T5 the decoder starts with the piece that ends a text, here `</s>`. Where the model has
+    sentinels, see `t5_tokenizer`, they are found wherever they stand in a text.
 
     Example:
 
@@ -50,6 +54,29 @@ class ZooTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             raise ValueError(
                 f"`proto` must be a SentencePiece model. Received: {received}"
             ) from error
+        matches = [SENTINELS.fullmatch(piece) for piece in self._vocabulary or ()]
+        numbers = "|".join(match[1] for match in matches if match)
+        self._sentinels = f"<extra_id_(?:{numbers})>" if numbers else None
+
+    def tokenize(self, inputs):
+        if self._sentinels is not None:
+            inputs = self._set_apart(inputs)
+        return super().tokenize(inputs)
+
+    def _set_apart(self, inputs):
+        """Texts with a space, which belongs to the piece, before every sentinel, and one after."""
+        if self._use_tf_workflow():
+            import tensorflow as tf
+
+            return tf.strings.regex_replace(inputs, self._sentinels, r" \0 ")
+        if isinstance(inputs, bytes):
+            inputs = inputs.decode("utf-8")
+        if isinstance(inputs, str):
+            return re.sub(self._sentinels, r" \g<0> ", inputs)
+        if hasattr(inputs, "shape"):
+            inputs = np.asarray(inputs).tolist()
+            return self._set_apart(inputs) if isinstance(inputs, (str, bytes, list)) else inputs
+        return [self._set_apart(x) for x in inputs] if isinstance(inputs, (list, tuple)) else inputs
 
 
 def default_tokenizer(**kwargs):
@@ -66,8 +93,8 @@ def t5_tokenizer(proto, sentinels=100, **kwargs):
     """The tokenizer of T5 and of the public Switch models, from their `spiece.model`.
 
     The file lacks the sentinels that mark what is missing from a text, `<extra_id_0>` to
-    `<extra_id_99>`: they are added after its pieces, the first one last, as transformers does. They
-    are found at the start of a text and after a space.
+    `<extra_id_99>`: they are added after its pieces, the first one last, as transformers does.
+    A text that comes back has a space before each of them.
 
     Example:
 

@@ -13,8 +13,8 @@ def load_balancing(probabilities, expert_index, mask=None):
 
     `f_e` is the share of all choices that fell on expert `e` (all `k` choices of a token count,
     before any is dropped) and `P_e` the mean probability of expert `e`. It is 1 at perfect balance
-    for every `k` and `E` when one expert takes everything; a little under 1 is possible, where
-    choices and probabilities are anti-correlated. Only `P` has a gradient.
+    for every `k` and `E / k` when the same `k` experts take everything; a little under 1 is
+    possible, where choices and probabilities are anti-correlated. Only `P` has a gradient.
 
     Source: https://arxiv.org/abs/2101.03961, Eqs. 4-6, without its weight alpha.
 

@@ -5,7 +5,8 @@ from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, normal, uniform
 from keras_moe.ops.products import IMPLEMENTATIONS, expert_product, row_size
-from keras_moe.ops.rows import add_rows, sum_rows, take_rows, top_k
+from keras_moe.ops.recorded import recorded
+from keras_moe.ops.rows import add_rows, put_rows, sum_rows, take_rows, top_k
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -16,6 +17,8 @@ __all__ = [
     "dropout",
     "expert_product",
     "normal",
+    "put_rows",
+    "recorded",
     "row_size",
     "sum_rows",
     "take_rows",

@@ -103,3 +103,23 @@ def add_rows(x_MD, index_M, num_rows):
     else:
         sums_ND = ops.segment_sum(x_MD, index_M, num_segments=num_rows + 1)
     return ops.cast(sums_ND[:num_rows], dtype)
+
+
+def put_rows(x, rows, first, axis):
+    """A tensor in which some rows are replaced by others.
+
+    Args:
+        x: tensor.
+        rows: tensor like `x`, but shorter along one axis.
+        first: integer or scalar tensor, where the first of them goes.
+        axis: integer.
+
+    Returns:
+        Tensor like `x`.
+    """
+    if keras.backend.backend() == "torch":  # where Keras' own update takes a dozen operations
+        place = ops.arange(rows.shape[axis], dtype="int64") + first
+        return x.index_copy(axis, place, rows)
+    start = [0] * len(x.shape)
+    start[axis] = first
+    return ops.slice_update(x, start, rows)

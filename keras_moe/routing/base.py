@@ -5,6 +5,8 @@ row (see `slots.py`). Logits, softmax and selection are float32 under every dtyp
 selective precision of Switch Transformers (https://arxiv.org/abs/2101.03961), section 2.4.
 """
 
+import contextlib
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import keras
@@ -26,7 +28,7 @@ class Routing(NamedTuple):
     probabilities: Any  # [G, S, E] float32
     mask: Any  # [G, S] booleans, False for padding; None when there is none
     clean_logits: Any = None  # [G, S, E] float32, the logits without noise; None: there is no noise
-    noise_scale: Any = None  # [G, S, E] float32, the standard deviation of the noise
+    noise_scale: Any = None  # [G, S, E] float32, the noise's standard deviation; None: not needed
     secondary: Any = None  # the second level of a hierarchical gate; see `hierarchical.py`
 
 
@@ -62,6 +64,31 @@ def seat_choices(
     weight_GRC = slots.look_up(weight_GN, table.assignment_index)
     slot_index_GSK = ops.reshape(table.slot_index, (groups, tokens, k))
     return table.assignment_index // k, weight_GRC, slot_index_GSK, table.row_expert
+
+
+def positive_integer(name, value, optional=False):
+    """Raises a ValueError unless `value` is an integer from 1 on, or `None` where it may be."""
+    fits = isinstance(value, Integral) and value >= 1
+    _check(name, value, fits, "a positive integer", optional)
+
+
+def positive_number(name, value, optional=False):
+    """Raises a ValueError unless `value` is a number above 0, or `None` where it may be."""
+    fits = isinstance(value, Real) and value > 0
+    _check(name, value, fits, "a positive number", optional)
+
+
+def not_negative(name, value, kind=Real):
+    """Raises a ValueError unless `value` is a number (`Integral`: an integer) from 0 on."""
+    fits = isinstance(value, kind) and value >= 0
+    _check(name, value, fits, "0 or a positive " + ("integer" if kind is Integral else "number"))
+
+
+def _check(name, value, fits, allowed, optional=False):
+    if optional and value is None or fits:
+        return
+    allowed += " or None" if optional else ""
+    raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
 
 
 def layer_options(router, options):
@@ -109,18 +136,11 @@ class Router(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**{"name": "router", **kwargs, "dtype": "float32"})
-        if num_experts is not None and num_experts < 1:
-            raise ValueError(
-                f"`num_experts` must be a positive integer. Received: num_experts={num_experts}"
-            )
-        for name, factor in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
-            if factor is not None and factor <= 0:
-                raise ValueError(
-                    f"`{name}` must be a positive number or None. Received: {name}={factor}"
-                )
+        if num_experts is not None:
+            positive_integer("num_experts", num_experts)
+        positive_number("capacity_factor", capacity_factor, optional=True)
+        positive_number("eval_capacity_factor", eval_capacity_factor, optional=True)
+        not_negative("router_z_weight", router_z_weight)
         if not 0 <= jitter < 1:
             raise ValueError(f"`jitter` must be in [0, 1). Received: jitter={jitter}")
         self.num_experts = num_experts
@@ -199,6 +219,15 @@ class Router(keras.layers.Layer):
     def one_row_per_expert(self):
         """Whether row `e` of the slots is expert `e`'s, in training and in inference."""
         return True
+
+    @contextlib.contextmanager
+    def dropping_nothing(self):
+        """Within, tokens that choose their experts are all seated in inference."""
+        before, self.eval_capacity_factor = self.eval_capacity_factor, None
+        try:
+            yield
+        finally:
+            self.eval_capacity_factor = before
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Plain: in a `keras.RematScope` a router has little to compute again, and its noise."""

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import slots
 from keras_moe.ops import top_k
-from keras_moe.routing.base import Router, Routing, seat_choices
+from keras_moe.routing.base import Router, Routing, positive_integer, seat_choices
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -20,13 +20,15 @@ class ExpertChoiceRouter(Router):
     training, the score below which each expert refuses, and in inference routes every token by
     itself against it, so that generation is causal and independent of the batch.
 
-    Expert Choice (https://arxiv.org/abs/2202.09368), Eqs. 1-4. The learnt threshold is the
-    substitute that Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), App. F, proposes for
-    batchwise selection; here it is a running mean of the lowest score taken, not a trained weight.
+    Expert Choice (https://arxiv.org/abs/2202.09368), Eqs. 1-4, and section 3.3 for the cap. The
+    learnt threshold is the substitute that Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538),
+    App. F, proposes for batchwise selection; here it is a running mean of the lowest score taken,
+    not a trained weight.
 
     Args:
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
-        capacity_factor: mean number of experts per token while training.
+        capacity_factor: mean number of experts per token while training. Padding counts as tokens:
+            where there is some, the others get more experts each.
         eval_capacity_factor: the same in inference; `None`: as while training.
         max_experts_per_token: most experts that may share a token (EC-CAP in the paper); `None`
             for no cap. It always holds, and every slot is still filled if the tokens have room for
@@ -84,11 +86,7 @@ class ExpertChoiceRouter(Router):
                 "`capacity_factor` of expert choice is the mean number of experts per token and "
                 "must be a positive number. Received: capacity_factor=None"
             )
-        if max_experts_per_token is not None and max_experts_per_token < 1:
-            raise ValueError(
-                "`max_experts_per_token` must be a positive integer or None. "
-                f"Received: max_experts_per_token={max_experts_per_token}"
-            )
+        positive_integer("max_experts_per_token", max_experts_per_token, optional=True)
         if inference not in ("top_k", "threshold"):
             raise ValueError(
                 f"`inference` must be 'top_k' or 'threshold'. Received: inference={inference!r}"
@@ -121,6 +119,7 @@ class ExpertChoiceRouter(Router):
                 shape=(self.num_experts,),
                 initializer=keras.initializers.Constant(-1.0),  # nothing learnt yet
                 trainable=False,
+                aggregation="mean",
             )
 
     @property
@@ -144,7 +143,7 @@ class ExpertChoiceRouter(Router):
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
         routing = self.route_the_best(factor, logits_GSE, probabilities_GSE, mask)
-        if self.inference == "threshold":
+        if self.inference == "threshold" and self.trainable:
             self._learn_threshold(routing.token_index, routing.weight, ops.shape(inputs)[1])
         return routing
 

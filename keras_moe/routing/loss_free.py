@@ -3,12 +3,15 @@
 H groups of experts, B best groups of a token.
 """
 
+from numbers import Integral
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import losses, slots
 from keras_moe.ops import top_k
+from keras_moe.routing.base import not_negative, positive_number
 from keras_moe.routing.token_choice import TopKRouter
 
 
@@ -99,13 +102,11 @@ class LossFreeRouter(TopKRouter):
                 "`score_function` must be 'sigmoid' or 'softmax'. "
                 f"Received: score_function={score_function!r}"
             )
-        if bias_update_rate < 0:
-            raise ValueError(
-                "`bias_update_rate` must not be negative. "
-                f"Received: bias_update_rate={bias_update_rate}"
-            )
+        not_negative("bias_update_rate", bias_update_rate)
+        not_negative("sequence_balancing_weight", sequence_balancing_weight)
         given = (num_groups, top_groups)
-        if given != (None, None) and (None in given or not 1 <= top_groups <= num_groups):
+        are_integers = all(isinstance(number, Integral) for number in given)
+        if given != (None, None) and not (are_integers and 1 <= top_groups <= num_groups):
             raise ValueError(
                 "`num_groups` and `top_groups` must be positive integers, the second not above the "
                 f"first, or both None. Received: num_groups={num_groups}, top_groups={top_groups}"
@@ -114,8 +115,7 @@ class LossFreeRouter(TopKRouter):
             raise ValueError(
                 f"`group_score` must be 'top2' or 'max'. Received: group_score={group_score!r}"
             )
-        if scale <= 0:
-            raise ValueError(f"`scale` must be a positive number. Received: scale={scale}")
+        positive_number("scale", scale)
         super().__init__(
             k,
             None,

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.ops import normal, top_k
-from keras_moe.routing.base import layer_options
+from keras_moe.routing.base import layer_options, not_negative
 from keras_moe.routing.token_choice import TopKRouter
 
 
@@ -59,6 +59,8 @@ class NoisyTopKRouter(TopKRouter):
         seed=None,
         **kwargs,
     ):
+        not_negative("importance_weight", importance_weight)
+        not_negative("load_weight", load_weight)
         super().__init__(
             k,
             num_experts,
@@ -86,12 +88,17 @@ class NoisyTopKRouter(TopKRouter):
 
     def call(self, inputs, mask=None, training=False, compact=False):
         inputs = self.prepare(inputs, mask, training)
-        clean_GSE = ops.matmul(inputs, self.kernel)
-        scale_GSE = ops.softplus(ops.matmul(inputs, self.noise_kernel))
+        clean_GSE, scale_GSE = ops.matmul(inputs, self.kernel), None
+        if self.needs_noise_scale(training):
+            scale_GSE = ops.softplus(ops.matmul(inputs, self.noise_kernel))
         logits_GSE = self.add_noise(clean_GSE, scale_GSE, training)
         probabilities_GSE = ops.softmax(logits_GSE, axis=-1)
         routing = self.route(logits_GSE, probabilities_GSE, mask, training, compact)
         return routing._replace(clean_logits=clean_GSE, noise_scale=scale_GSE)
+
+    def needs_noise_scale(self, training):
+        """Whether the noise is drawn, or the load loss asks how large it would be."""
+        return training or self.load_weight != 0
 
     def add_noise(self, logits, scale, training):
         """Eq. 4, while training."""
@@ -125,9 +132,10 @@ class NoisyTopKRouter(TopKRouter):
 
     def _gates(self, routing):
         """`G(x)` of Eq. 3, `[groups, tokens, experts]`, before anything is dropped."""
-        last_GS1 = ops.minimum(routing.expert_index[..., -1:], self.num_experts - 1)
-        lowest_GS1 = ops.take_along_axis(routing.probabilities, last_GS1, axis=-1)
-        gates_GSE = ops.where(routing.probabilities >= lowest_GS1, routing.probabilities, 0.0)
+        # Padding has chosen expert E; with another one its gates are no 0 / 0, and do not count.
+        chosen_GSK1 = ops.minimum(routing.expert_index, self.num_experts - 1)[..., None]
+        is_chosen_GSE = ops.any(chosen_GSK1 == ops.arange(self.num_experts, dtype="int32"), axis=2)
+        gates_GSE = ops.where(is_chosen_GSE, routing.probabilities, 0.0)
         if self.k == 1:
             return gates_GSE
         return gates_GSE / ops.sum(gates_GSE, axis=-1, keepdims=True)

@@ -11,9 +11,9 @@ class SoftmaxRouter(Router):
     """Every token goes to every expert, weighted by a softmax: a mixture that is dense.
 
     The gating network of Jacobs, Jordan, Nowlan and Hinton 1991 (Neural Computation 3:79-87), one
-    linear layer, which starts with equal proportions; also Eq. 2 of Shazeer et al. 2017
-    (https://arxiv.org/abs/1701.06538). Nothing is dropped and all experts carry the same load, at
-    the price of all of them.
+    linear layer, which starts with equal proportions, though the paper's has a bias and this one
+    not; also Eq. 2 of Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538). Nothing is dropped
+    and all experts carry the same load, at the price of all of them.
 
     Args:
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.

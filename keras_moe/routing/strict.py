@@ -20,7 +20,8 @@ class StrictlyBalancedRouter(ExpertChoiceRouter):
     that generation is causal and independent of the batch. The thresholds are a weight, taught by
     `keras_moe.losses.batchwise_threshold` (Eq. 20), whose gradient stops at them: at the scores it
     would draw them to the threshold, where the choice is least certain. So that loss needs no
-    weight of its own.
+    weight of its own. They start at 0 and refuse nobody until they have learnt; weight decay would
+    pull them back there: `optimizer.exclude_from_weight_decay(var_names=["threshold"])`.
 
     A token's weights are its scores, divided by their sum over the experts that took it (Eq. 16),
     and it is zero where none did. An `ExpertChoiceRouter` with `inference="threshold"` does not
@@ -28,7 +29,8 @@ class StrictlyBalancedRouter(ExpertChoiceRouter):
 
     Args:
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
-        capacity_factor: mean number of experts per token while training, the paper's `k`.
+        capacity_factor: mean number of experts per token while training, the paper's `k`. Padding
+            counts as tokens: where there is some, the others get more experts each.
         max_experts_per_token: most experts that may share a token. `None`: any number while
             training, and in inference twice the capacity factor, rounded up; the number of experts:
             any number in both, as in the paper.
@@ -67,7 +69,7 @@ class StrictlyBalancedRouter(ExpertChoiceRouter):
         self.threshold = self.add_weight(
             name="threshold",
             shape=(self.num_experts,),
-            initializer=keras.initializers.Constant(1 / self.num_experts),  # the mean of all scores
+            initializer="zeros",  # every score is above
         )
 
     @property

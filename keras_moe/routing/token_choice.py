@@ -1,11 +1,20 @@
 """Routers by which tokens choose experts. Letters as in `base.py`."""
 
+from numbers import Integral
+
 import keras
 from keras import ops
 
 from keras_moe import losses, slots
 from keras_moe.ops import dropout, top_k, uniform
-from keras_moe.routing.base import Router, Routing, layer_options, seat_choices
+from keras_moe.routing.base import (
+    Router,
+    Routing,
+    layer_options,
+    not_negative,
+    positive_integer,
+    seat_choices,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -18,7 +27,9 @@ class TopKRouter(Router):
     no token is dropped.
 
     Sources: Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), Eqs. 3 and 5; GShard
-    (https://arxiv.org/abs/2006.16668), Algorithm 1; Mixtral (https://arxiv.org/abs/2401.04088).
+    (https://arxiv.org/abs/2006.16668), Algorithm 1, without its random second choice (the second
+    expert is always asked) and without its auxiliary loss, which counts first choices only; Mixtral
+    (https://arxiv.org/abs/2401.04088).
 
     Args:
         k: experts per token.
@@ -73,12 +84,9 @@ class TopKRouter(Router):
         seed=None,
         **kwargs,
     ):
-        if k < 1:
-            raise ValueError(f"`k` must be a positive integer. Received: k={k}")
-        if min_capacity < 1:
-            raise ValueError(
-                f"`min_capacity` must be a positive integer. Received: min_capacity={min_capacity}"
-            )
+        positive_integer("k", k)
+        positive_integer("min_capacity", min_capacity)
+        not_negative("load_balancing_weight", load_balancing_weight)
         if priority not in ("position", "probability"):
             raise ValueError(
                 f"`priority` must be 'position' or 'probability'. Received: priority={priority!r}"
@@ -248,8 +256,7 @@ class SwitchRouter(TopKRouter):
             raise ValueError(
                 f"`input_dropout` must be in [0, 1). Received: input_dropout={input_dropout}"
             )
-        if reroutes < 0:
-            raise ValueError(f"`reroutes` must not be negative. Received: reroutes={reroutes}")
+        not_negative("reroutes", reroutes, Integral)
         self.exploration = exploration
         self.input_dropout = input_dropout
         self.reroutes = reroutes

@@ -24,9 +24,10 @@ class Copied(NamedTuple):
 def copy_weights(source, target):
     """Gives a model every weight of another that both have by the same path and in one shape.
 
-    From a sparse encoder to its dense twin that is all but the experts and their routers: the
-    layers need to have the same names. A path that several weights of a model share says nothing,
-    and is not copied; nor are routing statistics.
+    From a sparse encoder to its dense twin that is all but the experts and their routers (Switch
+    Transformers, https://arxiv.org/abs/2101.03961, section 4.2, Table 6): the layers need to have
+    the same names. A path that several weights of a model share says nothing, and is not copied;
+    nor are routing statistics.
 
     Args:
         source: a built `keras.Layer` or `keras.Model`.
@@ -75,7 +76,8 @@ class Distiller(keras.Model):
 
     Args:
         student: a model from inputs to `[..., classes]` logits.
-        teacher: another, from the same inputs; it is frozen, and runs as in inference.
+        teacher: another, from the same inputs, which runs as in inference. Its weights are not
+            trained, but for layers that it shares with the student.
         teacher_weight: the share of the teacher's probabilities in the loss, 0 to 1.
         temperature: what both logits are divided by in the soft loss, which is multiplied by its
             square (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2); 1 in the
@@ -108,15 +110,32 @@ class Distiller(keras.Model):
                 )
         self.student = student
         self.teacher = teacher
-        self.teacher.trainable = False
         self.teacher_weight = teacher_weight
         self.temperature = temperature
+
+    @property
+    def trainable_variables(self):
+        return self.student.trainable_variables if self.trainable else []
+
+    @property
+    def non_trainable_variables(self):
+        return _without(self.variables, self.trainable_variables)
+
+    @property
+    def trainable_weights(self):
+        return self.trainable_variables
+
+    @property
+    def non_trainable_weights(self):
+        return _without(self.weights, self.trainable_weights)
 
     def call(self, inputs, training=False):
         return self.student(inputs, training=training)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        # A copy of the weights, which Keras multiplies by the mask in place on PyTorch.
+        copy = None if sample_weight is None else ops.copy(sample_weight)
+        loss = super().compute_loss(x, y, y_pred, copy, training)
         if not training:
             return loss
         if y_pred.shape[-1] == 1:
@@ -124,27 +143,22 @@ class Distiller(keras.Model):
                 "`student` must have a logit for each of two or more classes. "
                 f"Received: outputs of shape {tuple(y_pred.shape)}"
             )
-        soft_loss = keras.losses.CategoricalCrossentropy(
-            from_logits=True, reduction=getattr(self.loss, "reduction", "sum_over_batch_size")
-        )
-        share = self.teacher_weight
         theirs = self._teacher_logits(x)
         if theirs.shape[-1] != y_pred.shape[-1]:
             raise ValueError(
                 "`student` and `teacher` must have the same classes. Received: "
                 f"{y_pred.shape[-1]} logits of the student, {theirs.shape[-1]} of the teacher"
             )
-        heat = self.temperature
-        soft = heat**2 * soft_loss(
-            ops.softmax(theirs / heat), ops.cast(y_pred, "float32") / heat, sample_weight
-        )
+        reduction = getattr(self.loss, "reduction", "sum_over_batch_size")
+        soft = _SoftLoss(self.temperature, reduction)(theirs, y_pred, sample_weight)
+        share = self.teacher_weight
         return (1.0 - share) * loss + share * (soft + sum(self.losses))  # those are in `loss`, too
 
     def _teacher_logits(self, x):
         # Without state: the losses that the teacher adds, and its statistics, come to nothing.
-        weights = [variable.value for variable in self.teacher.non_trainable_variables]
-        logits, _ = self.teacher.stateless_call([], weights, x, training=False)
-        return ops.stop_gradient(ops.cast(logits, "float32"))
+        trained = [ops.stop_gradient(v.value) for v in self.teacher.trainable_variables]
+        others = [v.value for v in self.teacher.non_trainable_variables]
+        return self.teacher.stateless_call(trained, others, x, training=False)[0]
 
     def get_config(self):
         return {
@@ -162,6 +176,28 @@ class Distiller(keras.Model):
             for name in ("student", "teacher")
         }
         return cls(**{**config, **parts})
+
+
+class _SoftLoss(keras.losses.Loss):
+    """The cross-entropy between the probabilities of a teacher and a student, of both's logits.
+
+    A `keras.losses.Loss` for what it does with sample weights and the mask of the student's logits.
+    """
+
+    def __init__(self, temperature, reduction):
+        super().__init__("soft_loss", reduction, "float32")
+        self.temperature = temperature
+
+    def call(self, y_true, y_pred):
+        heat = self.temperature
+        theirs = ops.softmax(y_true / heat)
+        return heat**2 * ops.categorical_crossentropy(theirs, y_pred / heat, from_logits=True)
+
+
+def _without(variables, taken):
+    """Those of the variables that are not among `taken`."""
+    ids = {id(variable) for variable in taken}
+    return [variable for variable in variables if id(variable) not in ids]
 
 
 def _ends_in_softmax(layer):

@@ -13,6 +13,7 @@ from keras_moe import (
     losses,
 )
 from keras_moe.callbacks import RoutingMetrics
+from keras_moe.optimizers import Adafactor
 from tests import oracle
 from tests.backend import cost, gradients, numpy
 from tests.keras_moe.routing.examples import check_layer, random_weights
@@ -132,6 +133,33 @@ def test_noise_is_fresh_on_both_levels_and_only_in_training():
         assert a.logits.std() == pytest.approx(np.log(2), rel=0.1)  # softplus(0)
         assert (a.logits != b.logits).all()
     assert (numpy(router(x).secondary.logits) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("load_weight", "training", "needed"),
+    [(0.0, False, False), (0.0, True, True), (0.1, False, True)],
+)
+def test_the_noise_is_not_computed_where_nobody_needs_it(load_weight, training, needed):
+    router = HierarchicalRouter(3, num_experts=9, load_weight=load_weight)
+    routing = router(np.ones((1, 3, D), "float32"), training=training)
+    for gates in (routing, routing.secondary):
+        assert (gates.noise_scale is not None) == needed
+
+
+def test_groups_are_apart_for_the_optimizer():
+    """What one group's gate gets changes no other's update, though all lie in one kernel."""
+    router = built().router
+    per_group = {v.name for v in router.trainable_variables if getattr(v, "per_expert", False)}
+    assert per_group == {"secondary_kernel", "secondary_noise_kernel"}
+    rng, after = np.random.default_rng(0), []
+    gradient, kernel = rng.normal(size=(A, D, B)), numpy(router.secondary_kernel)
+    for factor in (1.0, 1e3):
+        router.secondary_kernel.assign(kernel)
+        optimizer = Adafactor(0.1)
+        given = gradient * np.array([factor, 1, 1])[:, None, None]
+        optimizer.apply([ops.convert_to_tensor(given, "float32")], [router.secondary_kernel])
+        after.append(numpy(router.secondary_kernel))
+    np.testing.assert_allclose(after[0][1:], after[1][1:], rtol=1e-6)
 
 
 def test_seed():

@@ -9,12 +9,14 @@ import keras_moe
 
 ORDER = (
     "ops.torch_only",
+    "ops.torch_recording",
     "ops.rows",
     "ops.noise",
     "ops.gradients",
     "ops.products",
     "ops.calls",
     "ops.arrays",
+    "ops.recorded",
     "ops.__init__",
     "capped",
     "slots",

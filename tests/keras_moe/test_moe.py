@@ -389,6 +389,17 @@ class TestSelectivePrecision:
             numpy(ops.cast(y, "float32")), reference, atol=0.02 * np.abs(reference).max()
         )
 
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+    @pytest.mark.parametrize("router", [SwitchRouter, lambda: TopKRouter(1)])
+    def test_a_near_tie_of_large_logits(self, router, policy):
+        """100.0 and 100.2 are equal in bfloat16, which would take the first, with weight 1/2."""
+        layer = MixtureOfExperts(FeedForwardExperts(2, F, dtype=policy), router(), dtype=policy)
+        layer.build((None, None, 1))
+        layer.router.kernel.assign([[100.0, 100.2]])
+        _, routing = layer.outputs_and_routing(ops.ones((1, 3, 1), "bfloat16"))
+        assert numpy(routing.expert_index).tolist() == [[[1]] * 3]
+        assert numpy(routing.weight).max() == pytest.approx(1 / (1 + np.exp(-0.2)), rel=1e-5)
+
     def test_fit(self):
         inputs = keras.Input((6, D))
         experts = FeedForwardExperts(E, F, dropout=0.1, dtype="mixed_bfloat16")

@@ -172,6 +172,9 @@ def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_p
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["backend"] == backend
 
 
+WIDTHS = {"num_layers": 2, "hidden_dim": 8, "intermediate_dim": 12}
+
+
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
     """A tiny text-to-text model, of a kind that transformers has, too."""
@@ -179,8 +182,9 @@ def preset(tmp_path_factory):
     import zoo
 
     router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
-    widths = {"num_layers": 2, "num_decoder_layers": 2, "hidden_dim": 8, "intermediate_dim": 12}
-    backbone = zoo.switch_transformer("mini", num_experts=2, router=router, **widths)
+    backbone = zoo.switch_transformer(
+        "mini", num_experts=2, router=router, num_decoder_layers=2, **WIDTHS
+    )
     folder = tmp_path_factory.mktemp("cli") / "preset"
     preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.t5_tokenizer(zoo.default_tokenizer().proto), 8, 6)
     zoo.save_preset(zoo.Seq2SeqLM(backbone, preprocessor), folder)
@@ -212,10 +216,66 @@ def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
     assert capsys.readouterr().out.count("\n") == 2
 
 
+def test_generate_prints_batches_as_they_finish(preset, capsys, monkeypatch):
+    from zoo.models.encoder_decoder import Seq2SeqLM
+
+    generate, batches = Seq2SeqLM.generate, []
+
+    def noted(model, texts, **options):
+        batches.append((len(texts), capsys.readouterr().out.count("\n")))
+        return generate(model, texts, **options)
+
+    monkeypatch.setattr(Seq2SeqLM, "generate", noted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\ne\n"))
+    assert run("generate", preset, "--batch-size", 2, "--max-length", 3) == 0
+    assert batches == [(2, 0), (2, 2), (1, 2)] and capsys.readouterr().out.count("\n") == 1
+
+
+def test_generate_looks_for_a_tokenizer_before_the_weights(preset, tmp_path, capsys, monkeypatch):
+    import zoo
+
+    model = zoo.from_preset(preset)
+    zoo.save_transformers(model, tmp_path / "theirs")
+    (tmp_path / "theirs" / "spiece.model").unlink()
+    model.backbone.save_to_preset(str(tmp_path / "backbone"))
+    encoder = zoo.EncoderBackbone(**WIDTHS, vocabulary_size=10, num_heads=1, key_dim=4)
+    zoo.EncoderTextClassifier(encoder, 2).save_to_preset(str(tmp_path / "classifier"))
+    monkeypatch.setattr("zoo.presets.from_preset", None)
+    for name, message in (
+        ("theirs", "`preset` must have a tokenizer. Received: preset="),
+        ("backbone", "`preset` must have a tokenizer. Received: preset="),
+        ("classifier", "`preset` must be of a language model or a text-to-text model. Received:"),
+    ):
+        assert run("generate", tmp_path / name, "a") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+
+
+def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatch):
+    import zoo
+
+    model = zoo.from_preset(preset)
+    monkeypatch.setattr("zoo.presets.from_preset", lambda *args, **kwargs: model)
+    name = "hf://google/switch-base-8@main"
+    for number, (source, options, licence, data) in enumerate(
+        (
+            (name, (), "Apache-2.0", "C4, span corruption"),
+            (name, ("--licence", "mine"), "mine", "C4, span corruption"),
+            (preset, (), "not stated", "not stated"),
+            (preset, ("--licence", "mine"), "mine", "not stated"),
+        )
+    ):
+        target = tmp_path / str(number)
+        assert run("convert", source, target, "--to", "keras", *options) == 0
+        card = (target / "README.md").read_text()
+        assert f"| licence | {licence} |" in card and f"| training data | {data}" in card
+
+
 def test_generate_and_convert_bad_input(preset, tmp_path, capsys):
     for arguments, message in (
         (("generate", tmp_path / "none", "a"), "`preset` must be a folder that is there"),
         (("generate", preset, "a", "--max-length", 0), "`max_length` must be a positive integer"),
+        (("generate", preset, "a", "--batch-size", 0), "`batch_size` must be a positive integer"),
         (("convert", preset, tmp_path, "--to", "keras"), "`folder` must not be there yet"),
     ):
         assert run(*arguments) == 2
@@ -228,5 +288,9 @@ def test_presets_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if "switch-base-8 " in line]
     assert re.sub(" +", " ", line) == (
-        "hf://google/switch-base-8 Switch Transformer 619M parameters, 223M active, Apache-2.0"
+        "hf://google/switch-base-8 Switch Transformer 619M parameters, 223M active, "
+        "size not known, Apache-2.0, C4, span corruption (https://arxiv.org/abs/1910.10683)"
     )
+    (line,) = [line for line in lines if "t5-v1_1-small " in line]
+    assert "about 0.3 GB, Apache-2.0, C4" in line
+    assert len({line.index("Apache") for line in lines}) == 1

@@ -6,13 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 if keras.backend.backend() != "torch":
     pytest.skip("no backend takes part in a download", allow_module_level=True)
+
+import torch
+import transformers
+
+import zoo
+from tests.zoo.conversion.test_t5 import pickled
+from zoo.hub import WEIGHTS, _is_whole
+from zoo.train_tokenizer import train
 
 REPOSITORY, COMMIT = "owner/model", "c" * 40
 BIG = bytes(range(256)) * 400
@@ -83,10 +94,10 @@ def hub():
 
 
 @pytest.fixture
-def download(hub, tmp_path):
-    """`download(address)` in a process that knows no other hub; its last line, or its error."""
+def python(hub, tmp_path):
+    """`python(code)` in a process that knows no other hub; its last line, or its error."""
 
-    def run(address=f"hf://{REPOSITORY}", online=True):
+    def run(code, online=True):
         environment = {
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
@@ -99,9 +110,8 @@ def download(hub, tmp_path):
         }
         code = f"""
 try:
-    from zoo.hub import download
-    print(download({address!r}))
-except (OSError, ValueError) as error:
+{textwrap.indent(textwrap.dedent(code), "    ")}
+except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
     print(type(error).__name__, error)
 """
         ran = subprocess.run(
@@ -113,6 +123,23 @@ except (OSError, ValueError) as error:
         )
         assert ran.stdout, ran.stderr
         return ran.stdout.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def download(python):
+    """`download(address)` in such a process, after `code`, if there is any."""
+
+    def run(address=f"hf://{REPOSITORY}", online=True, code="", **options):
+        code = f"""
+import huggingface_hub
+from huggingface_hub import snapshot_download
+from zoo import hub
+{textwrap.dedent(code)}
+print(hub.download({address!r}, **{options}))
+"""
+        return python(code, online)
 
     return run
 
@@ -137,13 +164,21 @@ def test_pickles_where_there_is_nothing_else(hub, download):
 def test_without_network(download):
     message = download(online=False)
     assert message.startswith(f"OSError 'hf://{REPOSITORY}' cannot be downloaded (")
+    assert "Cannot reach" in message and message.endswith("what had arrived is kept.")
+    hint = " Did you mean 'hf://google/switch-base-8'?"
+    assert download("hf://google/switch-base8", online=False).endswith(hint)
+    assert "Did you" not in download("hf://google/switch-base-8@main", online=False)
     folder = download()
     assert download(online=False) == folder  # from the cache
 
 
 def test_no_such_model(download):
     assert download("hf://owner/another") == (
-        "ValueError The hub has no model 'hf://owner/another', or keeps it to itself"
+        "ValueError The hub has no model 'hf://owner/another', or keeps it to itself."
+    )
+    assert download("hf://google/switch-base8") == (
+        "ValueError The hub has no model 'hf://google/switch-base8', or keeps it to itself. "
+        "Did you mean 'hf://google/switch-base-8'?"
     )
 
 
@@ -178,3 +213,99 @@ def test_what_arrived_damaged_before_a_failure_does_not_stay(hub, download):
     hub.files, hub.cut = dict(FILES), None
     with open(os.path.join(download(), "model-1.safetensors"), "rb") as file:
         assert file.read() == BIG[::-1]
+
+
+INTERRUPTED = """
+def interrupted(*args, **kwargs):
+    snapshot_download(*args, **kwargs)
+    hub.sha256 = None  # which nobody calls then
+    raise KeyboardInterrupt
+huggingface_hub.snapshot_download = interrupted
+"""
+
+
+def test_whoever_interrupts_does_not_wait_for_a_check_and_the_next_one_makes_it(hub, download):
+    hub.files["model.safetensors"] = BIG[:-1] + b"x"
+    assert download(code=INTERRUPTED) == "KeyboardInterrupt "
+    assert "arrived damaged and was removed" in download()
+    hub.files["model.safetensors"] = BIG
+    folder = download()
+    assert Path(folder, "model.safetensors").read_bytes() == BIG
+    nothing_new = "hub.sha256 = None"
+    assert download(code=nothing_new) == folder
+
+
+def test_what_another_process_downloads_meanwhile_is_its_own(download):
+    other = """
+def with_another(*args, **kwargs):
+    folder = snapshot_download(*args, **kwargs)
+    hub.Path(folder, "../../blobs/" + 64 * "0").resolve().write_text("half of it")
+    return folder
+huggingface_hub.snapshot_download = with_another
+"""
+    folder = Path(download(code=other))
+    assert (folder / "../../blobs" / (64 * "0")).resolve().read_text() == "half of it"
+
+
+@pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "RuntimeError('bug')"])
+def test_other_errors_go_through(download, error):
+    code = f"""
+def fails(*args, **kwargs):
+    raise {error}
+huggingface_hub.snapshot_download = fails
+"""
+    expected = eval(error)
+    assert download(code=code) == f"{type(expected).__name__} {expected}"
+
+
+def test_without_weights(hub, download):
+    folder = download(weights=False)
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json"]
+    assert download(weights=False, online=False) == folder
+    assert "cannot be downloaded" in download(online=False)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "weight_map"),
+    [
+        (WEIGHTS[0], {"a": "1.weights.h5", "b": ["1.weights.h5", "2.weights.h5"]}),
+        (WEIGHTS[1], {"a": "model-1.safetensors", "b": "model-2.safetensors"}),
+        (WEIGHTS[2], {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}),
+    ],
+)
+def test_a_folder_is_whole_with_all_that_its_index_names(tmp_path, patterns, weight_map):
+    first, last = weight_map["a"], weight_map["b"]
+    last = last[-1] if isinstance(last, list) else last
+    (tmp_path / first).touch()
+    assert not _is_whole(tmp_path, *patterns)
+    (tmp_path / "config.json").touch()
+    assert _is_whole(tmp_path, *patterns) and _is_whole(tmp_path)
+    (tmp_path / patterns[1]).write_text(json.dumps({"weight_map": weight_map}))
+    assert not _is_whole(tmp_path, *patterns) and _is_whole(tmp_path)
+    (tmp_path / last).touch()
+    assert _is_whole(tmp_path, *patterns)
+
+
+def test_a_model_of_shards_and_its_tokenizer_from_the_hub_to_a_text(hub, python, tmp_path):
+    """As Switch models are there: pickles in shards with an index, and a SentencePiece model."""
+    torch.manual_seed(0)
+    tokenizer = train(["The cat number 19 sat!", "A dog named Rex ran to a bar."] * 20, 60)
+    options = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=200, num_decoder_layers=2, **options, **sparse
+    )
+    model = transformers.SwitchTransformersForConditionalGeneration(config)
+    pickled(model, tmp_path)
+    (tmp_path / "spiece.model").write_bytes(tokenizer)
+    hub.files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    load = f"import zoo; model = zoo.from_preset('hf://{REPOSITORY}', load_weights="
+    assert python(f"{load}False); print(model.count_params())").isdigit()
+    assert not [path for _, path in hub.asked if path.endswith(".bin")]
+    text = python(f"{load}True); print(repr(model.generate('a <extra_id_0>.', max_length=9)))")
+    local = zoo.from_preset(tmp_path)
+    assert text == repr(local.generate("a <extra_id_0>.", max_length=9))
+    asked = {path.rpartition("/")[2] for _, path in hub.asked if "resolve" in path}
+    assert asked == set(hub.files)
+    table = keras.ops.convert_to_numpy(local.backbone.token_embedding.embeddings)
+    np.testing.assert_array_equal(table, model.shared.weight.detach().numpy())

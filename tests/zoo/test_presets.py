@@ -165,20 +165,97 @@ def test_an_unknown_name_suggests_the_nearest(name, hint):
 
 def test_the_hub_is_asked(preset, monkeypatch):
     asked = []
-    monkeypatch.setattr("zoo.presets.download", lambda name: asked.append(name) or preset)
+    monkeypatch.setattr("zoo.presets.download", lambda *given: asked.append(given) or preset)
     assert zoo.from_preset("hf://owner/model").num_classes == 2
-    assert asked == ["hf://owner/model"]
+    assert zoo.from_preset("hf://owner/model", load_weights=False).num_classes == 2
+    assert asked == [("hf://owner/model", True), ("hf://owner/model", False)]
+
+
+class TestBackbonePreset:
+    """What `backbone.save_to_preset` writes: without a task, and without a tokenizer."""
+
+    WIDTHS = {
+        "vocabulary_size": 10,
+        "num_layers": 1,
+        "num_heads": 2,
+        "hidden_dim": 4,
+        "key_dim": 2,
+        "intermediate_dim": 4,
+    }
+
+    @pytest.mark.parametrize(
+        ("backbone", "task"),
+        [
+            (zoo.EncoderDecoderBackbone, zoo.Seq2SeqLM),
+            (zoo.DecoderBackbone, zoo.CausalLM),
+        ],
+    )
+    def test_of_a_language_model(self, backbone, task, tmp_path):
+        saved = backbone(**self.WIDTHS)
+        saved.save_to_preset(str(tmp_path))
+        model = zoo.from_preset(tmp_path)
+        assert type(model) is task and model.preprocessor is None
+        for ours, before in zip(model.backbone.weights, saved.weights, strict=True):
+            np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, before)))
+        assert error_of(tmp_path, num_classes=2).startswith("`num_classes` must be None for a")
+
+    def test_the_tokenizer_is_loaded_where_there_is_one(self, tmp_path):
+        backbone = zoo.EncoderDecoderBackbone(**(self.WIDTHS | {"vocabulary_size": 8000}))
+        backbone.save_to_preset(str(tmp_path))
+        zoo.default_tokenizer().save_to_preset(str(tmp_path))
+        assert zoo.from_preset(tmp_path).preprocessor.tokenizer.vocabulary_size() == 8000
+
+    def test_a_head_that_is_not_there(self, tmp_path):
+        zoo.moe_lstm(vocabulary_size=10, num_experts=4).backbone.save_to_preset(str(tmp_path))
+        assert "must hold the file 'task.weights.h5'" in error_of(tmp_path)
+
+    @pytest.mark.parametrize("name", ["config.json", "task.json"])
+    @pytest.mark.parametrize("registered", ["keras>Dense", "zoo>ZooTokenizer", "zoo>Nothing"])
+    def test_something_else(self, name, registered, tmp_path):
+        zoo.EncoderBackbone(**self.WIDTHS).save_to_preset(str(tmp_path))
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / name).write_text(json.dumps(config | {"registered_name": registered}))
+        message = error_of(tmp_path, num_classes=2)
+        expected = f"`preset` must be of a task or of a backbone. Received: {registered!r} in "
+        assert message.startswith(f"{expected}{name!r}")
 
 
 class TestListPresets:
+    # https://github.com/google-research/text-to-text-transfer-transformer/blob/main/released_checkpoints.md
+    T5_1_1 = {
+        size: {
+            "vocabulary_size": 32128,
+            "num_layers": layers,
+            "num_heads": heads,
+            "hidden_dim": width,
+            "key_dim": 64,
+            "intermediate_dim": hidden,
+            "gated": True,
+            "tie_embeddings": False,
+        }
+        for size, (layers, heads, width, hidden) in {
+            "small": (8, 6, 512, 1024),
+            "base": (12, 12, 768, 2048),
+            "large": (24, 16, 1024, 2816),
+            "xl": (24, 32, 2048, 5120),
+            "xxl": (24, 64, 4096, 10240),
+        }.items()
+    }
+
     def test_sizes_are_those_of_the_models(self):
         for preset in zoo.list_presets():
-            size = preset.name.rpartition("/")[2].split("-")
+            name = preset.name.rpartition("/")[2]
+            kind, _, size = name.partition("-")
             with Deferred():
-                if "switch" in size:
-                    backbone = zoo.switch_transformer(size[1], num_experts=int(size[2]))
+                if name == "switch-c-2048":
+                    backbone = zoo.switch_transformer(size)
+                elif kind == "switch":
+                    width, _, experts = size.partition("-")
+                    backbone = zoo.switch_transformer(width, num_experts=int(experts))
+                elif preset.kind == "T5 1.1":
+                    backbone = zoo.EncoderDecoderBackbone(**self.T5_1_1[size.split("-")[1]])
                 else:
-                    backbone = zoo.dense_transformer(size[1])
+                    backbone = zoo.dense_transformer(size)
             ours = zoo.figures(backbone)
             assert preset.parameters == ours.parameters, preset.name
             assert preset.active_parameters == ours.active_parameters, preset.name
@@ -188,7 +265,11 @@ class TestListPresets:
         assert len({preset.name for preset in presets}) == len(presets)
         for preset in presets:
             assert preset.name.startswith("hf://") and preset.licence == "Apache-2.0"
-            assert preset.kind in ("T5", "Switch Transformer") and "C4" in preset.training_data
+            assert preset.kind in ("T5", "T5 1.1", "Switch Transformer")
+            assert "C4" in preset.training_data
+            is_switch = preset.kind == "Switch Transformer"
+            assert preset.file_bytes == (None if is_switch else 4 * preset.parameters)
+        assert {"hf://google/switch-xxl-128", "hf://google/t5-v1_1-xxl"} < {p.name for p in presets}
 
 
 class TestSavePreset:
@@ -263,6 +344,12 @@ class TestSavePreset:
         with pytest.raises(ValueError, match="`folder` must not be there yet. Received: folder="):
             zoo.save_preset(zoo.from_preset(folder), folder)
 
+    def test_what_is_no_task(self, folder, tmp_path):
+        backbone = zoo.from_preset(folder, load_weights=False).backbone
+        with pytest.raises(ValueError, match="`model` must be a task, .*: a EncoderDecoderBackb"):
+            zoo.save_preset(backbone, tmp_path / "new")
+        assert not any(tmp_path.iterdir())
+
     def test_a_language_model_has_no_classes(self, folder):
         assert error_of(folder, num_classes=2).startswith("`num_classes` must be None for a lang")
 
@@ -272,6 +359,9 @@ class TestSavePreset:
 
         def upload_preset(address, copy):
             sent.append((address, sorted(path.name for path in Path(copy).iterdir())))
+            shared = Path(copy, "model.weights.h5").samefile(folder / "model.weights.h5")
+            assert shared  # and its content not copied
+            (Path(copy) / "README.md").write_text("KerasHub's")
             (Path(copy) / "README.md").unlink()
 
         def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
@@ -283,8 +373,41 @@ class TestSavePreset:
         names = sorted(path.name for path in folder.iterdir())
         assert sent == [("hf://me/tiny", names), ("me/tiny", "README.md", before)]
         assert (folder / "README.md").read_bytes() == before
-        with pytest.raises(ValueError, match="`address` must look like 'hf://owner/model'"):
-            zoo.upload(folder, "tiny")
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    def test_what_is_not_uploaded(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("keras_hub.upload_preset", None)
+        for address in ("tiny", "hf://me/tiny@main"):
+            with pytest.raises(ValueError, match="`address` must look like .*, without a revision"):
+                zoo.upload(folder, address)
+
+        def fails(name, content, message):
+            copy = shutil.copytree(folder, tmp_path / name)
+            (copy / name).unlink(missing_ok=True)
+            if content is not None:
+                (copy / name).write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                zoo.upload(copy, "hf://me/tiny")
+
+        fails("config.json", None, "`folder` must be that of a saved preset")
+        fails("model.weights.h5", b"another", "'model.weights.h5' is missing, another or damaged")
+        for name in ("optimizer.pt", "pytorch_model.bin", "data.pkl"):
+            fails(name, b"", f"`folder` must not hold pickles, .* such as {name!r}")
+
+    def test_an_upload_without_links(self, folder, monkeypatch):
+        """As on file systems that have none."""
+
+        def no_link(source, target):
+            raise OSError
+
+        def upload_preset(address, copy):
+            copied = Path(copy, "model.weights.h5")
+            assert copied.read_bytes() == (folder / "model.weights.h5").read_bytes()
+
+        monkeypatch.setattr("os.link", no_link)
+        monkeypatch.setattr("keras_hub.upload_preset", upload_preset)
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_file", lambda *args, **kwargs: None)
+        zoo.upload(folder, "hf://me/tiny")
 
 
 class TestTransformersFolder:
@@ -319,9 +442,25 @@ class TestTransformersFolder:
         bytes_ = zoo.t5_tokenizer(zoo.default_tokenizer().proto, sentinels=200).proto
         (tmp_path / "copy" / "spiece.model").write_bytes(bytes_)
         message = error_of(tmp_path / "copy")
-        assert (
-            "its tokenizer has 8200 pieces with its sentinels, and the model only 8192" in message
-        )
+        assert "its tokenizer has 8200 pieces with its sentinels, and the model has 8192" in message
+
+    def test_a_vocabulary_that_is_far_too_small(self, folder, tmp_path):
+        """As with the file of another model: 128 rows or more would have no piece."""
+        shutil.copytree(folder, tmp_path / "copy")
+        for sentinels, fits in ((65, True), (64, False)):
+            proto = zoo.t5_tokenizer(zoo.default_tokenizer().proto, sentinels=sentinels).proto
+            (tmp_path / "copy" / "spiece.model").write_bytes(proto)
+            if fits:
+                zoo.from_preset(tmp_path / "copy", load_weights=False)
+            else:
+                expected = "has 8064 pieces with its sentinels, and the model has 8192"
+                assert expected in error_of(tmp_path / "copy")
+
+    def test_a_config_alone_is_a_model_without_weights(self, folder, tmp_path):
+        shutil.copy(folder / "config.json", tmp_path)
+        model = zoo.from_preset(tmp_path, load_weights=False)
+        assert model.preprocessor is None and model.backbone.hidden_dim == 8
+        assert "must have weights" in error_of(tmp_path)
 
     def test_a_model_without_rows_for_the_sentinels(self, folder, tmp_path):
         backbone = zoo.from_preset(folder, load_weights=False).backbone

@@ -3,8 +3,11 @@ import io
 import json
 
 import keras
+import numpy as np
 import pytest
 import sentencepiece
+import tensorflow as tf
+import transformers
 
 from zoo.tokenizer import ZooTokenizer, default_tokenizer, t5_tokenizer, without_sentinels
 from zoo.train_tokenizer import REQUIRED_CHARACTERS, main, sample_sentences, train
@@ -213,3 +216,53 @@ def test_sentinels_are_saved(tokenizer, tmp_path):
     again = ZooTokenizer.from_config(t5.get_config())
     again.load_assets(tmp_path)
     assert ids(again, "a <extra_id_7>") == ids(t5, "a <extra_id_7>")
+
+
+TEXTS = [
+    "a <extra_id_0> cat",
+    "(<extra_id_0>)",
+    "a<extra_id_0>",
+    "<extra_id_0><extra_id_1>",
+    " <extra_id_0>  a<extra_id_99>dog ",
+    "<extra_id_0>",
+    "the <extra_id_100> cat <extra_id_07>",
+    "the quick cat",
+]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A small vocabulary in transformers' tokenizer and in ours."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    proto = train(["The cat sat (it slept)!", "A dog named Rex ran to a bar."] * 20, 60)
+    (folder / "spiece.model").write_bytes(proto)
+    return transformers.T5Tokenizer.from_pretrained(folder), t5_tokenizer(proto)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentinels_are_found_where_transformers_finds_them(both, text):
+    theirs, ours = both
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    for received in (text, text.encode(), np.array(text), tf.constant(text)):
+        assert ids(ours, received) == expected
+    for received in ([text], (text,), np.array([text])):
+        assert [list(row) for row in ours(received)] == [expected]
+    # The spaces before sentinels are not theirs, nor is the mark of an unknown piece.
+    back = ours.detokenize(expected).replace("⁇", "<unk>").replace(" ", "")
+    assert back == theirs.decode(expected).replace(" ", "")
+
+
+def test_sentinels_are_found_in_tensorflows_pipelines(both):
+    theirs, ours = both
+    rows = tf.data.Dataset.from_tensor_slices(TEXTS).map(ours).as_numpy_iterator()
+    expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    assert [row.tolist() for row in rows] == expected
+    batches = tf.data.Dataset.from_tensor_slices(TEXTS).batch(8).map(ours)
+    assert [batch.to_list() for batch in batches] == [expected]
+
+
+def test_what_is_no_text(both):
+    with pytest.raises(ValueError, match="must be strings|should be a string"):
+        both[1]([1, 2])
+    with pytest.raises(ValueError, match="should be a string"):
+        both[1](3)

@@ -3,6 +3,7 @@
 import keras
 
 import keras_moe
+from zoo.conversion.config import choice, flag, integer, real
 from zoo.conversion.tensors import Weight
 from zoo.models.decoder import CausalLM, DecoderBackbone
 
@@ -31,67 +32,78 @@ MIXTURES = {
 
 
 def make(config, tensors, dtype=None):
-    """A `DecoderBackbone` for a `config.json` of transformers, without its weights."""
-    tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
-    return DecoderBackbone(**settings(config, tied), dtype=dtype)
+    """A `DecoderBackbone` for a `config.json` of transformers, without its weights.
+
+    Where the config says that the embedding table makes the logits, `tensors`, if they are given,
+    may say otherwise.
+    """
+    tied = flag(config, "tie_word_embeddings", False)
+    if tied and tensors is not None:
+        tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
+    return DecoderBackbone(**settings(config), tie_embeddings=tied, dtype=dtype)
 
 
-def settings(config, tied=True):
-    """Arguments of `DecoderBackbone`.
-
-    Args:
-        config: dictionary.
-        tied: whether the weights allow for logits that are made by the embedding table.
+def settings(config):
+    """Arguments of `DecoderBackbone`, but for `tie_embeddings`.
 
     Raises:
-        ValueError: if the config asks for something that the backbone has not.
+        ValueError: if an entry of the config is missing or out of range, or asks for something that
+            the backbone has not.
     """
     for name, allowed in FOREIGN.items():
         if config.get(name) not in allowed:
             raise ValueError(f"`{name}` must be {allowed[-1]}. Received: {name}={config[name]!r}")
     is_olmoe = config["model_type"] == "olmoe"
     rope = config.get("rope_parameters") or config
+    if not isinstance(rope, dict):
+        raise ValueError(f"`rope_parameters` must be an object. Received: rope_parameters={rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"`rope_type` must be 'default'. Received: {kind!r}")
-    normalizes = not is_olmoe or config.get("norm_topk_prob", False)
-    k = config["num_experts_per_tok"]
+    normalizes = not is_olmoe or flag(config, "norm_topk_prob", False)
+    k = integer(config, "num_experts_per_tok")
     if normalizes and k == 1:
         raise ValueError(ONLY_ONE)
-    if config["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(
-            f"`hidden_act` must be one of {', '.join(ACTIVATIONS)}. "
-            f"Received: {config['hidden_act']!r}"
-        )
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    layers = integer(config, "num_hidden_layers")
+    heads, width = integer(config, "num_attention_heads"), integer(config, "hidden_size")
     router = keras_moe.TopKRouter(
         k,
         normalize=normalizes,
-        load_balancing_weight=config.get("router_aux_loss_coef", 0.0),
-        jitter=config.get("router_jitter_noise", 0.0),
+        # Here it is divided by k, and those of all blocks add up; there the blocks' tokens are
+        # pooled to make one.
+        load_balancing_weight=k / layers * _loss_weight(config, is_olmoe),
+        jitter=real(config, "router_jitter_noise", 0.0),
     )
     return {
-        "vocabulary_size": config["vocab_size"],
+        "vocabulary_size": integer(config, "vocab_size"),
         "num_layers": layers,
         "num_heads": heads,
-        "hidden_dim": config["hidden_size"],
-        "key_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "intermediate_dim": config["intermediate_size"],
+        "hidden_dim": width,
+        "key_dim": integer(config, "head_dim", max(width // heads, 1)),
+        "intermediate_dim": integer(config, "intermediate_size"),
         "router": router,
-        "num_experts": config["num_experts" if is_olmoe else "num_local_experts"],
+        "num_experts": integer(config, "num_experts" if is_olmoe else "num_local_experts"),
         "sparse_blocks": tuple(range(1, layers + 1)),
-        "activation": config["hidden_act"],
+        "activation": choice(config, "hidden_act", ACTIVATIONS),
         "gated": True,
         "positions": "rotary",
-        "num_key_value_heads": config.get("num_key_value_heads"),
-        "max_wavelength": rope.get("rope_theta", 1e4 if is_olmoe else 1e6),
+        "num_key_value_heads": integer(config, "num_key_value_heads", heads),
+        "max_wavelength": real(rope, "rope_theta", 1e4 if is_olmoe else 1e6, positive=True),
         "normalize_queries": is_olmoe,
-        "tie_embeddings": config.get("tie_word_embeddings", False) and tied,
         "scale_outputs": False,
         "dropout": 0.0,
         "expert_dropout": 0.0,
-        "epsilon": config.get("rms_norm_eps", 1e-5),
+        "epsilon": real(config, "rms_norm_eps", 1e-5),
     }
+
+
+def _loss_weight(config, is_olmoe):
+    return real(config, "router_aux_loss_coef", 0.01 if is_olmoe else 0.001)
+
+
+def has_tokenizer(folder):
+    """False, see `preprocessor`."""
+    return False
 
 
 def preprocessor(folder, backbone):
@@ -146,7 +158,9 @@ def config(backbone):
         "num_attention_heads": backbone.num_heads,
         "num_key_value_heads": backbone.num_key_value_heads,
         "num_experts_per_tok": routers[0].k,
-        "router_aux_loss_coef": routers[0].load_balancing_weight,
+        "router_aux_loss_coef": backbone.num_layers
+        * routers[0].load_balancing_weight
+        / routers[0].k,
         "hidden_act": kinds[0],
         "rms_norm_eps": backbone.epsilon,
         "rope_parameters": {"rope_theta": backbone.max_wavelength, "rope_type": "default"},

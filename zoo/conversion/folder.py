@@ -1,6 +1,7 @@
 """Whole checkpoints in transformers' format: a `config.json` and weights, in a folder."""
 
 import collections
+import contextlib
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,14 @@ def load_transformers(folder, dtype=None, load_weights=True):
         folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
             file or in shards. The family is T5, T5 1.1, mT5, Switch Transformers, Mixtral or OLMoE.
         dtype: dtype or dtype policy of the layers; `None` for Keras' own.
-        load_weights: `False` leaves all weights as they are initialized.
+        load_weights: `False` leaves all weights as they are initialized, and needs no files of
+            them.
+
+    The weights of the routers' losses are those that make them as large here, where the losses of
+    all blocks add up, as in transformers, which pools the blocks' tokens (those of the encoder and
+    of the decoder apart) to make one, when the experts are used equally. Of a Switch Transformer's
+    encoder or decoder whose blocks are all sparse transformers has no such loss, and neither has
+    what is loaded.
 
     Returns:
         A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE; without a preprocessor if
@@ -41,31 +49,42 @@ def load_transformers(folder, dtype=None, load_weights=True):
     folder = Path(folder)
     config = read_config(folder)
     family = MODULES[config["model_type"]]
+    if not load_weights:
+        with Deferred() as deferred:
+            backbone = family.make(config, None, dtype)
+        preprocessor = family.preprocessor(folder, backbone)
+        deferred.initialize()
+        return family.TASK(backbone, preprocessor)
     with Tensors(folder) as tensors:
         _require(folder, {family.EMBEDDING}, tensors.names)
-        try:
-            with Deferred() as deferred:
-                backbone = family.make(config, tensors, dtype)
-        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` "
-                f"lacks or has a wrong {error}"
-            ) from error
-        wanted = list(family.weights(backbone))
-        names = {name for weight in wanted for name in weight.names}
-        _require(folder, names, tensors.names)
-        if unknown := sorted(tensors.names - names - family.IGNORED - {family.OUTPUT}):
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
-                f"{_weights(unknown)}"
-            )
-        for weight in wanted:
-            for name in weight.names:
-                _check_shape(folder, weight, name, tensors.shape(name))
-        wanted.sort(key=lambda weight: tensors.shard_of[weight.names[0]])  # a shard at a time
+        with Deferred() as deferred:
+            backbone = family.make(config, tensors, dtype)
+        wanted = _wanted(folder, family, backbone, tensors)
         preprocessor = family.preprocessor(folder, backbone)
-        deferred.initialize(_values(tensors, wanted) if load_weights else ())
+        # Closed before the files are: its thread may be reading.
+        with contextlib.closing(_values(tensors, wanted)) as values:
+            deferred.initialize(values)
     return family.TASK(backbone, preprocessor)
+
+
+def _wanted(folder, family, backbone, tensors):
+    """The weights of a backbone, a shard's after another's; the files have them, and no others."""
+    wanted = list(family.weights(backbone))
+    of_names = {name: weight for weight in wanted for name in weight.names}
+    _require(folder, set(of_names), tensors.names)
+    if unknown := sorted(tensors.names - set(of_names) - family.IGNORED - {family.OUTPUT}):
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
+            f"{_weights(unknown)}"
+        )
+    for name in sorted(of_names, key=tensors.shard_of.get):
+        _check_shape(folder, of_names[name], name, tensors.shape(name))
+    return sorted(wanted, key=lambda weight: tensors.shard_of[weight.names[0]])
+
+
+def has_tokenizer(folder):
+    """Whether `load_transformers` would load a tokenizer from a folder."""
+    return MODULES[read_config(folder)["model_type"]].has_tokenizer(Path(folder))
 
 
 def read_config(folder):
@@ -147,8 +166,8 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
     Args:
         model: a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Dropout and the router's z-loss, where
             transformers has none, and the tokenizer and special tokens of a `CausalLM` are left
-            out. Weights of the balancing losses are written as they are, though transformers pools
-            over layers what is added up here.
+            out. The weights of its routers' losses are translated as `load_transformers` does;
+            transformers has one for encoder and decoder, and their mean is written.
         folder: path; it must not be there yet.
         shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 

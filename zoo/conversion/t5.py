@@ -1,8 +1,11 @@
 """T5, T5 1.1, mT5 and Switch Transformers: their settings and weights there and here."""
 
+import math
+
 import keras
 
 import keras_moe
+from zoo.conversion.config import choice, flag, integer, real
 from zoo.conversion.tensors import Weight
 from zoo.layers import gelu_tanh
 from zoo.models.encoder_decoder import (
@@ -17,6 +20,7 @@ FAMILIES = ("t5", "mt5", "switch_transformers")
 TASK = Seq2SeqLM
 VOCABULARY = "spiece.model"
 LENGTH = 512  # tokens that T5 was trained on
+ROUNDED_TO = 128  # the rows of T5's embedding tables
 # The embedding table again, which some versions write, and a weight that T5's cross-attention never
 # used.
 IGNORED = {
@@ -41,9 +45,12 @@ def make(config, tensors, dtype=None):
 
     `tensors` says whether the logits have weights of their own: the config does not. T5 1.1 has
     them, but transformers 5 ties them unless the checkpoint has both, and earlier versions wrote
-    both where they were tied.
+    both where they were tied. Without `tensors` the config is all there is to go by.
     """
-    tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
+    if tensors is None:
+        tied = flag(config, "tie_word_embeddings", True)
+    else:
+        tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
     options = {**settings(config), "tie_embeddings": tied}
     return EncoderDecoderBackbone(**options, dtype=dtype)
 
@@ -52,72 +59,109 @@ def settings(config):
     """Arguments of `EncoderDecoderBackbone`.
 
     Raises:
-        ValueError: if the config asks for something that the backbone has not.
+        ValueError: if an entry of the config is missing or out of range, or asks for something that
+            the backbone has not.
     """
     sparse = config["model_type"] == "switch_transformers"
-    default = "gated-gelu" if config["model_type"] == "mt5" else "relu"
-    kind = config.get("dense_act_fn" if sparse else "feed_forward_proj", default)
-    if kind not in ACTIVATIONS:
-        raise ValueError(
-            f"The feed-forward layer must be one of {', '.join(ACTIVATIONS)}. Received: {kind!r}"
-        )
-    layers = config["num_layers"]
-    decoder_layers = config.get("num_decoder_layers") or layers
+    kind = choice(
+        config,
+        "dense_act_fn" if sparse else "feed_forward_proj",
+        ACTIVATIONS,
+        "gated-gelu" if config["model_type"] == "mt5" else "relu",
+    )
+    layers = integer(config, "num_layers")
+    decoder_layers = integer(config, "num_decoder_layers", layers)
+    buckets = integer(config, "relative_attention_num_buckets", 32, least=4)
+    dropout = real(config, "dropout_rate", 0.1)
     result = {
-        "vocabulary_size": config["vocab_size"],
+        "vocabulary_size": integer(config, "vocab_size"),
         "num_layers": layers,
         "num_decoder_layers": decoder_layers,
-        "num_heads": config["num_heads"],
-        "hidden_dim": config["d_model"],
-        "key_dim": config["d_kv"],
-        "intermediate_dim": config["d_ff"],
+        "num_heads": integer(config, "num_heads"),
+        "hidden_dim": integer(config, "d_model"),
+        "key_dim": integer(config, "d_kv"),
+        "intermediate_dim": integer(config, "d_ff"),
         "activation": ACTIVATIONS[kind],
         "gated": kind.startswith("gated-"),
         "scale_outputs": _scales_outputs(config),
-        "num_buckets": config.get("relative_attention_num_buckets", 32),
-        "max_distance": config.get("relative_attention_max_distance", 128),
-        "dropout": config.get("dropout_rate", 0.1),
-        "epsilon": config.get("layer_norm_epsilon", 1e-6),
+        "num_buckets": buckets,
+        # Half of the decoder's buckets are for exact distances; the others must have some left.
+        "max_distance": integer(
+            config, "relative_attention_max_distance", 128, least=buckets // 2 + 1
+        ),
+        "dropout": dropout,
+        "epsilon": real(config, "layer_norm_epsilon", 1e-6),
     }
     if not sparse:
         return result
-    if config.get("router_bias"):
+    if flag(config, "router_bias", False):
         raise ValueError("The router must have no bias. Received: router_bias=True")
+    sides = {"encoder": layers, "decoder": decoder_layers}
+    blocks = {
+        side: _sparse(depth, _num_sparse(config, side, depth)) for side, depth in sides.items()
+    }
+    return result | {
+        "router": _switch_router(config, len(blocks["encoder"]), layers),
+        "decoder_router": _switch_router(config, len(blocks["decoder"]), decoder_layers),
+        "num_experts": integer(config, "num_experts"),
+        "sparse_blocks": blocks["encoder"],
+        "decoder_sparse_blocks": blocks["decoder"],
+        "group": "sequence",
+        "expert_dropout": dropout,
+    }
+
+
+def _num_sparse(config, side, depth):
+    name = f"num_sparse_{side}_layers"
+    count = integer(config, name, least=0)
+    if count > depth:
+        raise ValueError(
+            f"`{name}` must be at most the number of layers, {depth}. Received: {name}={count}"
+        )
+    return count
+
+
+def _switch_router(config, num_sparse, num_layers):
+    """The router of the sparse blocks of one side."""
+    # Here the losses of all blocks add up, there their tokens are pooled to make one.
+    blocks = num_sparse if _has_losses(num_sparse, num_layers) else math.inf
     # A capacity in tokens per sequence, whatever their number: a share of next to nothing of them,
     # and a minimum.
-    router = keras_moe.SwitchRouter(
+    return keras_moe.SwitchRouter(
         capacity_factor=FIXED,
         eval_capacity_factor=FIXED,
-        min_capacity=config.get("expert_capacity", 64),
-        jitter=config.get("router_jitter_noise", 0.01),
-        load_balancing_weight=config.get("router_aux_loss_coef", 1e-3),
-        router_z_weight=config.get("router_z_loss_coef", 1e-3),
+        min_capacity=integer(config, "expert_capacity", 64),
+        jitter=real(config, "router_jitter_noise", 0.01),
+        load_balancing_weight=real(config, "router_aux_loss_coef", 1e-3) / blocks,
+        router_z_weight=real(config, "router_z_loss_coef", 1e-3) / blocks,
     )
-    return result | {
-        "router": router,
-        "num_experts": config["num_experts"],
-        "sparse_blocks": _sparse(layers, config["num_sparse_encoder_layers"]),
-        "decoder_sparse_blocks": _sparse(decoder_layers, config["num_sparse_decoder_layers"]),
-        "group": "sequence",
-        "expert_dropout": config.get("dropout_rate", 0.1),
-    }
+
+
+def _has_losses(num_sparse, num_layers):
+    """Whether transformers adds the routers' losses of one side: not where all are sparse."""
+    return 0 < num_sparse < num_layers
+
+
+def has_tokenizer(folder):
+    """Whether `preprocessor` finds a tokenizer in a folder."""
+    return (folder / VOCABULARY).is_file()
 
 
 def preprocessor(folder, backbone):
     """Texts to tokens and back, if the folder has a tokenizer; `None` otherwise.
 
     Raises:
-        ValueError: if the tokenizer has more pieces than the model.
+        ValueError: if the tokenizer has more pieces than the model has rows, or too few: tables are
+            a little larger than vocabularies at most, 32,128 rows for 32,100 pieces.
     """
-    path = folder / VOCABULARY
-    if not path.is_file():
+    if not has_tokenizer(folder):
         return None
-    tokenizer = t5_tokenizer(path)
-    if tokenizer.vocabulary_size() > backbone.vocabulary_size:
+    tokenizer = t5_tokenizer(folder / VOCABULARY)
+    pieces, rows = tokenizer.vocabulary_size(), backbone.vocabulary_size
+    if not 0 <= rows - pieces < ROUNDED_TO:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} does not fit: its tokenizer has "
-            f"{tokenizer.vocabulary_size()} pieces with its sentinels, and the model only "
-            f"{backbone.vocabulary_size}"
+            f"The checkpoint {str(folder)!r} does not fit: its tokenizer has {pieces} pieces with "
+            f"its sentinels, and the model has {rows}"
         )
     return Seq2SeqLMPreprocessor(tokenizer, LENGTH, LENGTH)
 
@@ -139,14 +183,14 @@ def write_tokenizer(model, folder):
 
 
 def _scales_outputs(config):
-    tied = config.get("tie_word_embeddings", True) is not False
+    tied = flag(config, "tie_word_embeddings", True)
     # A T5 that transformers 5 wrote is always tied, and says this apart.
-    scales = {"t5": config.get("scale_decoder_outputs", tied), "mt5": False}
+    scales = {"t5": flag(config, "scale_decoder_outputs", tied), "mt5": False}
     return scales.get(config["model_type"], tied)
 
 
-def _mixtures(backbone):
-    blocks = (*backbone.encoder_blocks, *backbone.decoder_blocks)
+def _mixtures(backbone, sides=("encoder", "decoder")):
+    blocks = [block for side in sides for block in getattr(backbone, f"{side}_blocks")]
     layers = (block.feed_forward for block in blocks)
     return [layer for layer in layers if isinstance(layer, keras_moe.MixtureOfExperts)]
 
@@ -154,7 +198,8 @@ def _mixtures(backbone):
 def _router(mixtures):
     """The router of all mixtures, if transformers has such a one."""
     router = mixtures[0].router
-    configs = [{**m.router.get_config(), "seed": None} for m in mixtures]
+    may_differ = dict.fromkeys(("seed", "load_balancing_weight", "router_z_weight"))
+    configs = [{**m.router.get_config(), **may_differ} for m in mixtures]
     if type(router) is not keras_moe.SwitchRouter or any(c != configs[0] for c in configs):
         raise ValueError(
             "transformers has one kind of `SwitchRouter` in all blocks only. "
@@ -175,6 +220,16 @@ def _router(mixtures):
             f"reroutes={router.reroutes}, group={[m.group for m in mixtures]}"
         )
     return router
+
+
+def _coefficient(backbone, weight):
+    """The weight of a loss there: at balance both sides' losses add up to what they are here."""
+    totals = []
+    for side, depth in (("encoder", backbone.num_layers), ("decoder", backbone.num_decoder_layers)):
+        routers = [mixture.router for mixture in _mixtures(backbone, (side,))]
+        if _has_losses(len(routers), depth):
+            totals.append(len(routers) * getattr(routers[0], weight))
+    return sum(totals) / len(totals) if totals else 0.0
 
 
 def _sparse(num_layers, num_sparse):
@@ -255,8 +310,8 @@ def config(backbone):
         "num_experts": backbone.num_experts,
         "expert_capacity": 2**30 if router.capacity_factor is None else router.min_capacity,
         "router_jitter_noise": router.jitter,
-        "router_z_loss_coef": router.router_z_weight,
-        "router_aux_loss_coef": router.load_balancing_weight,
+        "router_z_loss_coef": _coefficient(backbone, "router_z_weight"),
+        "router_aux_loss_coef": _coefficient(backbone, "load_balancing_weight"),
         **{name: len(blocks) for name, (blocks, _) in sparse.items()},
     }
 

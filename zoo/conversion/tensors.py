@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from zoo.tasks.extras import require
+
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
-    "BF16": ml_dtypes.bfloat16,
+    "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
 }
@@ -79,19 +81,29 @@ class Tensors:
 
     def shape(self, name):
         """Shape of a weight, as its file says."""
-        with self._turned_to(self.shard_of[name]) as shard:
+        with self._turned_to_that_of(name) as shard:
             return shard.shape(name)
 
     def dtype(self, name):
         """Its dtype."""
-        with self._turned_to(self.shard_of[name]) as shard:
-            return shard.dtype(name)
+        with self._turned_to_that_of(name) as shard:
+            kind = shard.dtype(name)
+        if kind not in DTYPES.values():
+            raise ValueError(
+                f"The checkpoint {str(self.folder)!r} does not fit: weight {name!r} must be of "
+                f"{', '.join(DTYPES.values())}. Received: dtype={kind!r}"
+            )
+        return np.dtype(kind)
 
     def read(self, name, into=None):
         """Reads a weight into a contiguous array, or a new one, and returns it."""
+        dtype = self.dtype(name)
         if into is None:
-            into = np.empty(self.shape(name), self.dtype(name))
-        with self._turned_to(self.shard_of[name]) as shard:
+            into = np.empty(self.shape(name), dtype)
+        if into.dtype != dtype:
+            into[...] = self.read(name)
+            return into
+        with self._turned_to_that_of(name) as shard:
             shard.read(name, into)
         return into
 
@@ -128,17 +140,27 @@ class Tensors:
         )
 
     @contextlib.contextmanager
+    def _turned_to_that_of(self, name):
+        """The opened shard that has a weight."""
+        path = self.shard_of[name]
+        with self._turned_to(path) as shard:
+            if name not in shard.names():
+                raise ValueError(
+                    f"The checkpoint {str(self.folder)!r} does not fit or is damaged: it lacks the "
+                    f"weight {name!r}, which its index places in {path.name!r}"
+                )
+            yield shard
+
+    @contextlib.contextmanager
     def _turned_to(self, path):
-        """The opened shard; errors within are said to be the file's."""
+        """The opened shard; what it says of its format is said of the file."""
         try:
             if path != self._open_path:
                 self._close()
                 self._shard = (_Safe if path.suffix == ".safetensors" else _Pickled)(path)
                 self._open_path = path
             yield self._shard
-        except ImportError:
-            raise
-        except Exception as error:
+        except _DamagedError as error:
             raise self._damaged(path) from error
 
     def _damaged(self, path):
@@ -148,14 +170,20 @@ class Tensors:
         )
 
 
+class _DamagedError(Exception):
+    """A file is not in its format."""
+
+
 class _Safe:
     """The weights of a shard of safetensors."""
 
     def __init__(self, path):
-        import safetensors
-
-        with safetensors.safe_open(path, framework="numpy"):  # which checks header and length
-            pass
+        safetensors = require("safetensors", "hub")
+        try:
+            with safetensors.safe_open(path, framework="numpy"):  # which checks header and length
+                pass
+        except safetensors.SafetensorError as error:
+            raise _DamagedError from error
         # Read without a buffer of its own, into the arrays that are to have the weights.
         self.file = path.open("rb", buffering=0)
         self.start = 8 + int.from_bytes(self.file.read(8), "little")
@@ -172,20 +200,16 @@ class _Safe:
         return tuple(self.header[name]["shape"])
 
     def dtype(self, name):
-        return np.dtype(DTYPES[self.header[name]["dtype"]])
+        kind = self.header[name]["dtype"]
+        return DTYPES.get(kind, kind)
 
     def read(self, name, into):
-        if into.dtype != self.dtype(name):
-            whole = np.empty(into.shape, self.dtype(name))
-            self.read(name, whole)
-            into[...] = whole
-            return
         self.file.seek(self.start + self.header[name]["data_offsets"][0])
         rest = memoryview(into.reshape(-1).view("uint8"))
         while rest:
             count = self.file.readinto(rest)
             if not count:
-                raise EOFError
+                raise _DamagedError
             rest = rest[count:]
 
 
@@ -193,15 +217,21 @@ class _Pickled:
     """The weights of a shard that PyTorch wrote."""
 
     def __init__(self, path):
-        try:
-            import torch
-        except ImportError as error:
-            raise ImportError(
-                f"{path.name!r} is a file of PyTorch's: install torch to read it"
-            ) from error
+        torch = require("torch", "torch")
         mmap = zipfile.is_zipfile(path)  # files of versions before 1.6 are none
+        with path.open("rb") as file:
+            if file.read(2) == b"PK" and not mmap:  # its directory, at the end, is not there
+                raise _DamagedError
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
+            raise _DamagedError from error
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise _DamagedError
         self.int16 = torch.int16
-        self.weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        self.weights = weights
 
     def close(self):
         self.weights = None
@@ -213,16 +243,13 @@ class _Pickled:
         return tuple(self.weights[name].shape)
 
     def dtype(self, name):
-        return self._array(name).dtype
+        return str(self.weights[name].dtype).removeprefix("torch.")
 
     def read(self, name, into):
-        into[...] = self._array(name)
-
-    def _array(self, name):
         tensor = self.weights[name].detach()
-        if str(tensor.dtype) == "torch.bfloat16":  # which NumPy does not have itself
-            return tensor.view(self.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        if into.dtype == ml_dtypes.bfloat16:  # which PyTorch's arrays cannot be
+            into, tensor = into.view("int16"), tensor.view(self.int16)
+        into[...] = tensor.numpy()
 
 
 def write(tensors, folder, shard_bytes=5 * 2**30):
@@ -233,8 +260,7 @@ def write(tensors, folder, shard_bytes=5 * 2**30):
         folder: path, of a folder that is there.
         shard_bytes: a shard is closed before it would be larger.
     """
-    from safetensors.numpy import save_file
-
+    save_file = require("safetensors.numpy", "hub").save_file
     folder = Path(folder)
     files, shard, size, total = [], {}, 0, 0
 

@@ -9,10 +9,15 @@ import keras
 import keras_hub
 from keras import ops
 
-from zoo.decoder_layers import CausalSelfAttention, DecoderBlock, RotarySelfAttention
+from zoo.decoder_layers import (
+    CausalSelfAttention,
+    DecoderBlock,
+    RotarySelfAttention,
+    causal_mask,
+)
 from zoo.layers import Dropout, RelativePositionBias
 from zoo.models.blocks import feed_forward, serialized, sparse_numbers
-from zoo.models.generation import only_pieces, written
+from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
 POSITIONS = ("relative", "rotary")
@@ -241,23 +246,28 @@ class DecoderBackbone(keras_hub.models.Backbone):
         shape = (batch, 2, heads, length, self.key_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for _ in self.blocks)
 
-    def go_on(self, token_ids, cache, first):
+    def go_on(self, token_ids, cache, first, padding_mask=None):
         """The outputs for tokens at `first` and after, in inference.
 
         Args:
             token_ids: `[batch, length]` integers.
             cache: what `empty_cache` or an earlier call returned.
             first: position of the first of the tokens.
+            padding_mask: `[batch, length]`, 0 for tokens whose outputs nobody reads.
 
         Returns:
             Tuple of the outputs `[batch, length, hidden_dim]` and the new cache.
         """
         x, bias = self.token_embedding(token_ids), None
+        num_keys = ops.shape(cache[0])[3]
         if self.position_bias is not None:
-            bias = self.position_bias(x, num_keys=ops.shape(cache[0])[3], first=first)
+            bias = self.position_bias(x, num_keys=num_keys, first=first)
+        mask = causal_mask(ops.shape(token_ids)[1], num_keys, first)
         caches = []
         for block, old in zip(self.blocks, cache, strict=True):
-            x, new = block.go_on(x, bias, old, first, token_ids=token_ids)
+            x, new = block.go_on(
+                x, bias, mask, old, first, token_ids=token_ids, padding_mask=padding_mask
+            )
             caches.append(new)
         return self.output_norm(x), tuple(caches)
 
@@ -303,7 +313,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class CausalLM(keras_hub.models.CausalLM):
+class CausalLM(Writer, keras_hub.models.CausalLM):
     """A language model: logits of the next token on top of a `DecoderBackbone`.
 
     `fit`, `evaluate` and `generate` take texts if there is a preprocessor, tokens otherwise. While
@@ -344,26 +354,15 @@ class CausalLM(keras_hub.models.CausalLM):
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Fills up one batch of `token_ids` where `padding_mask` is 0."""
-        backbone, token_ids = self.backbone, inputs["token_ids"]
-        given = ops.cast(inputs["padding_mask"], "bool")
-        index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
-        x_BLD, cache = backbone.go_on(token_ids, backbone.empty_cache(*ops.shape(token_ids)), 0)
+        token_ids, mask = inputs["token_ids"], inputs["padding_mask"]
 
-        def next(prompt, cache, index):
-            last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
-            x_B1D, cache = backbone.go_on(last, cache, index - 1)
-            logits = only_pieces(backbone.logits(x_B1D)[:, 0], self)
-            return logits, x_B1D[:, 0], cache
+        def read(cache):
+            return self.backbone.go_on(token_ids, cache, 0, mask)
 
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=cache,
-            index=index,
-            mask=given,
-            stop_token_ids=stop_token_ids,
-            hidden_states=x_BLD,
-            model=self,
-        )
-        mask = written(token_ids, given, stop_token_ids)
+        cache = self.backbone.empty_cache(*ops.shape(token_ids))
+        token_ids, mask = self.write(token_ids, mask, cache, read, stop_token_ids)
         return {"token_ids": token_ids, "padding_mask": mask}
+
+    def step(self, token_ids, cache, position):
+        x_B1D, cache = self.backbone.go_on(token_ids, cache, position)
+        return self.backbone.logits(x_B1D)[:, 0], x_B1D[:, 0], cache

@@ -9,10 +9,10 @@ import keras
 import keras_hub
 from keras import ops
 
-from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock
+from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock, causal_mask
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
 from zoo.models.blocks import feed_forward, serialized, sparse_numbers
-from zoo.models.generation import only_pieces, written
+from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -276,7 +276,7 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         shape = (batch, 2, self.num_heads, length, self.key_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for _ in self.decoder_blocks)
 
-    def go_on(self, token_ids, cache, first, memory, memory_mask):
+    def go_on(self, token_ids, cache, first, memory, memory_mask, padding_mask=None):
         """The decoder's outputs for tokens at `first` and after, in inference.
 
         Args:
@@ -285,15 +285,20 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
             first: position of the first of the tokens.
             memory: what `remember` returned.
             memory_mask: `[batch, keys]`, 0 for padding of the encoder's inputs.
+            padding_mask: `[batch, length]`, 0 for tokens whose outputs nobody reads.
 
         Returns:
             Tuple of the outputs `[batch, length, hidden_dim]` and the new cache.
         """
         x = self.token_embedding(token_ids)
-        bias = self.decoder_position_bias(x, num_keys=ops.shape(cache[0])[3], first=first)
+        num_keys = ops.shape(cache[0])[3]
+        bias = self.decoder_position_bias(x, num_keys=num_keys, first=first)
+        mask = causal_mask(ops.shape(token_ids)[1], num_keys, first)
         caches = []
         for block, old, remembered in zip(self.decoder_blocks, cache, memory, strict=True):
-            x, new = block.go_on(x, bias, old, first, remembered, memory_mask, token_ids)
+            x, new = block.go_on(
+                x, bias, mask, old, first, remembered, memory_mask, token_ids, padding_mask
+            )
             caches.append(new)
         return self.decoder_output_norm(x), tuple(caches)
 
@@ -361,7 +366,7 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
+class Seq2SeqLM(Writer, keras_hub.models.Seq2SeqLM):
     """A text-to-text model: logits of the decoder's next token on an `EncoderDecoderBackbone`.
 
     `fit` and `generate` take texts if there is a preprocessor, tokens otherwise. While generating,
@@ -380,6 +385,7 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     backbone_cls = EncoderDecoderBackbone
     preprocessor_cls = Seq2SeqLMPreprocessor
+    side = "decoder_"
 
     def __init__(self, backbone, preprocessor=None, name=None, trainable=True):
         # === Layers ===
@@ -394,30 +400,20 @@ class Seq2SeqLM(keras_hub.models.Seq2SeqLM):
     def generate_step(self, inputs, stop_token_ids=None):
         """Fills up one batch of `decoder_token_ids` where `decoder_padding_mask` is 0."""
         backbone, memory_mask = self.backbone, inputs["encoder_padding_mask"]
-        token_ids = inputs["decoder_token_ids"]
-        given = ops.cast(inputs["decoder_padding_mask"], "bool")
-        batch, length = ops.shape(token_ids)
+        token_ids, mask = inputs["decoder_token_ids"], inputs["decoder_padding_mask"]
         memory = backbone.remember(backbone.encode(inputs["encoder_token_ids"], memory_mask))
-        cache = backbone.empty_cache(batch, length)
-        index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
-        x_BLD, cache = backbone.go_on(token_ids, cache, 0, memory, memory_mask)
 
-        def next(prompt, cache, index):
-            cache, memory, memory_mask = cache
-            last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
-            x_B1D, cache = backbone.go_on(last, cache, index - 1, memory, memory_mask)
-            logits = only_pieces(backbone.logits(x_B1D)[:, 0], self)
-            return logits, x_B1D[:, 0], (cache, memory, memory_mask)
+        def read(cache):
+            x_BLD, cache = backbone.go_on(token_ids, cache[0], 0, memory, memory_mask, mask)
+            return x_BLD, (cache, memory, memory_mask)
 
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=(cache, memory, memory_mask),  # what a beam search must repeat for each beam
-            index=index,
-            mask=given,
-            stop_token_ids=stop_token_ids,
-            hidden_states=x_BLD,
-            model=self,
-        )
-        mask = written(token_ids, given, stop_token_ids)
+        # With all that a beam search must repeat for each beam.
+        cache = (backbone.empty_cache(*ops.shape(token_ids)), memory, memory_mask)
+        token_ids, mask = self.write(token_ids, mask, cache, read, stop_token_ids)
         return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+
+    def step(self, token_ids, cache, position):
+        cache, memory, memory_mask = cache
+        x_B1D, cache = self.backbone.go_on(token_ids, cache, position, memory, memory_mask)
+        logits = self.backbone.logits(x_B1D)[:, 0]
+        return logits, x_B1D[:, 0], (cache, memory, memory_mask)

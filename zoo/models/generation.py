@@ -1,37 +1,145 @@
-"""What all language models here share while they generate."""
+"""How the language models here write texts: token by token, on top of KerasHub's samplers."""
 
+import keras_hub
+import numpy as np
 from keras import ops
 
+from keras_moe.ops import recorded
 
-def written(token_ids, given, stop_token_ids):
-    """Which tokens count: all but what stands after the first stop token that was generated.
+ENCODER_MULTIPLE = 64  # tokens; XLA compiles for every length anew
 
-    Args:
-        token_ids: `[batch, length]` integers.
-        given: `[batch, length]` booleans, `True` for tokens of the prompt.
-        stop_token_ids: list of integers; `None`: all tokens count.
 
-    Returns:
-        `[batch, length]` booleans.
+class Writer:
+    """Base of the language models: what writing a text means, whatever the network.
+
+    A subclass has a method `step(token_ids, cache, position)`: the logits
+    `[batch, vocabulary_size]` that follow on tokens `[batch, 1]` at a position, the hidden states
+    `[batch, hidden_dim]` and the new cache, a tensor or a tuple of tensors and tuples.
     """
+
+    side = ""  # what the names of its texts start with among the inputs
+
+    def compile(self, *args, sampler="greedy", **kwargs):
+        """As Keras' own, and `sampler` one of KerasHub's, which `generate` draws tokens with."""
+        sampler = keras_hub.samplers.get(sampler)
+        if getattr(sampler, "return_all_beams", False):
+            raise ValueError(
+                "`sampler` must return its best beam alone. Received: return_all_beams=True"
+            )
+        super().compile(*args, sampler=sampler, **kwargs)
+
+    def make_generate_function(self):
+        function = super().make_generate_function()
+
+        def generate(inputs, stop_token_ids=None):
+            inputs, prompt_lengths = _checked(inputs, self.side)
+
+            def of_rows(rows):
+                part = {name: ops.convert_to_tensor(x[rows]) for name, x in inputs.items()}
+                return function(part, stop_token_ids=stop_token_ids)
+
+            if isinstance(self.sampler, keras_hub.samplers.BeamSampler):
+                return _by_length(of_rows, prompt_lengths)
+            return of_rows(slice(None))
+
+        return generate
+
+    def write(self, token_ids, padding_mask, cache, read, stop_token_ids=None):
+        """Fills up token ids where the padding mask is 0.
+
+        Args:
+            token_ids: `[batch, length]` integers.
+            padding_mask: `[batch, length]`, 1 for the tokens of the prompts.
+            cache: what `step` takes before any token.
+            read: function of the cache that reads the prompts: returns their hidden states
+                `[batch, length, hidden_dim]` and the cache after them.
+            stop_token_ids: list of integers, after which a text ends; `None`: it ends at `length`.
+
+        Returns:
+            Tuple of the token ids and a mask of those that count, `[batch, length]` each.
+        """
+        given = ops.cast(padding_mask, "bool")
+        index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
+        if isinstance(self.sampler, keras_hub.samplers.ContrastiveSampler):
+            hidden_states, cache = read(cache)  # which it compares new ones with
+        else:  # the first step reads the last token of a prompt, and most have but one
+            hidden_states = None
+            cache = ops.cond(index > 1, lambda: read(cache)[1], lambda: cache)
+        step = self._recorded_step()
+
+        def next(prompt, cache, index):
+            position = ops.cast(index - 1, "int32")
+            last = ops.slice(prompt, (0, position), (ops.shape(prompt)[0], 1))
+            logits, hidden, cache = step(last, cache, position)
+            return self._only_pieces(logits), hidden, cache
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=index,
+            mask=given,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        return token_ids, _written(token_ids, given, stop_token_ids)
+
+    def _recorded_step(self):
+        """`step`, recorded for the variables that the model has now."""
+        variables = [id(variable) for variable in self.variables]
+        if getattr(self, "_recording", (None,))[0] != variables:
+            self._recording = variables, recorded(self.step)
+        return self._recording[1]
+
+    def _only_pieces(self, logits):
+        """Logits in which rows of the table beyond the tokenizer's pieces have no chance."""
+        if self.preprocessor is None:
+            return logits
+        pieces = self.preprocessor.tokenizer.vocabulary_size()
+        if pieces >= logits.shape[-1]:
+            return logits
+        return ops.where(ops.arange(logits.shape[-1], dtype="int32") < pieces, logits, -1e9)
+
+
+def _checked(inputs, side):
+    """Inputs of `generate` as NumPy arrays, without needless padding, and the prompts' lengths."""
+    inputs = {name: ops.convert_to_numpy(value) for name, value in inputs.items()}
+    mask = inputs[f"{side}padding_mask"].astype(bool)
+    lengths = mask.sum(axis=1)
+    if not (lengths > 0).all() or (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+        raise ValueError(
+            f"`{side}padding_mask` must be 1 for one token or more and 0 for all after them, in "
+            f"every row. Received: {mask.astype(int).tolist()}"
+        )
+    if "encoder_padding_mask" in inputs:
+        used = int(inputs["encoder_padding_mask"].any(axis=0).nonzero()[0].max(initial=0)) + 1
+        kept = -(-used // ENCODER_MULTIPLE) * ENCODER_MULTIPLE
+        for name in ("encoder_token_ids", "encoder_padding_mask"):
+            inputs[name] = inputs[name][:, :kept]
+    return inputs, lengths
+
+
+def _by_length(function, lengths):
+    """What a function of rows returns, called for the rows of one length at a time.
+
+    Where one text goes on while another's prompt does not end, the beams of the other would all
+    become the same.
+    """
+    groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+    outputs = [function(rows) for rows in groups]
+    order = np.argsort(np.concatenate(groups))
+    return {
+        name: np.concatenate([ops.convert_to_numpy(of_group[name]) for of_group in outputs])[order]
+        for name in outputs[0]
+    }
+
+
+def _written(token_ids, given, stop_token_ids):
+    """Which tokens count: all but what stands after the first stop token that was generated."""
     if stop_token_ids is None:
         return ops.ones_like(given)
     stop_token_ids = ops.cast(ops.convert_to_tensor(stop_token_ids), token_ids.dtype)
     is_stop = ops.any(token_ids[..., None] == stop_token_ids, axis=-1)
     stops = ops.cast(is_stop & ~given, "int32")
     return ops.cumsum(stops, axis=-1) - stops == 0
-
-
-def only_pieces(logits, model):
-    """Logits in which rows of the table beyond the tokenizer's pieces, if any, have no chance.
-
-    Args:
-        logits: `[batch, vocabulary_size]` tensor.
-        model: a task; without a preprocessor all rows are pieces.
-    """
-    if model.preprocessor is None:
-        return logits
-    pieces = model.preprocessor.tokenizer.vocabulary_size()
-    if pieces >= logits.shape[-1]:
-        return logits
-    return ops.where(ops.arange(logits.shape[-1], dtype="int32") < pieces, logits, -1e9)

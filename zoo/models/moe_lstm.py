@@ -16,8 +16,9 @@ from keras_moe import (
     MixtureOfExperts,
     NoisyTopKRouter,
 )
+from keras_moe.ops import put_rows
 from zoo.layers import Dropout
-from zoo.models.generation import only_pieces, written
+from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
 KINDS = ("lstm", "moe", "dense")
@@ -221,9 +222,13 @@ class LstmBackbone(keras_hub.models.Backbone):
             Tuple of the outputs `[batch, length, hidden_dim]` and the new state.
         """
         if state is None:
-            state = ops.zeros((ops.shape(token_ids)[0], self.state_ends[-1]), self.compute_dtype)
+            state = self.first_state(ops.shape(token_ids)[0])
         x_BLD, states = self._run(token_ids, mask, ops.split(state, self.state_ends[:-1], axis=-1))
         return x_BLD, ops.concatenate(states, axis=-1)
+
+    def first_state(self, batch):
+        """The state before the first token, `[batch, state_size]`."""
+        return ops.zeros((batch, self.state_ends[-1]), self.compute_dtype)
 
     def _run(self, token_ids, mask, states):
         x_BLD = self.stack_dropouts[0](self.token_embedding(token_ids))
@@ -281,7 +286,7 @@ class LstmCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class LstmCausalLM(keras_hub.models.CausalLM):
+class LstmCausalLM(Writer, keras_hub.models.CausalLM):
     """A language model: a softmax over the next token on top of an `LstmBackbone`.
 
     `fit`, `evaluate` and `generate` take texts if there is a preprocessor, tokens otherwise. While
@@ -321,30 +326,28 @@ class LstmCausalLM(keras_hub.models.CausalLM):
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Fills up one batch of `token_ids` where `padding_mask` is 0."""
-        token_ids, given = inputs["token_ids"], ops.cast(inputs["padding_mask"], "bool")
+        token_ids, mask = inputs["token_ids"], inputs["padding_mask"]
         batch, length = ops.shape(token_ids)
-        index = ops.min(ops.sum(ops.cast(given, "int32"), axis=-1))
-        read_L = ops.arange(length, dtype="int32") < index - 1
-        _, state = self.backbone.call_with_state(
-            token_ids, mask=ops.broadcast_to(read_L, (batch, length))
-        )
 
-        def next(prompt, state, index):
-            last = ops.slice(prompt, [0, index - 1], [batch, 1])
-            x_B1D, state = self.backbone.call_with_state(last, state)
-            return only_pieces(self.logits(x_B1D)[:, 0], self), x_B1D[:, 0], state
+        def read(state):
+            # The state after all but the last token of the shortest prompt, which the first step
+            # reads; and the hidden states with that token's.
+            last = ops.min(ops.sum(ops.cast(mask, "int32"), axis=-1)) - 1
+            read_L = ops.arange(length, dtype="int32") < last
+            read_BL = ops.broadcast_to(read_L, (batch, length))
+            x_BLD, state = self.backbone.call_with_state(token_ids, state, read_BL)
+            x_B1D, _ = self.backbone.call_with_state(
+                ops.slice(token_ids, (0, last), (batch, 1)), state
+            )
+            return put_rows(x_BLD, x_B1D, last, axis=1), state
 
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=state,
-            index=index,
-            mask=given,
-            stop_token_ids=stop_token_ids,
-            model=self,
-        )
-        mask = written(token_ids, given, stop_token_ids)
+        state = self.backbone.first_state(batch)
+        token_ids, mask = self.write(token_ids, mask, state, read, stop_token_ids)
         return {"token_ids": token_ids, "padding_mask": mask}
+
+    def step(self, token_ids, state, position):
+        x_B1D, state = self.backbone.call_with_state(token_ids, state)
+        return self.logits(x_B1D)[:, 0], x_B1D[:, 0], state
 
 
 # Of the paper's Table 7 the models of 8.4 to 9.4 million operations a token. Width 512;

@@ -4,7 +4,11 @@ import contextlib
 import importlib
 import logging
 
-_NEEDED_BY = {"glue": "GLUE tasks and metrics need", "hub": "models of the hub need"}
+_NEEDED_BY = {
+    "glue": "GLUE tasks and metrics need",
+    "hub": "models of the hub and files of safetensors need",
+    "torch": "files of PyTorch need",
+}
 
 
 def require(module, extra="glue"):
@@ -12,7 +16,7 @@ def require(module, extra="glue"):
 
     Args:
         module: The dotted name of the module.
-        extra: The name of the extra, "glue" or "hub".
+        extra: The name of the extra, "glue", "hub" or "torch".
 
     Returns:
         The module.

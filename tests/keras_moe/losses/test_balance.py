@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe import losses
+from keras_moe.losses import balance
 from tests import oracle
 from tests.backend import run
 
@@ -26,6 +27,12 @@ class TestLoadBalancing:
     def test_number_of_experts_at_full_collapse(self):
         index = np.zeros((6, 1), "int32")
         assert value(losses.load_balancing(one_hot(index[:, 0], 5), index)) == pytest.approx(5.0)
+
+    @pytest.mark.parametrize("k", [2, 4])
+    def test_experts_by_choices_where_the_same_few_take_everything(self, k):
+        index = np.tile(np.arange(k, dtype="int32"), (6, 1))
+        probabilities = np.where(np.arange(8) < k, 1 / k, 0) * np.ones((6, 1))
+        assert value(losses.load_balancing(probabilities, index)) == pytest.approx(8 / k)
 
     def test_may_be_under_one(self):
         # f = (2/3, 1/3), P = ((.51 + .51 + 0) / 3, (.49 + .49 + 1) / 3) = (.34, .66):
@@ -159,6 +166,28 @@ class TestLoad:
             share[e] = np.mean(np.argsort(again, axis=-1)[:, -k:] == e) * k
         expected = oracle.squared_variation(share)
         assert value(losses.load(logits, noisy, scale, k)) == pytest.approx(expected, rel=0.02)
+
+    @pytest.mark.parametrize("k", [1, 2, 4])
+    def test_probability_is_that_of_equation_8(self, k):
+        """By a million draws of each expert's own noise: a standard deviation of 5e-4 at most."""
+        logits, noisy, scale = self.draws(tokens=2)
+        rng = np.random.default_rng(1)
+        share = np.zeros((2, 5))
+        for t, e in np.ndindex(2, 5):
+            kth_excluding = np.sort(np.delete(noisy[t], e))[-k]
+            drawn = logits[t, e] + rng.normal(size=1_000_000) * scale[t, e]
+            share[t, e] = np.mean(drawn > kth_excluding)
+        chances = ops.convert_to_numpy(balance._chances(logits, noisy, scale, k))
+        np.testing.assert_allclose(chances, share, atol=2e-3)
+
+    def test_probability_at_zero_kernels_is_the_share_of_the_experts(self):
+        """Logits of 0, and noise of the standard deviation softplus(0): k / n on average."""
+        logits, scale = np.zeros((20_000, 8)), np.full((20_000, 8), np.log(2))
+        noisy = np.random.default_rng(0).normal(size=logits.shape) * scale
+        chances = ops.convert_to_numpy(balance._chances(logits, noisy, scale, 3))
+        assert chances.min() > 0 and chances.max() < 1
+        assert chances.mean() == pytest.approx(3 / 8, abs=2e-3)
+        np.testing.assert_allclose(chances.mean(axis=0), 3 / 8, atol=5e-3)
 
     def test_all_experts_chosen_is_zero(self):
         assert value(losses.load(*self.draws(), 5)) == 0

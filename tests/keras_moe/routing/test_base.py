@@ -1,4 +1,5 @@
 import inspect
+import re
 
 import keras
 import numpy as np
@@ -7,8 +8,11 @@ from keras import ops
 
 from keras_moe import (
     ExpertChoiceRouter,
+    FeedForwardExperts,
     HashRouter,
     HierarchicalRouter,
+    LinearExperts,
+    LossFreeRouter,
     NoisyTopKRouter,
     SoftmaxRouter,
     StrictlyBalancedRouter,
@@ -247,7 +251,7 @@ class TestErrors:
                 lambda: SwitchRouter(input_dropout=1.0),
                 r"`input_dropout` must be in \[0, 1\). Received: input_dropout=1.0",
             ),
-            (lambda: SwitchRouter(reroutes=-1), "`reroutes` must not be negative. .*reroutes=-1"),
+            (lambda: SwitchRouter(reroutes=-1), "`reroutes` must be 0 or a positive integer.*=-1"),
             (
                 lambda: SwitchRouter(4, reroutes=4),
                 "`reroutes` must be less than the number of experts. .*=4 for num_experts=4",
@@ -278,6 +282,77 @@ class TestErrors:
     def test_of_one_router(self, make, message):
         with pytest.raises(ValueError, match=message):
             make()
+
+    @pytest.mark.parametrize("value", [2.0, "2", 0, -1, np.float32(2), None])
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [
+            (lambda n: TopKRouter(n, 4), "k"),
+            (lambda n: TopKRouter(2, 4, min_capacity=n), "min_capacity"),
+            (lambda n: HierarchicalRouter(n), "num_groups"),
+            (lambda n: HierarchicalRouter(4, k=n), "k"),
+            (lambda n: HierarchicalRouter(4, secondary_k=n), "secondary_k"),
+            (lambda n: FeedForwardExperts(n, 8), "num_experts"),
+            (lambda n: FeedForwardExperts(4, n), "hidden_dim"),
+            (lambda n: LinearExperts(n, 8), "num_experts"),
+            (lambda n: LinearExperts(4, n), "output_dim"),
+        ],
+    )
+    def test_what_must_be_a_positive_integer(self, make, name, value):
+        given = re.escape(f"Received: {name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer. {given}"):
+            make(value)
+        make(np.int64(4) if name == "num_groups" else np.int64(2))
+
+    @pytest.mark.parametrize("value", [2.0, "2", 0])
+    def test_what_may_be_left_out_is_checked_where_it_is_not(self, value):
+        with pytest.raises(ValueError, match="`num_experts` must be a positive integer. Received:"):
+            SoftmaxRouter(value)
+        with pytest.raises(
+            ValueError, match="`max_experts_per_token` must be .* or None. Received:"
+        ):
+            ExpertChoiceRouter(4, max_experts_per_token=value)
+        with pytest.raises(
+            ValueError, match="`num_groups` and `top_groups` must be positive int.*"
+        ):
+            LossFreeRouter(2, num_groups=4, top_groups=value)
+
+    @pytest.mark.parametrize("value", ["1.25", 0, -0.5, float("nan")])
+    @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
+    def test_capacity_factors_are_positive_numbers(self, name, value):
+        given = re.escape(f"Received: {name}={value!r}")
+        with pytest.raises(
+            ValueError, match=f"`{name}` must be a positive number or None. {given}"
+        ):
+            SwitchRouter(4, **{name: value})
+        SwitchRouter(4, **{name: np.float32(1.25)})
+
+    @pytest.mark.parametrize("value", ["1.25", -0.5, None])
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [
+            (lambda **weight: TopKRouter(2, 4, **weight), "load_balancing_weight"),
+            (lambda **weight: ExpertChoiceRouter(4, **weight), "router_z_weight"),
+            (lambda **weight: NoisyTopKRouter(2, 4, **weight), "importance_weight"),
+            (lambda **weight: HierarchicalRouter(2, **weight), "load_weight"),
+            (lambda **weight: LossFreeRouter(2, 4, **weight), "sequence_balancing_weight"),
+            (lambda **rate: LossFreeRouter(2, 4, **rate), "bias_update_rate"),
+        ],
+    )
+    def test_weights_of_losses_are_not_negative(self, make, name, value):
+        given = re.escape(f"Received: {name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}` must be 0 or a positive number. {given}"):
+            make(**{name: value})
+        for allowed in (0, np.float32(0.5)):
+            make(**{name: allowed})
+
+    @pytest.mark.parametrize("value", [1.0, "1", -1])
+    def test_reroutes_are_an_integer(self, value):
+        given = re.escape(f"Received: reroutes={value!r}")
+        with pytest.raises(
+            ValueError, match=f"`reroutes` must be 0 or a positive integer. {given}"
+        ):
+            SwitchRouter(4, reroutes=value)
 
     def test_used_alone_without_a_number_of_experts(self):
         with pytest.raises(ValueError, match="`num_experts` must be given to a router"):

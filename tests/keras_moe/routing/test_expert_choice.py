@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from keras_moe import ExpertChoiceRouter
+from keras_moe import ExpertChoiceRouter, StrictlyBalancedRouter
+from keras_moe.metrics import experts_per_token_histogram
 from tests.backend import numpy
 from tests.keras_moe.routing.examples import P, logits_of, with_identity
 
@@ -29,6 +30,15 @@ class TestExpertChoiceRouter:
     def test_capacity_formula(self, tokens, factor, slots):
         routing = ExpertChoiceRouter(3, factor)(np.ones((2, tokens, 3), "float32"), training=True)
         assert tuple(routing.token_index.shape) == (2, 3, slots)
+
+    @pytest.mark.parametrize("kind", [ExpertChoiceRouter, StrictlyBalancedRouter])
+    def test_padding_counts_as_tokens(self, kind):
+        """6 tokens * 1 / 3 experts = 2 slots, 3 * 2 seats for 3 tokens that are no padding."""
+        mask = np.array([[True, False] * 3])
+        x = np.random.default_rng(0).normal(size=(1, 6, 3)).astype("float32")
+        routing = with_identity(kind(3, 1.0))(x, mask=mask, training=True)
+        tokens_of = numpy(experts_per_token_histogram(routing))
+        assert tokens_of @ np.arange(4) / tokens_of.sum() == 2.0
 
     def test_eval_capacity_factor(self):
         router = with_identity(ExpertChoiceRouter(3, 0.75, eval_capacity_factor=1.5))
@@ -105,6 +115,15 @@ class TestThreshold:
         router = self.router()
         router(logits_of(P))
         assert numpy(router.threshold).tolist() == [-1, -1, -1]
+
+    def test_a_frozen_router_learns_nothing(self):
+        router = self.router()
+        router.trainable = False
+        router(logits_of(P), training=True)
+        assert numpy(router.threshold).tolist() == [-1, -1, -1]
+
+    def test_replicas_take_the_mean(self):
+        assert self.router().threshold.aggregation == "mean"
 
     def test_routes_each_token_alone(self):
         router = self.router()

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import FeedForwardExperts, LossFreeRouter, MixtureOfExperts
 from tests import oracle
-from tests.backend import numpy
+from tests.backend import numpy, run
 from tests.keras_moe.routing.examples import check_layer, random_weights, with_identity
 
 E, D, F = 6, 3, 4
@@ -134,6 +134,18 @@ class TestBias:
         router = self.router(capacity_factor=0.75, min_capacity=1, priority="probability")
         routing = numpy(router(logits_of(S), training=True))
         assert routing.token_index.tolist() == [[[2], [4], [4]]]
+
+    def test_gradients_where_scores_underflow(self):
+        """The sum of the sigmoids of -60 is 2e-26, and its square is 0 in float32."""
+        layer = MixtureOfExperts(
+            FeedForwardExperts(3, F), LossFreeRouter(2, load_balancing_weight=1.0)
+        )
+        layer.build((None, None, 3))
+        layer.router.kernel.assign(np.eye(3))
+        x = np.full((1, 4, 3), -60.0)
+        _, _, by_x, by_weight = run(layer, x, np.ones(x.shape), training=True)
+        for gradient in (by_x, *by_weight):
+            assert np.isfinite(gradient).all()
 
     def test_scores_of_zero(self):
         routing = numpy(self.router(2)(np.full((1, 4, 3), -200.0, "float32")))
@@ -356,7 +368,7 @@ def test_every_config_key_makes_the_round_trip():
     ("arguments", "message"),
     [
         ({"score_function": "tanh"}, "`score_function` must be 'sigmoid' or 'softmax'.*='tanh'"),
-        ({"bias_update_rate": -1e-3}, "`bias_update_rate` must not be negative.*=-0.001"),
+        ({"bias_update_rate": -1e-3}, "`bias_update_rate` must be 0 or a positive number.*=-0.001"),
         ({"num_groups": 2}, "`num_groups` and `top_groups` must be .*=2, top_groups=None"),
         ({"top_groups": 2}, "`num_groups` and `top_groups` must be .*=None, top_groups=2"),
         ({"num_groups": 2, "top_groups": 3}, "the second not above the first.* top_groups=3"),

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import FeedForwardExperts, MixtureOfExperts, NoisyTopKRouter
+from keras_moe import FeedForwardExperts, MixtureOfExperts, NoisyTopKRouter, TopKRouter
 from tests import oracle
 from tests.backend import numpy
 from tests.keras_moe.routing.examples import (
@@ -20,6 +20,17 @@ MASK = np.array([[True] * 6, [True, True, True, False, True, False]])
 
 def softplus(x):
     return np.log1p(np.exp(x))
+
+
+def keep_top_k(x, k):
+    """Eq. 5: minus infinity for all but the `k` largest."""
+    return np.where(np.argsort(np.argsort(-x)) < k, x, -np.inf)
+
+
+def gates_of(routing, E):
+    """The weights as a matrix `[G, S, E]`, from the slots of a routing without drops."""
+    weight = np.append(routing.weight, 0)[routing.slot_index]  # no slot: padding
+    return np.sum(weight[..., None] * (routing.expert_index[..., None] == np.arange(E)), axis=2)
 
 
 def trained(router):
@@ -44,12 +55,57 @@ def test_output_losses_and_gradients_are_the_equations(k, monkeypatch):
         clean = x @ weights["kernel"]
         scale = softplus(x @ weights["noise_kernel"])
         noisy = clean + noise * scale
-        gates, _ = oracle.token_choice(oracle.softmax(noisy), k, mask=MASK)
+        gates = oracle.softmax(keep_top_k(noisy, k)) * MASK[..., None]  # Eqs. 3 and 5
+        if k == 1:
+            gates = gates * oracle.softmax(noisy)
         y = oracle.mixture(x, gates, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
         losses = 0.5 * oracle.importance(gates, MASK) + 0.125 * oracle.router_z(noisy, MASK)
         return y, losses + 0.25 * oracle.load(clean, noisy, scale, k, MASK)
 
     check_layer(layer, loop, x, weights, MASK)
+
+
+@pytest.mark.parametrize("k", [2, 3, 6])
+@pytest.mark.parametrize("kind", [TopKRouter, NoisyTopKRouter])
+def test_softmax_of_the_largest_is_the_largest_of_the_softmax_made_to_sum_to_one(kind, k):
+    """Shazeer et al. and Mixtral take it over the `k` logits; here all share one softmax."""
+    x = np.random.default_rng(0).normal(size=(2, 20, 6))
+    routing = numpy(with_identity(kind(k, 6), scale=3.0)(x.astype("float32")))
+    expected = oracle.softmax(keep_top_k(3 * x, k))
+    np.testing.assert_allclose(gates_of(routing, 6), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_one_choice_alone_has_its_probability_not_one():
+    x = np.random.default_rng(0).normal(size=(2, 20, 6))
+    routing = numpy(with_identity(NoisyTopKRouter(1, 6))(x.astype("float32")))
+    expected = oracle.softmax(keep_top_k(x, 1)) * oracle.softmax(x)
+    np.testing.assert_allclose(gates_of(routing, 6), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_importance_of_ties_counts_the_chosen_alone(k, monkeypatch):
+    """An untrained gate in inference: `k` of 4 equal gates, 1/k each, or 1/4 where `k` is 1."""
+    given = []
+    monkeypatch.setattr("keras_moe.losses.importance", lambda weights, mask: given.append(weights))
+    mask = np.array([[True] * 5, [True, True, False, False, True]])
+    router = NoisyTopKRouter(k, 4)
+    routing = router(np.ones((2, 5, D), "float32"), mask=mask)
+    router.importance(routing)
+    gates, expected = numpy(given[0])[mask], gates_of(numpy(routing), 4)[mask]
+    np.testing.assert_allclose(gates, expected, rtol=1e-6)
+    assert (gates > 0).sum(axis=-1).tolist() == [k] * 8
+    np.testing.assert_allclose(gates.sum(axis=-1), 1.0 if k > 1 else 0.25, rtol=1e-6)
+
+
+def test_the_noise_is_not_computed_where_nobody_needs_it():
+    x = np.ones((1, 3, D), "float32")
+    for load_weight, training, needed in (
+        (0.0, False, False),
+        (0.0, True, True),
+        (0.1, False, True),
+    ):
+        routing = trained(NoisyTopKRouter(2, 4, load_weight=load_weight))(x, training=training)
+        assert (routing.noise_scale is not None) == needed
 
 
 def test_at_first_the_noise_alone_spreads_the_tokens():

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_moe import FeedForwardExperts, MixtureOfExperts, StrictlyBalancedRouter, metrics
 from tests import oracle
@@ -118,9 +119,27 @@ class TestByHand:
         for gradient in (by_x, *by_weight):
             assert np.isfinite(gradient).all()
 
-    def test_untrained_it_refuses_nobody(self):
-        routing = numpy(StrictlyBalancedRouter(4, 1.0)(np.ones((1, 3, D), "float32")))
+    @pytest.mark.parametrize("stddev", [0.0, 0.02, 3.0])
+    def test_untrained_it_refuses_nobody(self, stddev):
+        """Every token gets as many experts as the cap allows it."""
+        kernel = keras.initializers.RandomNormal(stddev=stddev, seed=0)
+        router = StrictlyBalancedRouter(4, 1.0, kernel_initializer=kernel)
+        x = np.random.default_rng(0).normal(size=(1, 50, D)).astype("float32")
+        routing = numpy(router(x))
+        assert routing.expert_index.shape == (1, 50, 2)
         assert (routing.expert_index < 4).all()
+
+    def test_weight_decay_spares_the_thresholds_as_documented(self):
+        router = StrictlyBalancedRouter(4)
+        router.build((None, None, D))
+        router.threshold.assign(T)
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=["threshold"])
+        zeros = [np.zeros(v.shape, "float32") for v in router.trainable_variables]
+        kernel = numpy(router.kernel)
+        optimizer.apply(list(map(ops.convert_to_tensor, zeros)), router.trainable_variables)
+        np.testing.assert_array_equal(numpy(router.threshold), np.float32(T))
+        np.testing.assert_allclose(numpy(router.kernel), 0.95 * kernel, rtol=1e-5)
 
 
 def test_the_default_cap_in_inference_is_twice_the_capacity_factor():

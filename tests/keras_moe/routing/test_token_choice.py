@@ -57,6 +57,17 @@ class TestSwitchRouter:
         assert router(logits_of(P), training=True).token_index.shape[2] == 1
         assert router(logits_of(P)).token_index.shape[2] == 2
 
+    def test_one_expert_is_the_network_alone(self):
+        layer = MixtureOfExperts(FeedForwardExperts(1, F), SwitchRouter(load_balancing_weight=0.25))
+        layer.build((None, None, D))
+        weights = random_weights(layer)
+        y = numpy(layer(ops.convert_to_tensor(X, "float32")))
+        expected = oracle.mixture(
+            X, np.ones((2, 6, 1)), lambda x_D, e: oracle.feed_forward(x_D, weights, e)
+        )
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        assert [float(loss) for loss in layer.losses] == [0.25]  # alpha * 1 * f * P, both 1
+
     def test_min_capacity(self):
         assert with_identity(SwitchRouter(3))(logits_of(P)).token_index.shape[2] == 4
         router = with_identity(SwitchRouter(3, min_capacity=5))

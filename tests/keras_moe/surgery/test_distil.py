@@ -25,6 +25,13 @@ def model(sparse, hidden=4):
     return keras.Model(inputs, keras.layers.Dense(5, name="logits")(x))
 
 
+def embedding_model():
+    """Per token five logits, from ids of which 0 is padding."""
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(6, 3, "random_uniform", mask_zero=True)(inputs)
+    return keras.Model(inputs, keras.layers.Rescaling(99.0)(keras.layers.Dense(5)(x)))
+
+
 def hard(**options):
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
 
@@ -93,6 +100,28 @@ class TestDistiller:
         loss = distiller.fit(X, LABELS, batch_size=6, verbose=0, **arguments).history["loss"]
         assert loss == pytest.approx([expected], rel=1e-5)
 
+    @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_padding_is_in_neither_loss(self, reduction, weighted):
+        """Ids of 0 are padding, by the student's embedding; and by the teacher's, were it asked."""
+        ids = np.array([[1, 2, 3, 0], [4, 5, 0, 0], [1, 1, 2, 2]])
+        student, teacher = embedding_model(), embedding_model()
+        distiller = Distiller(student, teacher, 0.25)
+        distiller.compile(keras.optimizers.SGD(0.0), hard(reduction=reduction))
+        weight = rng.uniform(size=(3, 4)) if weighted else np.ones((3, 4))
+        valid = (ids > 0) * weight
+
+        log_p, theirs = (np.log(oracle.softmax(numpy(m(ids)))) for m in (student, teacher))
+        labels = np.take_along_axis(log_p, LABELS[:3, :, None], axis=-1)[..., 0]
+        mixed = -(0.75 * labels + 0.25 * np.sum(np.exp(theirs) * log_p, axis=-1))
+        # Keras: by weights, or else by positions that are none of padding.
+        count = valid.sum() if reduction == "mean_with_sample_weight" else (ids > 0).sum()
+        expected = np.sum(valid * mixed) / count
+
+        arguments = {"sample_weight": weight} if weighted else {}
+        loss = distiller.fit(ids, LABELS[:3], verbose=0, **arguments).history["loss"]
+        assert loss == pytest.approx([expected], rel=1e-5)
+
     def test_evaluation_is_of_the_student_alone(self):
         student = model(sparse=False)
         distiller = Distiller(student, model(sparse=True))
@@ -124,6 +153,58 @@ class TestDistiller:
         for variable, value in zip(teacher.variables, before, strict=True):
             if variable.name not in metrics.statistics_shapes(1):
                 np.testing.assert_array_equal(numpy(variable), value)
+
+    def test_the_teacher_is_left_as_it_was(self):
+        """And can be trained afterwards; a layer that both have is the student's to train."""
+        shared = keras.layers.Dense(3, name="shared")
+        inputs = keras.Input((None, 3))
+        student, teacher = (
+            keras.Model(inputs, keras.layers.Dense(5, name=name)(shared(inputs)))
+            for name in ("student", "teacher")
+        )
+        before = {v.path: numpy(v) for v in teacher.weights}
+        distiller = Distiller(student, teacher, teacher_weight=1.0)
+        assert {v.path for v in distiller.trainable_weights} == {v.path for v in student.weights}
+        assert [v.path for v in distiller.non_trainable_weights] == [
+            "teacher/kernel",
+            "teacher/bias",
+        ]
+        distiller.compile(keras.optimizers.Adam(0.02), hard())
+        distiller.fit(X, LABELS, verbose=0)
+        assert teacher.trainable and len(teacher.trainable_variables) == 4
+        for variable in teacher.weights:
+            same = (numpy(variable) == before[variable.path]).all()
+            assert same == variable.path.startswith("teacher"), variable.path
+        teacher.compile(keras.optimizers.Adam(0.02), hard())
+        teacher.fit(X, LABELS, verbose=0)
+        assert (numpy(teacher.weights[-1]) != before["teacher/bias"]).any()
+
+    def test_what_the_user_froze_stays_frozen(self):
+        student, teacher = model(sparse=False), model(sparse=True)
+        student.get_layer("first").trainable = False
+        distiller = Distiller(student, teacher)
+        names = [v.path for v in distiller.trainable_variables]
+        assert names == ["middle/kernel", "middle/bias", "logits/kernel", "logits/bias"]
+        assert Distiller(student, teacher, trainable=False).trainable_weights == []
+
+    def test_no_gradient_goes_through_a_shared_layer_by_way_of_the_teacher(self):
+        """Of the soft loss alone, by central differences of its formula with fixed targets."""
+        inputs = keras.Input((None, 3))
+        shared = keras.layers.Dense(5, use_bias=False)
+        student, teacher = (
+            keras.Model(inputs, keras.layers.Rescaling(scale)(shared(inputs))) for scale in (1, 3)
+        )
+        kernel = numpy(shared.kernel).astype("float64")
+        targets = oracle.softmax(3 * (X.astype("float64") @ kernel))
+
+        def soft_loss():
+            return -np.mean(np.sum(targets * np.log(oracle.softmax(X @ kernel)), axis=-1))
+
+        slope = oracle.gradient(soft_loss, [kernel])[0]
+        distiller = Distiller(student, teacher, teacher_weight=1.0)
+        distiller.compile(keras.optimizers.SGD(1.0), hard())
+        distiller.fit(X, LABELS, batch_size=6, verbose=0)
+        np.testing.assert_allclose(numpy(shared.kernel), kernel - slope, rtol=1e-4, atol=1e-5)
 
     def test_comes_back_and_trains_on(self, tmp_path):
         distiller = Distiller(model(sparse=False), model(sparse=True), 0.5, 2.0)

@@ -44,11 +44,11 @@ INPUTS = {"token_ids": IDS, "padding_mask": MASK}
 VALID = MASK.astype(bool)
 
 
-def theirs(family):
+def theirs(family, **others):
     """A model of transformers with weights large enough that its attention and routing matter."""
     name, options = FAMILIES[family]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**options)
+    config = getattr(transformers, f"{name}Config")(**(options | others))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -206,9 +206,15 @@ class TestNotInTransformers:
         ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
         ({"rope_parameters": {"type": "yarn"}}, "`rope_type` must be 'default'"),
         ({"num_experts_per_tok": 1}, "`num_experts_per_tok` must be at least 2. Received: 1"),
-        ({"num_attention_heads": 0, "head_dim": None}, "lacks or has a wrong"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive integer. Rec.*=0"),
+        ({"hidden_size": "16"}, "`hidden_size` must be a positive integer. .*hidden_size='16'"),
+        ({"rms_norm_eps": None, "vocab_size": None}, "`vocab_size` must be .*vocab_size=None"),
+        ({"rope_parameters": {"rope_theta": 0}}, "`rope_theta` must be a positive number. .*=0"),
+        ({"rope_parameters": [1]}, "`rope_parameters` must be an object. Received: "),
+        ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` must be true or false. .*='no'"),
         ({"model_type": []}, "must be of one of the families"),
-        ({"hidden_act": "tanh"}, "`hidden_act` must be one of silu, gelu, relu. Received: 'tanh'"),
+        ({"hidden_act": "tanh"}, "`hidden_act` must be one of silu, gelu, relu. .*='tanh'"),
+        ({"hidden_act": ["silu"]}, "`hidden_act` must be one of silu, gelu, relu. "),
         ({"num_local_experts": 5}, "lacks the weight '.*experts.4.w1.weight' and 5 others"),
     ],
 )
@@ -245,6 +251,35 @@ def test_logits_of_their_own_where_the_config_says_tied(tmp_path):
     assert not loaded.backbone.tie_embeddings
     expected = run_theirs(type(model).from_pretrained(tmp_path).eval()).logits
     close(loaded.predict(INPUTS, verbose=0)[VALID], expected[torch.tensor(VALID)])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_balancing_losses_agree_at_balance(family, tmp_path):
+    """With a router that is next to nothing all probabilities are 1/E, whoever is chosen.
+
+    Theirs is then the coefficient times k = 3, ours for each of the two layers its weight.
+    """
+    model = theirs(family, num_experts_per_tok=3, router_aux_loss_coef=0.03)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate.weight *= 1e-6
+    model.save_pretrained(tmp_path / "theirs")
+    labels = {"labels": torch.tensor(IDS)}
+    with_router = run_theirs(model, **labels, output_router_logits=True).loss
+    expected = float(with_router - run_theirs(model, **labels).loss)
+    loaded = load_transformers(tmp_path / "theirs")
+    loaded(INPUTS)
+    assert float(sum(loaded.losses)) == pytest.approx(expected, rel=1e-4)
+    assert expected == pytest.approx(3 * 0.03, rel=1e-4)
+    save_transformers(loaded, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == pytest.approx(0.03, rel=1e-12)
+
+
+def test_the_tables_are_compared_only_where_the_config_ties_them(tmp_path, monkeypatch):
+    theirs("mixtral").save_pretrained(tmp_path)
+    monkeypatch.delattr("zoo.conversion.tensors.Tensors.are_equal_or_one")
+    assert not load_transformers(tmp_path).backbone.tie_embeddings
 
 
 def test_experts_of_several_dtypes(tmp_path):

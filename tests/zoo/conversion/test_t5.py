@@ -1,6 +1,9 @@
 """Small models that transformers makes and saves, loaded here, against transformers itself."""
 
+import errno
 import json
+import sys
+import threading
 
 import keras
 import numpy as np
@@ -8,10 +11,14 @@ import pytest
 import torch
 import transformers
 from keras import ops
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 import zoo
 from keras_moe import SwitchRouter, TopKRouter
-from zoo.conversion import load_transformers, save_transformers
+from zoo.conversion import load_transformers, save_transformers, tensors
+from zoo.conversion.tensors import Tensors
+from zoo.models.deferred import Deferred
 
 SHARED = {
     "vocab_size": 40,
@@ -194,6 +201,139 @@ def test_shards_and_pickles(tmp_path):
     close(load_transformers(folder).predict(INPUTS, verbose=0), expected)
 
 
+def pickled(model, folder, num_shards=2):
+    """A folder with shards of PyTorch's and their index, as earlier versions wrote it."""
+    model.config.save_pretrained(folder)
+    names = sorted(set(model.state_dict()) - {"lm_head.weight"})  # which is tied
+    weight_map = {}
+    for number in range(num_shards):
+        file = f"pytorch_model-{number + 1:05}-of-{num_shards:05}.bin"
+        shard = {name: model.state_dict()[name].clone() for name in names[number::num_shards]}
+        torch.save(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_shards_of_pickles(tmp_path):
+    model = theirs("switch")
+    pickled(model, tmp_path)
+    close(load_transformers(tmp_path).predict(INPUTS, verbose=0), run_theirs(model).logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "switch"])
+def test_logits_of_their_own_where_the_config_says_tied(family, tmp_path):
+    """The outputs are scaled because the config says so, whatever they are multiplied by."""
+    model = theirs(family)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["shared.weight"].copy()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_transformers(tmp_path).backbone.tie_embeddings
+    weights["lm_head.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_transformers(tmp_path)
+    assert not loaded.backbone.tie_embeddings and loaded.backbone.scale_outputs
+    expected = run_theirs(type(model).from_pretrained(tmp_path).eval()).logits
+    close(loaded.predict(INPUTS, verbose=0), expected)
+    save_transformers(loaded, tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(run_theirs(again).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "num_losses"),
+    [((2, 1), 2), ((4, 1), 1), ((4, 2), 0)],
+    ids=["both", "decoder only", "all blocks are sparse"],
+)
+def test_router_losses_agree_at_balance(sparse, num_losses, tmp_path):
+    """With a router that is next to nothing all probabilities are 1/E, whoever is chosen.
+
+    The balancing loss of each side is then 1 and its z-loss log(E)^2, of however many blocks.
+    """
+    options = {**SWITCH, "router_aux_loss_coef": 0.03, "router_z_loss_coef": 0.02}
+    for side, number in zip(("encoder", "decoder"), sparse, strict=True):
+        options[f"num_sparse_{side}_layers"] = number
+    config = transformers.SwitchTransformersConfig(**options)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 1e-6 if "router" in name else 1
+    model.save_pretrained(tmp_path / "theirs")
+    ids = {"input_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}
+    with torch.no_grad():
+        expected = float(model(**ids, output_router_logits=True).loss - model(**ids).loss)
+    assert expected == pytest.approx(num_losses * (0.03 + 0.02 * np.log(3) ** 2), abs=1e-5)
+    loaded = load_transformers(tmp_path / "theirs")
+    loaded(INPUTS)
+    assert float(sum(loaded.losses)) == pytest.approx(expected, abs=1e-5)
+    save_transformers(loaded, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    if num_losses:
+        assert written["router_aux_loss_coef"] == pytest.approx(0.03, rel=1e-12)
+        assert written["router_z_loss_coef"] == pytest.approx(0.02, rel=1e-12)
+
+
+def test_one_coefficient_is_written_for_two_depths(tmp_path):
+    """Ours: 0.01 for each of 2 sparse blocks, and of 1. Theirs: 0.015 for either side."""
+    backbone = zoo.EncoderDecoderBackbone(
+        vocabulary_size=10,
+        num_layers=4,
+        num_decoder_layers=2,
+        num_heads=1,
+        hidden_dim=4,
+        key_dim=4,
+        intermediate_dim=4,
+        num_experts=2,
+        router=SwitchRouter(capacity_factor=None, eval_capacity_factor=None),
+    )
+    save_transformers(zoo.Seq2SeqLM(backbone), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == pytest.approx(0.015)
+
+
+def test_without_weights_no_file_of_them_is_needed(tmp_path):
+    for tied in (True, False):
+        options = {**SWITCH, "tie_word_embeddings": tied}
+        transformers.SwitchTransformersConfig(**options).save_pretrained(tmp_path)
+        backbone = load_transformers(tmp_path, load_weights=False).backbone
+        assert backbone.tie_embeddings == tied and backbone.num_layers == 4
+        assert np.isfinite(ops.convert_to_numpy(backbone.token_embedding.embeddings)).all()
+
+
+def test_shards_are_opened_one_after_another(tmp_path, monkeypatch):
+    """In order for the shapes, and again for the values."""
+    model = theirs("t5")
+    pickled(model, tmp_path, num_shards=3)
+    opened = []
+    Shard = tensors._Pickled
+    monkeypatch.setattr(
+        tensors, "_Pickled", lambda path: opened.append(path.name[14:19]) or Shard(path)
+    )
+    load_transformers(tmp_path)
+    assert opened == ["00001", "00002", "00003"] * 2
+
+
+def test_the_files_are_closed_when_nobody_reads_them_any_more(tmp_path, monkeypatch):
+    theirs("t5").save_pretrained(tmp_path)
+    seen = []
+
+    def initialize(deferred, values=()):
+        next(iter(values))
+        raise RuntimeError("no memory")
+
+    def close(shard):
+        seen.append([t.name for t in threading.enumerate() if "ThreadPool" in t.name])
+        shard.file.close()
+
+    monkeypatch.setattr(Deferred, "initialize", initialize)
+    monkeypatch.setattr(tensors._Safe, "close", close)
+    with pytest.raises(RuntimeError, match="no memory"):
+        load_transformers(tmp_path)
+    assert seen == [[]]
+
+
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle of an old version"])
 def test_bfloat16(safe, tmp_path):
     """Half of the bits, kept as they are, in the dtype that is asked for."""
@@ -280,6 +420,10 @@ class TestNotInTransformers:
             self.saved(tmp_path)
 
 
+def raise_(error):
+    raise error
+
+
 class TestDamage:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -313,7 +457,24 @@ class TestDamage:
         config = json.loads(path.read_text())
         del config["d_model"]
         path.write_text(json.dumps(config))
-        self.fails(folder, "its `config.json` lacks or has a wrong 'd_model'")
+        self.fails(folder, "`d_model` must be a positive integer. Received: d_model=None")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"d_ff": "12"}, "`d_ff` must be a positive integer. Received: d_ff='12'"),
+            ({"num_heads": 0}, "`num_heads` must be a positive integer. Received: num_heads=0"),
+            ({"num_layers": True}, "`num_layers` must be a positive integer. .*=True"),
+            ({"dropout_rate": -1}, "`dropout_rate` must be a number that is not negative. .*=-1"),
+            ({"tie_word_embeddings": 1}, "`tie_word_embeddings` must be true or false. .*=1"),
+            ({"relative_attention_num_buckets": 2}, "buckets` must be an integer of at least 4"),
+            ({"relative_attention_max_distance": 4}, "distance` must be an integer of at least 5"),
+            ({"router_bias": True}, "The router must have no bias"),
+        ],
+    )
+    def test_entries_that_are_wrong(self, folder, options, message):
+        self.change(folder, **options)
+        self.fails(folder, message)
 
     def test_vocabulary_of_another_size(self, folder):
         self.change(folder, vocab_size=41)
@@ -337,6 +498,79 @@ class TestDamage:
         shard.unlink()
         self.fails(folder, f"must have the shard '{shard.name}'")
 
+    def test_shards_of_pickles(self, tmp_path):
+        pickled(theirs("switch"), tmp_path)
+        shard = tmp_path / "pytorch_model-00002-of-00002.bin"
+        shard.write_bytes(shard.read_bytes()[:-100])
+        self.fails(tmp_path, f"{shard.name}' cannot be read")
+        shard.unlink()
+        self.fails(tmp_path, f"must have the shard '{shard.name}'")
+
+    @pytest.mark.parametrize("content", [{"shared.weight": 3}, [1], torch.ones(3)])
+    def test_a_pickle_of_something_else(self, folder, content):
+        for shard in folder.glob("model*"):
+            shard.unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+        self.fails(folder, "'pytorch_model.bin' cannot be read")
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_an_index_that_names_the_wrong_shard(self, folder, tmp_path, safe):
+        if not safe:
+            folder = tmp_path
+            pickled(theirs("switch"), folder)
+        (path,) = folder.glob("*.index.json")
+        index = json.loads(path.read_text())
+        right = index["weight_map"]["shared.weight"]
+        wrong = next(shard for shard in index["weight_map"].values() if shard != right)
+        index["weight_map"]["shared.weight"] = wrong
+        path.write_text(json.dumps(index))
+        self.fails(
+            folder, f"it lacks the weight 'shared.weight', which its index places in '{wrong}'"
+        )
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_a_dtype_that_is_not_read(self, tmp_path, safe):
+        model = theirs("t5")
+        model.save_pretrained(tmp_path)
+        weights = {name: w.clone() for name, w in model.state_dict().items()}
+        weights["shared.weight"] = weights["shared.weight"].to(torch.float8_e4m3fn)
+        del weights["lm_head.weight"]
+        if safe:
+            save_torch_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        else:
+            (tmp_path / "model.safetensors").unlink()
+            torch.save(weights, tmp_path / "pytorch_model.bin")
+        kind = "F8_E4M3" if safe else "float8_e4m3fn"
+        self.fails(
+            tmp_path, f"weight 'shared.weight' must be of float64, .*. Received: dtype='{kind}'"
+        )
+
+    @pytest.mark.parametrize("safe", [True, False])
+    @pytest.mark.parametrize(
+        "error", [MemoryError(), OSError(errno.EMFILE, "Too many open files"), PermissionError()]
+    )
+    def test_what_is_not_the_files_fault_goes_through(self, tmp_path, monkeypatch, error, safe):
+        model = theirs("t5")
+        if safe:
+            model.save_pretrained(tmp_path)
+            monkeypatch.setattr("safetensors.safe_open", lambda *args, **kwargs: raise_(error))
+        else:
+            pickled(model, tmp_path)
+            monkeypatch.setattr("torch.load", lambda *args, **kwargs: raise_(error))
+        with pytest.raises(type(error)) as raised:
+            load_transformers(tmp_path)
+        assert raised.value is error
+
+    @pytest.mark.parametrize(
+        ("package", "extra", "safe"), [("safetensors", "hub", True), ("torch", "torch", False)]
+    )
+    def test_a_missing_package_names_the_extra(self, tmp_path, monkeypatch, package, extra, safe):
+        model = theirs("t5")
+        model.save_pretrained(tmp_path) if safe else pickled(model, tmp_path)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"package '{package}', .*keras-moe\[{extra}\]"):
+            Tensors(tmp_path).shape("shared.weight")
+
     @pytest.mark.parametrize("shard", ["../shard.safetensors", "/shard.safetensors", "a/b", "."])
     def test_a_shard_elsewhere(self, folder, shard):
         path = folder / "model.safetensors.index.json"
@@ -354,7 +588,7 @@ class TestDamage:
 
     def test_sparse_blocks_that_cannot_be(self, folder):
         self.change(folder, num_sparse_encoder_layers=9)
-        self.fails(folder, "its `config.json` lacks or has a wrong")
+        self.fails(folder, "must be at most the number of layers, 4. Received: num_sparse_enc.*=9")
 
     def test_no_weights(self, folder):
         for shard in folder.glob("model*"):
@@ -363,7 +597,7 @@ class TestDamage:
 
     def test_an_activation_that_is_not_known(self, folder):
         self.change(folder, dense_act_fn="tanh")
-        self.fails(folder, "must be one of relu, .*. Received: 'tanh'")
+        self.fails(folder, "`dense_act_fn` must be one of relu, .*. Received: .*='tanh'")
 
     def test_a_pickle_that_would_run_code(self, folder, tmp_path):
         for shard in folder.glob("model*"):

@@ -36,7 +36,7 @@ KINDS = {
 }
 
 
-def model(kind, **options):
+def model(kind="relative, expert choice", **options):
     """Weights of normal size, so that all of them matter."""
     backbone = zoo.DecoderBackbone(**(TINY | KINDS[kind] | options))
     rng = np.random.default_rng(0)
@@ -112,14 +112,83 @@ class TestGenerate:
     @pytest.mark.parametrize(
         "sampler",
         [
-            keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0),
-            keras_hub.samplers.BeamSampler(num_beams=1),
+            keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.7),
+            keras_hub.samplers.BeamSampler(num_beams=3),
         ],
         ids=["contrastive", "beam"],
+    )
+    def test_a_batch_says_what_each_says_alone_whatever_the_sampler(self, lm, sampler):
+        x = self.prompts()
+        together = self.generated(lm, x, sampler)
+        assert (together != self.generated(lm, x)).any()
+        for row in range(2):
+            alone = {name: value[row : row + 1] for name, value in x.items()}
+            ours = self.generated(lm, alone, sampler)
+            np.testing.assert_array_equal(ours, together[row : row + 1])
+
+    @pytest.mark.parametrize(
+        "sampler",
+        [
+            keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0),
+            keras_hub.samplers.BeamSampler(num_beams=1),
+            keras_hub.samplers.TopPSampler(p=1e-6),
+        ],
+        ids=["contrastive", "beam", "top p"],
     )
     def test_samplers_that_choose_the_best_are_greedy(self, lm, sampler):
         x = self.prompts()
         np.testing.assert_array_equal(self.generated(lm, x, sampler), self.generated(lm, x))
+
+
+def test_a_text_does_not_depend_on_the_length_it_is_filled_up_to():
+    """Though the router's capacity in inference does, which writing a text does without."""
+    router = keras_moe.SwitchRouter(eval_capacity_factor=0.5, min_capacity=1)
+    lm = model(router=router, num_experts=2)
+    x = TestGenerate().prompts()
+    texts = {}
+    for length in (8, 24):
+        longer = {name: np.pad(value, ((0, 0), (0, length - 8))) for name, value in x.items()}
+        texts[length] = numpy(lm.generate(longer, stop_token_ids=None)["token_ids"])[:, :8]
+    np.testing.assert_array_equal(texts[8], texts[24])
+    scores = logits(lm, {"token_ids": texts[8], "padding_mask": np.ones((2, 8), "int32")})
+    assert (scores[:, :-1].argmax(axis=-1) != texts[8][:, 1:])[0, 2:].any()  # where tokens drop
+
+
+def test_writing_leaves_no_trace_in_the_statistics():
+    lm = model()
+    (mixture,) = (b.feed_forward for b in lm.backbone.blocks if hasattr(b.feed_forward, "router"))
+    lm.generate(TestGenerate().prompts(), stop_token_ids=None)
+    assert not numpy(mixture.statistics[0]).any()
+    logits(lm, inputs())
+    lm.evaluate(inputs(), inputs()["token_ids"], verbose=0)
+    assert numpy(mixture.statistics[0]).any()
+
+
+@pytest.mark.parametrize(
+    "mask", [[[0, 0, 0], [1, 0, 0]], [[0, 1, 1], [1, 1, 0]], [[1, 0, 1], [1, 1, 0]]]
+)
+def test_prompts_that_are_none(lm, mask):
+    x = {"token_ids": np.ones((2, 3), "int32"), "padding_mask": np.array(mask)}
+    with pytest.raises(ValueError, match="`padding_mask` must be 1 for one token or more"):
+        lm.generate(x, stop_token_ids=None)
+
+
+def test_samplers():
+    lm = model()
+    assert type(lm.sampler) is keras_hub.samplers.GreedySampler
+    with pytest.raises(ValueError, match="`sampler` must return its best beam alone"):
+        lm.compile(sampler=keras_hub.samplers.BeamSampler(return_all_beams=True))
+
+
+def test_other_weights_say_something_else_and_so_do_other_variables():
+    lm, x = model(), TestGenerate().prompts()
+    first = TestGenerate().generated(lm, x)
+    lm.backbone.token_embedding.embeddings.assign(np.random.default_rng(1).normal(size=(V, 8)))
+    second = numpy(lm.generate(x, stop_token_ids=None)["token_ids"])
+    assert (second != first).any()
+    lm.backbone.blocks[0].attention.query.enable_lora(2)
+    lm.backbone.blocks[0].attention.query.lora_kernel_b.assign(10 * np.ones((2, 16)))
+    assert (TestGenerate().generated(lm, x) != second).any()
 
 
 def test_rotary_attention():

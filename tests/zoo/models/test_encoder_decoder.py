@@ -130,6 +130,24 @@ class TestGenerate:
         beams = self.generated(lm, x, keras_hub.samplers.BeamSampler(num_beams=4))
         assert (log_probability(beams["decoder_token_ids"]) >= log_probability(greedy) - 1e-4).all()
 
+    def test_padding_of_the_encoder_costs_nothing(self, lm, monkeypatch):
+        x = self.prompts()
+        longer = dict(x)
+        for name in ("encoder_token_ids", "encoder_padding_mask"):
+            longer[name] = np.pad(x[name], ((0, 0), (0, 200)))
+        lengths = []
+        encode = lm.backbone.encode
+        monkeypatch.setattr(
+            lm.backbone,
+            "encode",
+            lambda ids, mask: lengths.append(ids.shape[1]) or encode(ids, mask),
+        )
+        np.testing.assert_array_equal(
+            self.generated(lm, longer)["decoder_token_ids"],
+            self.generated(lm, x)["decoder_token_ids"],
+        )
+        assert lengths == [64, 7]
+
     def test_stops(self, lm):
         x = self.prompts()
         greedy = numpy(self.generated(lm, x)["decoder_token_ids"])

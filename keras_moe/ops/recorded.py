@@ -1,0 +1,26 @@
+"""Functions that PyTorch runs without Python between their steps."""
+
+import keras
+
+
+def recorded(function):
+    """A function of tensors that PyTorch records when it is called first, and repeats from then on.
+
+    Eager PyTorch spends more time between the operations of a small step than in them. TensorFlow
+    and JAX compile what calls the function, and get it as it is.
+
+    For inference: what it returns is of PyTorch's inference mode. And for functions that do the
+    same whatever the tensors hold; one that looks at them on the way is called as it is. A variable
+    that the function uses may get other values, but must stay the same object.
+
+    Args:
+        function: of tensors and tuples of tensors, to the same.
+
+    Returns:
+        The function, recorded anew for every combination of shapes, dtypes and devices.
+    """
+    if keras.backend.backend() != "torch":
+        return function
+    from keras_moe.ops.torch_recording import Recorded
+
+    return Recorded(function)

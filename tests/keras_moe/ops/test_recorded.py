@@ -1,0 +1,123 @@
+"""Functions that PyTorch records; on the other backends they stay as they are."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import FeedForwardExperts, LayerExperts, MixtureOfExperts, SwitchRouter
+from keras_moe.ops import recorded
+from tests.backend import numpy
+
+X = np.arange(6, dtype="float32").reshape(2, 3)
+only_torch = pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch records")
+
+
+def tensor(x):
+    return ops.convert_to_tensor(x, x.dtype.name)
+
+
+def no_gradient(function):
+    """The function, called as in inference."""
+    if keras.backend.backend() != "torch":
+        return function
+    import torch
+
+    return torch.no_grad()(function)
+
+
+class Counted:
+    """A function that says how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_the_same_results():
+    def function(x, pair):
+        return ops.cumsum(x, axis=0) * pair[0], (ops.max(pair[1]), x.shape[0] * pair[1])
+
+    again = no_gradient(recorded(function))
+    for scale in (1.0, -2.0):
+        x, pair = tensor(scale * X), (tensor(X + scale), tensor(X[0]))
+        first, (second, third) = again(x, pair)
+        np.testing.assert_allclose(numpy(first), np.cumsum(scale * X, axis=0) * (X + scale))
+        np.testing.assert_allclose(numpy(second), 2)
+        np.testing.assert_allclose(numpy(third), 2 * X[0])
+
+
+@only_torch
+def test_python_runs_once_for_every_shape_and_dtype():
+    function = Counted(lambda x: x + 1)
+    again = no_gradient(recorded(function))
+    for x in (X, 2 * X, X[:1], X.astype("int32"), X[:1]):
+        np.testing.assert_array_equal(numpy(again(tensor(x))), x + 1)
+    assert function.calls == 3
+
+
+@only_torch
+def test_what_looks_at_a_number_is_called_as_it_is():
+    function = Counted(lambda x: x[: int(x[0, 1])] + 1)
+    again = no_gradient(recorded(function))
+    for rows in (1.0, 2.0):
+        assert again(tensor(np.full((2, 3), rows, "float32"))).shape == (rows, 3)
+    assert function.calls == 3  # the first time once more, to record it
+
+
+@only_torch
+def test_errors_are_not_hidden():
+    def function(x):
+        raise RuntimeError("out of something")
+
+    with pytest.raises(RuntimeError, match="out of something"):
+        recorded(function)(tensor(X))
+
+
+def test_variables_have_the_values_of_now():
+    variable = keras.Variable(X)
+    again = no_gradient(recorded(lambda x: x * variable))
+    for scale in (1.0, 3.0):
+        variable.assign(scale * X)
+        np.testing.assert_array_equal(numpy(again(tensor(X))), scale * X * X)
+
+
+def test_constants_that_are_written_into_start_anew():
+    """What is always the same is made once, unless an operation, or one on its view, changes it."""
+
+    def function(x):
+        counts = ops.arange(3, dtype="float32")
+        if keras.backend.backend() == "torch":
+            counts.reshape(3, 1)[0] += 5.0
+        else:
+            counts = counts + np.array([5.0, 0.0, 0.0], "float32")
+        return x + counts, counts
+
+    again = no_gradient(recorded(function))
+    for _ in range(3):
+        result, counts = again(tensor(X))
+        np.testing.assert_array_equal(numpy(result), X + [5.0, 1.0, 2.0])
+        np.testing.assert_array_equal(numpy(counts), [5.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("bank", ["feed-forward", "layers"])
+def test_mixtures(bank):
+    """Other tokens than those of the recording go to other experts."""
+    experts = FeedForwardExperts(4, 6)
+    if bank == "layers":  # which look at their spans
+        experts = LayerExperts([keras.layers.Dense(5) for _ in range(4)])
+    layer = MixtureOfExperts(experts, SwitchRouter(eval_capacity_factor=None))
+    layer.build((None, None, 5))
+    rng = np.random.default_rng(0)
+    layer.router.kernel.assign(rng.normal(size=(5, 4)))
+
+    def outputs(x):
+        return layer.outputs_and_routing(x)[0]
+
+    again = no_gradient(recorded(outputs))
+    for _ in range(3):
+        x = tensor(rng.normal(size=(2, 7, 5)).astype("float32"))
+        np.testing.assert_allclose(numpy(again(x)), numpy(outputs(x)), rtol=1e-5, atol=1e-6)
