@@ -29,10 +29,14 @@ FULL = {**comparison.FULL, "steps": 600}
 
 
 def main(arguments=None):
-    chosen, train, runs = comparison.start("balancing_2017", __doc__, arguments, watch=balance)
+    chosen, train, runs = comparison.start(
+        "balancing_2017", __doc__, arguments, CONTESTANTS, watch=balance
+    )
     protocol = comparison.QUICK if chosen.quick else FULL
     results = comparison.compare(runs, train, CONTESTANTS, protocol)
     print(table(results))
+    print("\n" + comparison.table(results, "importance 0.1, load 0.1"))
+    print(comparison.tuning_table(runs, train, CONTESTANTS, protocol))
     comparison.draw(results, chosen.into / "balancing_2017.png")
 
 

@@ -311,6 +311,37 @@ def train(text, watch=None, **settings):
     return result
 
 
+def step_seconds(text, contestants, rounds=5, steps=20):
+    """What a step takes, the contestants taking turns in one process.
+
+    Args:
+        text: a `Text`.
+        contestants: name -> settings.
+        rounds: turns of each.
+        steps: a turn's.
+
+    Returns:
+        Dictionary: name -> list of the seconds of a step in each round.
+    """
+    models, seconds = {}, {name: [] for name in contestants}
+    examples = {
+        objective: text.examples(text.train[: steps * BATCH], objective, seed=0)
+        for objective in ("next", "masked")
+    }
+    for turn in range(rounds + 1):  # the first one compiles
+        for name, settings in contestants.items():
+            if name not in models:
+                models[name] = make_model(settings)
+                loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+                models[name].compile("adam", loss)
+            x, y, _ = examples[settings.get("objective", "next")]
+            begin = time.perf_counter()
+            models[name].fit(x, y, BATCH, shuffle=False, verbose=0)
+            if turn:
+                seconds[name].append((time.perf_counter() - begin) / steps)
+    return seconds
+
+
 def routing_figures(history):
     """Means over the layers of what `RoutingMetrics` found; nothing for a dense model."""
     by_figure = {}

@@ -1,7 +1,9 @@
 """Contestants of the byte model against each other: tuned alike, several seeds, on three axes."""
 
 import functools
+import json
 import os
+import sys
 
 import numpy as np
 
@@ -14,30 +16,37 @@ QUICK = {"steps": 12, "learning_rates": LEARNING_RATES[1:2], "seeds": 2}  # noth
 
 
 def main(experiment, description, contestants, base, arguments=None, shares=()):
-    """The whole of an experiment that is a comparison with the contestant `base`.
+    """The whole of an experiment on numbers of experts, compared with the contestant `base`.
 
     It takes equal runs from the experiments whose names are in `shares`, where they are there.
     """
-    chosen, train, runs = start(experiment, description, arguments, shares=shares)
+    chosen, train, runs = start(experiment, description, arguments, contestants, shares=shares)
     protocol = QUICK if chosen.quick else FULL
     results = compare(runs, train, contestants, protocol)
     print(table(results, base))
-    if not chosen.quick:
-        print("\n" + tuning_table(runs, train, contestants, protocol))
-    draw(results, chosen.into / f"{experiment}.png")
+    print(tuning_table(runs, train, contestants, protocol))
+    experts = {name: settings.get("experts") for name, settings in contestants.items()}
+    draw(results, chosen.into / f"{experiment}.png", experts=experts)
 
 
-def start(experiment, description, arguments=None, watch=None, shares=()):
-    """The options of an experiment, its `train` as a function of settings, and its `Runs`."""
-    chosen = options(experiment, description, "corpus", arguments)
+def start(experiment, description, arguments, contestants, watch=None, shares=()):
+    """The options of an experiment, its `train` as a function of settings, and its `Runs`.
+
+    Where only the seconds of the contestants' steps are asked for, measures them and ends.
+    """
+    chosen = options(experiment, description, "corpus", arguments, times=True)
     os.environ["KERAS_BACKEND"] = "jax"
     # One core a process: small products gain little by a second one, and two processes do.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     from benchmarks.papers import byte_model
 
-    train = functools.partial(byte_model.train, byte_model.Text(chosen.data), watch)
+    text = byte_model.Text(chosen.data)
     path, *others = (chosen.into / f"{name}.jsonl" for name in (experiment, *shares))
-    return chosen, train, Runs(path, others)
+    if chosen.time:
+        seconds = byte_model.step_seconds(text, contestants)
+        path.with_suffix(".seconds.json").write_text(json.dumps(seconds, indent=1) + "\n")
+        sys.exit()
+    return chosen, functools.partial(byte_model.train, text, watch), Runs(path, others)
 
 
 def compare(runs, train, contestants, protocol):
@@ -50,7 +59,8 @@ def compare(runs, train, contestants, protocol):
         protocol: `FULL`, `QUICK` or the like.
 
     Returns:
-        Dictionary: name -> list of the results of the seeds, each with its `learning_rate`.
+        Dictionary: name -> list of the results of the seeds, each with its `learning_rate`; and
+        with the seconds of a step that `--time` measured, if it did.
     """
     steps, seeds = protocol["steps"], range(protocol["seeds"])
     if len(protocol["learning_rates"]) > 1:
@@ -66,10 +76,16 @@ def compare(runs, train, contestants, protocol):
             {**settings, "steps": steps, "seed": seed, "learning_rate": rate} for seed in seeds
         ]
     runs.ahead(train, [each for settings in tuned.values() for each in settings])
-    return {
-        name: [{**runs(train, **each), "learning_rate": each["learning_rate"]} for each in settings]
-        for name, settings in tuned.items()
-    }
+    path = runs.path.with_suffix(".seconds.json")
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    results = {}
+    for name, settings in tuned.items():
+        more = {"step_seconds": float(np.median(seconds[name]))} if name in seconds else {}
+        results[name] = [
+            {**runs(train, **each), "learning_rate": each["learning_rate"], **more}
+            for each in settings
+        ]
+    return results
 
 
 def tuning(settings, protocol):
@@ -103,7 +119,8 @@ def speed_ups(result, base):
 
 def table(results, base):
     """The contestants in Markdown; how fast each reaches the last loss of `base`, seed by seed."""
-    header = ["", "parameters", "FLOPs", "rate", "nats/byte", "steps", "FLOPs", "seconds"]
+    header = ["", "parameters", "FLOPs", "rate", "nats/byte", "perplexity"]
+    header += ["steps", "FLOPs", "seconds"]
     header += ["dropped", "max/mean load"]
     of_all = "routing_of_all" in next(iter(results.values()))[0]
     header += ["dropped, all steps"] if of_all else []
@@ -118,6 +135,7 @@ def table(results, base):
                 f"{first['step_flops'] / results[base][0]['step_flops']:.2f}",
                 f"{first['learning_rate']:g}",
                 mean_sd([r["loss"] for r in of_seeds], 3),
+                mean_sd(np.exp([r["loss"] for r in of_seeds]), 2),
                 *(times([f[axis] for f in faster]) for axis in ("steps", "FLOPs", "seconds")),
                 *(figure(of_seeds, name) for name in ("dropped", "max_share")),
                 *([figure(of_seeds, "dropped", "routing_of_all")] if of_all else []),
@@ -127,10 +145,15 @@ def table(results, base):
 
 
 def times(factors):
-    """Mean and deviation of speed-ups; a run that never got there has the speed-up 0."""
-    if not any(factors):
+    """Mean and deviation of the speed-ups of the runs that got there, and how many did if not all.
+
+    A run that never got there has the speed-up 0.
+    """
+    there = [factor for factor in factors if factor]
+    if not there:
         return "never"
-    return mean_sd(factors, 2)
+    of_all = "" if len(there) == len(factors) else f" ({len(there)} of {len(factors)})"
+    return (mean_sd(there, 2) if there[1:] else f"{there[0]:.2f}") + of_all
 
 
 def figure(of_seeds, name, when="routing"):
@@ -143,17 +166,23 @@ def figure(of_seeds, name, when="routing"):
 def tuning_table(runs, train, contestants, protocol):
     """The loss of every contestant's short run at every learning rate, in Markdown."""
     rates = protocol["learning_rates"]
+    if len(rates) == 1:
+        return ""
     rows = []
     for name, settings in contestants.items():
         losses = [runs(train, **each)["loss"] for each in tuning(settings, protocol)]
         best = min(losses)
         rows.append([name, *(f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in losses)])
-    return markdown(["short runs", *(f"{rate:g}" for rate in rates)], rows)
+    return "\n" + markdown(["short runs at rate", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def draw(results, path, unit="nats per byte, held out"):
-    """Curves of the seeds and their means against steps, FLOPs and seconds."""
-    with drawn(path, 3, figsize=(11, 3.6), sharey=True) as panels:
+def draw(results, path, unit="nats per byte, held out", experts=None):
+    """Curves of the seeds and their means against steps, FLOPs and seconds.
+
+    With `experts`, name -> number of experts or `None`, also the last perplexity against it.
+    """
+    columns = 3 if experts is None else 4
+    with drawn(path, columns, figsize=(3.7 * columns, 3.6)) as panels:
         axes_of = {"steps": lambda r: 1, "TFLOP": lambda r: r["step_flops"] / 1e12}
         axes_of["seconds"] = lambda r: r["step_seconds"]
         for panel, (axis, per_step) in zip(panels, axes_of.items(), strict=True):
@@ -165,4 +194,20 @@ def draw(results, path, unit="nats per byte, held out"):
                 panel.plot(x, y.mean(0), color=f"C{number}", label=name)
             panel.set(xlabel=axis)
         panels[0].set_ylabel(unit)
-        panels[-1].legend(frameon=False, fontsize=8)
+        panels[0].legend(frameon=False, fontsize=8)
+        if experts is not None:
+            _draw_perplexities(panels[-1], results, experts)
+
+
+def _draw_perplexities(panel, results, experts):
+    for number, (name, of_seeds) in enumerate(results.items()):
+        perplexity, color = np.exp([r["loss"] for r in of_seeds]), f"C{number}"
+        if experts[name] is None:
+            panel.axhline(perplexity.mean(), color=color)
+        else:
+            options = {"color": color, "marker": "o", "capsize": 3}
+            panel.errorbar(experts[name], perplexity.mean(), perplexity.std(ddof=1), **options)
+    numbers = sorted({n for n in experts.values() if n is not None})
+    panel.set(xlabel="experts", ylabel="perplexity per byte", xscale="log")
+    panel.set_xticks(numbers, [str(n) for n in numbers])
+    panel.minorticks_off()

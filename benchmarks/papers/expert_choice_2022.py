@@ -34,7 +34,9 @@ SIZES = 32, 1  # sequences that are evaluated at once
 
 
 def main(arguments=None):
-    chosen, train, runs = comparison.start("expert_choice_2022", __doc__, arguments, watch=watch)
+    chosen, train, runs = comparison.start(
+        "expert_choice_2022", __doc__, arguments, CONTESTANTS, watch=watch
+    )
     protocol = comparison.QUICK if chosen.quick else FULL
     results = comparison.compare(runs, train, CONTESTANTS, protocol)
     print(comparison.table(results, "top-2"))
@@ -42,6 +44,9 @@ def main(arguments=None):
     print(table(results))
     print()
     print(table_of_sizes(results))
+    print()
+    print(table_of_leaks())
+    print(comparison.tuning_table(runs, train, CONTESTANTS, protocol))
     comparison.draw(results, chosen.into / "expert_choice_2022.png", "nats per hidden byte")
 
 
@@ -103,6 +108,20 @@ def table_of_sizes(results):
         for name, of_seeds in results.items()
     ]
     return markdown(["nats per hidden byte, sequences at once", *map(str, SIZES)], rows)
+
+
+def table_of_leaks():
+    """How far each router's outputs change when later tokens of the sequence do, at most."""
+    from tests.keras_moe.test_leaks import CASES, built, future_edit
+
+    rows = []
+    for name, (make, _, drops) in CASES.items():
+        changes = [
+            future_edit(built(make()), np.s_[0, 4:], training=training)[0, :4].max()
+            for training in (True, False)
+        ]
+        rows.append([name, "yes" if drops else "no", *(f"{change:.2g}" for change in changes)])
+    return markdown(["change by later tokens", "drops", "training", "inference"], rows)
 
 
 if __name__ == "__main__":

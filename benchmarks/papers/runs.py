@@ -112,7 +112,7 @@ def _key(settings):
     return json.dumps(settings, sort_keys=True)
 
 
-def options(experiment, description, data, arguments=None):
+def options(experiment, description, data, arguments=None, times=False):
     """The command line of an experiment.
 
     Args:
@@ -120,9 +120,10 @@ def options(experiment, description, data, arguments=None):
         description: what `--help` says.
         data: name of its folder in ../shared/data.
         arguments: list of strings; `None`: those of the process.
+        times: whether the seconds of its steps can be measured apart from its runs.
 
     Returns:
-        A namespace: `data`, a folder; `into`, the folder of the results; `quick`.
+        A namespace: `data`, a folder; `into`, the folder of the results; `quick`; `time`.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.papers.{experiment}",
@@ -132,6 +133,8 @@ def options(experiment, description, data, arguments=None):
     parser.add_argument("--data", type=Path, default=Path("../shared/data", data), help="folder")
     parser.add_argument("--into", type=Path, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not what it finds")
+    if times:
+        parser.add_argument("--time", action="store_true", help="only measure the seconds of steps")
     chosen = parser.parse_args(arguments)
     if not chosen.data.is_dir():
         parser.error(f"`--data` must be a folder that is there. Received: {chosen.data}")

@@ -52,17 +52,19 @@ FULL_OF = {"initial scale": {**FULL, "steps": 300, "seeds": 5}}
 
 
 def main(arguments=None):
-    chosen, train, runs = comparison.start("switch_ablations", __doc__, arguments)
+    everyone = {name: each for study in STUDIES.values() for name, each in study.items()}
+    chosen, train, runs = comparison.start("switch_ablations", __doc__, arguments, everyone)
     results = {}
     for study, contestants in STUDIES.items():
-        protocol = comparison.QUICK if chosen.quick else FULL_OF.get(study, FULL)
-        results[study] = comparison.compare(runs, train, contestants, protocol)
+        results[study] = comparison.compare(runs, train, contestants, protocol_of(study, chosen))
     for study, of_study in results.items():
         print(f"\n{study}\n\n{comparison.table(of_study, next(iter(of_study)))}")
-        if not chosen.quick:
-            protocol = FULL_OF.get(study, FULL)
-            print("\n" + comparison.tuning_table(runs, train, STUDIES[study], protocol))
+        print(comparison.tuning_table(runs, train, STUDIES[study], protocol_of(study, chosen)))
     draw(results, chosen.into / "switch_ablations.png")
+
+
+def protocol_of(study, chosen):
+    return comparison.QUICK if chosen.quick else FULL_OF.get(study, FULL)
 
 
 def draw(results, path):

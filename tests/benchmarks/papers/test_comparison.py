@@ -14,8 +14,10 @@ if keras.backend.backend() != "jax":
 from benchmarks.papers import (
     balancing_2017,
     byte_model,
+    capacity_2017,
     comparison,
     expert_choice_2022,
+    experts_switch,
     switch_ablations,
 )
 from benchmarks.papers.runs import Runs
@@ -140,6 +142,69 @@ def test_step_flops():
     assert byte_model.step_flops(masked) - byte_model.step_flops(settings) == 6 * 4096 * 3 * 64**2
 
 
+def made_up(text, watch, **settings):
+    """A result with all that the experiments ask for."""
+    return {
+        **FIGURES,
+        "loss": 1.0,
+        "curve": [[settings["steps"], 1.0]],
+        "routing_of_all": {},
+        **dict.fromkeys(("cv_importance", "cv_load", "max_mean_load"), 1.0),
+        **dict.fromkeys(("nats_by_32", "nats_by_1"), 1.0),
+        "experts_per_token": [0.5, 0.5, 0, 0, 0, 0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("experiment", "train"),
+    [
+        (balancing_2017, made_up),
+        (capacity_2017, None),
+        (experts_switch, made_up),
+        (expert_choice_2022, made_up),
+        (switch_ablations, made_up),
+    ],
+    ids=["balancing", "capacity, its dense runs", "experts", "expert choice", "ablations"],
+)
+def test_quick(experiment, train, text, tmp_path, monkeypatch, capsys):
+    """The whole of an experiment; the second time it only reads."""
+    name = experiment.__name__.rpartition(".")[2]
+    if train is None:
+        monkeypatch.setitem(comparison.QUICK, "steps", 2)
+        names = ("dense", "dense, parameters of 64 experts")
+        contestants = {each: experiment.CONTESTANTS[each] for each in names}
+        monkeypatch.setattr(experiment, "CONTESTANTS", contestants)
+    else:
+        monkeypatch.setattr(byte_model, "train", train)
+    arguments = ["--quick", "--data", str(tmp_path), "--into", str(tmp_path / "results")]
+    experiment.main(arguments)
+    first = capsys.readouterr().out
+    studies = getattr(experiment, "STUDIES", None) or {"": experiment.CONTESTANTS}
+    for contestants in studies.values():
+        assert all(f"| {each} |" in first for each in contestants)
+    figure = tmp_path / "results" / f"{name}.png"
+    figure.unlink()
+
+    def fail(*arguments, **settings):
+        raise AssertionError("it ran again")
+
+    monkeypatch.setattr(byte_model, "train", fail)
+    experiment.main(arguments)
+    assert capsys.readouterr().out == first and figure.stat().st_size > 0
+
+
+def test_seconds_of_steps(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        experts_switch, "CONTESTANTS", {"A": {"kind": "dense"}, "B": {"kind": "dense"}}
+    )
+    arguments = ["--time", "--data", str(tmp_path), "--into", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        experts_switch.main(arguments)
+    seconds = json.loads((tmp_path / "experts_switch.seconds.json").read_text())
+    assert list(seconds) == ["A", "B"] and all(len(each) == 5 for each in seconds.values())
+    assert min(seconds["A"] + seconds["B"]) > 0
+
+
 def test_steps_to_a_loss():
     curve = [[10, 3.0], [20, 2.0], [30, 1.0]]
     assert comparison.steps_to(curve, 1.5) == 25  # halfway from 2 to 1
@@ -154,6 +219,13 @@ def test_speed_ups():
     # 20 steps to 10; each twice the FLOPs, half the seconds.
     assert comparison.speed_ups(fast, base) == {"steps": 2.0, "FLOPs": 1.0, "seconds": 4.0}
     assert comparison.speed_ups(base, fast)["steps"] == 0
+
+
+def test_speed_ups_of_runs_that_got_there():
+    assert comparison.times([2.0, 1.0]) == "1.50 ± 0.71"
+    assert comparison.times([2.0, 0.0, 1.0]) == "1.50 ± 0.71 (2 of 3)"
+    assert comparison.times([0.0, 2.0]) == "2.00 (1 of 2)"
+    assert comparison.times([0.0, 0.0]) == "never"
 
 
 def test_every_contestant_is_tuned_and_run_with_every_seed(tmp_path):
@@ -173,9 +245,16 @@ def test_every_contestant_is_tuned_and_run_with_every_seed(tmp_path):
     assert len(runs.results) == 2 * 3 + 2 * 2
 
     lines = comparison.table(results, "A").splitlines()
-    assert lines[2].startswith("| A | 1k | 1.00 | 0.2 | 1.005 ± 0.007 | 1.00 ± 0.00 |")
-    comparison.draw(results, tmp_path / "curves.png")
+    expected = "| A | 1k | 1.00 | 0.2 | 1.005 ± 0.007 | 2.73 ± 0.02 | 1.00 ± 0.00 | 1.00 ± 0.00 |"
+    assert lines[2].startswith(expected)
+    lines = comparison.tuning_table(runs, train, contestants, protocol).splitlines()
+    assert lines[3] == "| A | 1.100 | **1.000** | 1.100 |"
+    comparison.draw(results, tmp_path / "curves.png", experts={"A": None, "B": 4})
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+    (tmp_path / "runs.seconds.json").write_text(json.dumps({"A": [0.1, 0.3, 0.2]}))
+    timed = comparison.compare(runs, train, contestants, protocol)
+    assert [timed[name][0]["step_seconds"] for name in "AB"] == [0.2, FIGURES["step_seconds"]]
 
 
 def test_ablations_are_drawn(tmp_path):
