@@ -185,7 +185,7 @@ def draw(results, path, unit="nats per byte, held out", experts=None):
     with drawn(path, columns, figsize=(3.7 * columns, 3.6)) as panels:
         axes_of = {"steps": lambda r: 1, "TFLOP": lambda r: r["step_flops"] / 1e12}
         axes_of["seconds"] = lambda r: r["step_seconds"]
-        for panel, (axis, per_step) in zip(panels, axes_of.items(), strict=True):
+        for panel, (axis, per_step) in zip(panels[:3], axes_of.items(), strict=True):
             for number, (name, of_seeds) in enumerate(results.items()):
                 curves = np.array([r["curve"] for r in of_seeds])
                 scale = np.mean([per_step(r) for r in of_seeds])

@@ -1,6 +1,6 @@
 """What `keras.ops` lacks, or does slowly. The only folder that names a backend."""
 
-from keras_moe.ops.arrays import adopt
+from keras_moe.ops.arrays import adopt, empty
 from keras_moe.ops.calls import call_by_row
 from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, normal, uniform
@@ -15,6 +15,7 @@ __all__ = [
     "call_by_row",
     "drop",
     "dropout",
+    "empty",
     "expert_product",
     "normal",
     "put_rows",

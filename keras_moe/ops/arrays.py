@@ -1,16 +1,39 @@
 """NumPy arrays as tensors."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
+
+ALIGNMENT = 64  # bytes; JAX copies an array that begins anywhere else
+
+
+def empty(shape, dtype):
+    """A new NumPy array whose memory every backend that can takes over in `adopt`.
+
+    Args:
+        shape: tuple of integers.
+        dtype: of NumPy.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def adopt(array):
     """A tensor of a NumPy array that is not used otherwise.
 
-    PyTorch takes the array's memory over; the other backends copy it.
+    PyTorch takes the array's memory over, and JAX on a CPU if it begins as `empty` makes it;
+    elsewhere it is copied.
     """
-    if keras.backend.backend() != "torch":
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.device_put(array, may_alias=True)
+    if backend == "tensorflow":
         return ops.convert_to_tensor(array)
     import torch
 

@@ -7,10 +7,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from keras import ops
 
-from keras_moe.ops import adopt
+from keras_moe.ops import adopt, empty
 from zoo.conversion import decoders, t5
 from zoo.conversion.tensors import Tensors, write
 from zoo.files import require_absent, written_whole
@@ -138,7 +137,7 @@ def _values(tensors, weights):
         first, *others = weight.names
         if not others:
             return tensors.read(first)
-        array = np.empty((len(weight.names), *tensors.shape(first)), tensors.dtype(first))
+        array = empty((len(weight.names), *tensors.shape(first)), tensors.dtype(first))
         for part, name in zip(array, weight.names, strict=True):
             tensors.read(name, part)
         return array

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from keras_moe.ops import empty
 from zoo.tasks.extras import require
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -99,7 +100,7 @@ class Tensors:
         """Reads a weight into a contiguous array, or a new one, and returns it."""
         dtype = self.dtype(name)
         if into is None:
-            into = np.empty(self.shape(name), dtype)
+            into = empty(self.shape(name), dtype)
         if into.dtype != dtype:
             into[...] = self.read(name)
             return into

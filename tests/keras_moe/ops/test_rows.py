@@ -86,3 +86,16 @@ class TestRows:
         assert numpy(taken).tolist() == [[3, 4], [0, 0], [1, 2]]
         summed = compiled(lambda x: moe_ops.add_rows(x, index[:2], 2))(x)
         assert numpy(summed).tolist() == [[0, 0], [1, 2]]
+
+    @pytest.mark.parametrize("axis", [0, 1, -1])
+    def test_put_rows(self, axis):
+        x = np.arange(24.0).reshape(4, 6)
+        rows = -np.ones((2, 6) if axis == 0 else (4, 2))
+        expected = x.copy()
+        expected[(slice(1, 3), slice(None))[:: 1 if axis == 0 else -1]] = -1
+        for first in (1, tensor(1, "int32")):
+            put = compiled(
+                lambda first=first: moe_ops.put_rows(tensor(x), tensor(rows), first, axis)
+            )
+            np.testing.assert_array_equal(numpy(put()), expected)
+        np.testing.assert_array_equal(numpy(tensor(x)), x)
