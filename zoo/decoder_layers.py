@@ -165,7 +165,7 @@ class CrossAttention(Attention):
         return self.look_up(inputs, self.remember(memory), memory_mask, training)
 
     def remember(self, memory):
-        """The cache of an encoder's outputs."""
+        """The cache of an encoder's outputs, `[batch, 2, heads, keys, key_dim]`."""
         parts = [self.heads(self.key(memory)), self.heads(self.value(memory))]
         return ops.stack(parts, axis=1)
 
@@ -188,8 +188,12 @@ class DecoderBlock(TransformerBlock):
         epsilon: of the RMS norm.
 
     Call arguments:
-        inputs, position_bias, padding_mask, training, token_ids: as `SelfAttention`.
+        inputs: `[batch, length, dim]` tensor.
+        position_bias, padding_mask, training, token_ids: as `SelfAttention`.
         memory, memory_mask: as `CrossAttention`.
+
+    Returns:
+        `[batch, length, dim]` tensor.
     """
 
     def __init__(

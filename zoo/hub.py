@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from zoo.catalogue import did_you_mean
-from zoo.tasks.extras import require
+from zoo.extras import require
 
 CARD = "README.md"
 HASHES = "sha256.json"

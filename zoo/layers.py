@@ -364,8 +364,12 @@ class TransformerBlock(keras.layers.Layer):
         epsilon: of the RMS norm.
 
     Call arguments:
-        inputs, position_bias, padding_mask, training, token_ids: as `SelfAttention`.
+        inputs: `[batch, length, dim]` tensor.
+        position_bias, padding_mask, training, token_ids: as `SelfAttention`.
         counts: whether a mixture keeps losses and statistics of the call.
+
+    Returns:
+        `[batch, length, dim]` tensor.
     """
 
     def __init__(self, attention, feed_forward, dropout=0.0, epsilon=1e-6, **kwargs):

@@ -12,11 +12,11 @@ import numpy as np
 
 import keras_moe
 from zoo.batches import TokenBatches
+from zoo.extras import require
 from zoo.models import builders
 from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPreprocessor
 from zoo.presets import explained, from_preset
 from zoo.tasks import data, metrics
-from zoo.tasks.extras import require
 from zoo.tasks.task import get, recipe
 from zoo.tokenizer import default_tokenizer
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_moe.ops import empty
-from zoo.tasks.extras import require
+from zoo.extras import require
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 DTYPES = {

@@ -1,4 +1,4 @@
-"""Feed-forward layers of Transformer blocks, dense or sparse, from a model's settings."""
+"""What the backbones share: their config, and feed-forward layers, dense or sparse."""
 
 import keras
 
@@ -6,9 +6,40 @@ from keras_moe import FeedForwardExperts, MixtureOfExperts
 from zoo.layers import FeedForward
 
 
-def serialized(router):
-    """The config of a router, if there is one."""
-    return router and keras.saving.serialize_keras_object(router)
+class Configured:
+    """Base of the backbones: the arguments of the constructor are their attributes and config."""
+
+    def keep(self, **arguments):
+        """Keeps arguments; a router as `<name>_config`, or Keras would take it for a layer here."""
+        self._kept = tuple(arguments)
+        for name, value in arguments.items():
+            if name.endswith("router"):
+                config = value and keras.saving.serialize_keras_object(value)
+                setattr(self, f"{name}_config", config)
+            elif name == "activation":
+                self.activation = keras.activations.get(value)
+            else:
+                setattr(self, name, value)
+
+    def get_config(self):
+        config = super().get_config()
+        for name in self._kept:
+            if name.endswith("router"):
+                config[name] = getattr(self, f"{name}_config")
+            elif name == "activation":
+                config[name] = keras.activations.serialize(self.activation)
+            else:
+                config[name] = getattr(self, name)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        routers = {
+            name: config[name] and keras.saving.deserialize_keras_object(config[name])
+            for name in config
+            if name.endswith("router")
+        }
+        return super().from_config({**config, **routers})
 
 
 def sparse_numbers(name, blocks, num_layers):
@@ -30,6 +61,7 @@ def mixture(experts, router, group, dtype, name):
 
 def feed_forward(
     router,
+    *,
     num_experts,
     expert_dim,
     intermediate_dim,

@@ -16,7 +16,7 @@ from zoo.decoder_layers import (
     causal_mask,
 )
 from zoo.layers import Dropout, RelativePositionBias
-from zoo.models.blocks import feed_forward, serialized, sparse_numbers
+from zoo.models.blocks import Configured, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
@@ -24,7 +24,7 @@ POSITIONS = ("relative", "rotary")
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class DecoderBackbone(keras_hub.models.Backbone):
+class DecoderBackbone(Configured, keras_hub.models.Backbone):
     """A Transformer without an encoder, with mixtures of experts in some blocks.
 
     Inputs are a dictionary of `token_ids` and `padding_mask`, both `[batch, length]`; the output is
@@ -163,17 +163,17 @@ class DecoderBackbone(keras_hub.models.Backbone):
             is_sparse = router is not None and num_experts and number in sparse_blocks
             return feed_forward(
                 router if is_sparse else None,
-                num_experts,
-                expert_dim,
-                intermediate_dim,
-                group,
-                activation,
-                gated_experts if is_sparse and gated_experts is not None else gated,
-                dropout,
-                expert_dropout,
-                expert_init_scale,
-                dtype,
-                f"moe_{number}",
+                num_experts=num_experts,
+                expert_dim=expert_dim,
+                intermediate_dim=intermediate_dim,
+                group=group,
+                activation=activation,
+                gated=gated_experts if is_sparse and gated_experts is not None else gated,
+                dropout=dropout,
+                expert_dropout=expert_dropout,
+                expert_init_scale=expert_init_scale,
+                dtype=dtype,
+                name=f"moe_{number}",
             )
 
         blocks = [
@@ -212,33 +212,34 @@ class DecoderBackbone(keras_hub.models.Backbone):
         self.output_norm = output_norm
 
         # === Config ===
-        self.vocabulary_size = vocabulary_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.hidden_dim = hidden_dim
-        self.key_dim = key_dim
-        self.intermediate_dim = intermediate_dim
-        # Not the router itself: Keras would take it for a part of the model.
-        self.router_config = serialized(router)
-        self.num_experts = num_experts
-        self.expert_dim = expert_dim
-        self.sparse_blocks = sparse_blocks
-        self.group = group
-        self.activation = activation
-        self.gated = gated
-        self.gated_experts = gated if gated_experts is None else gated_experts
-        self.positions = positions
-        self.num_key_value_heads = num_key_value_heads or num_heads
-        self.max_wavelength = max_wavelength
-        self.normalize_queries = normalize_queries
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
-        self.tie_embeddings = tie_embeddings
-        self.scale_outputs = tie_embeddings if scale_outputs is None else scale_outputs
-        self.dropout = dropout
-        self.expert_dropout = expert_dropout
-        self.expert_init_scale = expert_init_scale
-        self.epsilon = epsilon
+        self.keep(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+            router=router,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            sparse_blocks=sparse_blocks,
+            group=group,
+            activation=activation,
+            gated=gated,
+            gated_experts=gated if gated_experts is None else gated_experts,
+            positions=positions,
+            num_key_value_heads=num_key_value_heads or num_heads,
+            max_wavelength=max_wavelength,
+            normalize_queries=normalize_queries,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+            tie_embeddings=tie_embeddings,
+            scale_outputs=tie_embeddings if scale_outputs is None else scale_outputs,
+            dropout=dropout,
+            expert_dropout=expert_dropout,
+            expert_init_scale=expert_init_scale,
+            epsilon=epsilon,
+        )
 
     def empty_cache(self, batch, length):
         """The cache before the first token, for `length` tokens: a tuple of tensors."""
@@ -276,25 +277,6 @@ class DecoderBackbone(keras_hub.models.Backbone):
         if self.scale_outputs:
             outputs = outputs * self.hidden_dim**-0.5
         return self.token_embedding(outputs, reverse=True)
-
-    def get_config(self):
-        names = (
-            "vocabulary_size num_layers num_heads hidden_dim key_dim intermediate_dim num_experts "
-            "expert_dim sparse_blocks group gated gated_experts positions num_key_value_heads "
-            "max_wavelength normalize_queries num_buckets max_distance tie_embeddings "
-            "scale_outputs dropout expert_dropout expert_init_scale epsilon"
-        )
-        return {
-            **super().get_config(),
-            **{name: getattr(self, name) for name in names.split()},
-            "activation": keras.activations.serialize(keras.activations.get(self.activation)),
-            "router": self.router_config,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        router = config["router"] and keras.saving.deserialize_keras_object(config["router"])
-        return super().from_config({**config, "router": router})
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -5,6 +5,7 @@ that is handed over (none, `SwitchRouter`, `ExpertChoiceRouter`, `HashRouter`, o
 `keras_moe`).
 """
 
+import functools
 import reprlib
 
 import keras
@@ -20,12 +21,12 @@ from zoo.layers import (
     SwitchAttention,
     TransformerBlock,
 )
-from zoo.models.blocks import feed_forward, mixture, serialized, sparse_numbers
+from zoo.models.blocks import Configured, feed_forward, mixture, sparse_numbers
 from zoo.tokenizer import ZooTokenizer
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class EncoderBackbone(keras_hub.models.Backbone):
+class EncoderBackbone(Configured, keras_hub.models.Backbone):
     """A Transformer encoder with mixtures of experts in some blocks.
 
     Inputs are a dictionary of `token_ids` and `padding_mask`, both `[batch, length]`; the output is
@@ -116,22 +117,25 @@ class EncoderBackbone(keras_hub.models.Backbone):
                 num_heads, key_dim, query, key_value, dropout, dtype=dtype, name="attention"
             )
 
+        feed = functools.partial(
+            feed_forward,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            intermediate_dim=intermediate_dim,
+            activation=activation,
+            dropout=dropout,
+            expert_dropout=expert_dropout,
+            expert_init_scale=expert_init_scale,
+            dtype=dtype,
+        )
         blocks = [
             TransformerBlock(
                 attention(number),
-                feed_forward(
+                feed(
                     router if number in sparse_blocks else None,
-                    num_experts,
-                    expert_dim,
-                    intermediate_dim,
-                    group,
-                    activation,
-                    gated,
-                    dropout,
-                    expert_dropout,
-                    expert_init_scale,
-                    dtype,
-                    f"moe_{number}",
+                    group=group,
+                    gated=gated,
+                    name=f"moe_{number}",
                 ),
                 dropout,
                 dtype=dtype,
@@ -159,56 +163,36 @@ class EncoderBackbone(keras_hub.models.Backbone):
             trainable=trainable,
         )
 
-        # === Config ===
         self.token_embedding = token_embedding
-        self.vocabulary_size = vocabulary_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.hidden_dim = hidden_dim
-        self.key_dim = key_dim
-        self.intermediate_dim = intermediate_dim
-        # Not the router itself: Keras would take it for a part of the model.
-        self.router_config = serialized(router)
-        self.num_experts = num_experts
-        self.expert_dim = expert_dim
-        self.attention_experts = attention_experts
-        self.sparse_blocks = sparse_blocks
-        self.group = group
-        self.activation = activation
-        self.gated = gated
-        self.dropout = dropout
-        self.expert_dropout = expert_dropout
-        self.expert_init_scale = expert_init_scale
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "hidden_dim": self.hidden_dim,
-            "key_dim": self.key_dim,
-            "intermediate_dim": self.intermediate_dim,
-            "router": self.router_config,
-            "num_experts": self.num_experts,
-            "expert_dim": self.expert_dim,
-            "attention_experts": self.attention_experts,
-            "sparse_blocks": self.sparse_blocks,
-            "group": self.group,
-            "activation": self.activation,
-            "gated": self.gated,
-            "dropout": self.dropout,
-            "expert_dropout": self.expert_dropout,
-            "expert_init_scale": self.expert_init_scale,
-        }
+        # === Config ===
+        self.keep(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+            router=router,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            attention_experts=attention_experts,
+            sparse_blocks=sparse_blocks,
+            group=group,
+            activation=activation,
+            gated=gated,
+            dropout=dropout,
+            expert_dropout=expert_dropout,
+            expert_init_scale=expert_init_scale,
+        )
 
     @classmethod
     def from_config(cls, config):
-        router = config["router"] and keras.saving.deserialize_keras_object(config["router"])
-        config = {**config, "router": router}
         if "sparse_step" in config:  # of earlier versions
-            step = config.pop("sparse_step")
-            config["sparse_blocks"] = tuple(range(step, config["num_layers"] + 1, step))
+            step = config["sparse_step"]
+            blocks = tuple(range(step, config["num_layers"] + 1, step))
+            config = {**config, "sparse_blocks": blocks}
+            del config["sparse_step"]
         return super().from_config(config)
 
 

@@ -11,13 +11,13 @@ from keras import ops
 
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock, causal_mask
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
-from zoo.models.blocks import feed_forward, serialized, sparse_numbers
+from zoo.models.blocks import Configured, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class EncoderDecoderBackbone(keras_hub.models.Backbone):
+class EncoderDecoderBackbone(Configured, keras_hub.models.Backbone):
     """A Transformer with an encoder and a decoder, both with mixtures of experts in some blocks.
 
     Inputs are a dictionary of `encoder_token_ids`, `encoder_padding_mask`, `decoder_token_ids` and
@@ -124,17 +124,17 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         def feed(side, number):
             return feed_forward(
                 routers[side] if number in sparse[side] else None,
-                num_experts,
-                expert_dim,
-                intermediate_dim,
-                group if side == "encoder" else "sequence",
-                activation,
-                gated,
-                dropout,
-                expert_dropout,
-                expert_init_scale,
-                dtype,
-                f"{side}_moe_{number}",
+                num_experts=num_experts,
+                expert_dim=expert_dim,
+                intermediate_dim=intermediate_dim,
+                group=group if side == "encoder" else "sequence",
+                activation=activation,
+                gated=gated,
+                dropout=dropout,
+                expert_dropout=expert_dropout,
+                expert_init_scale=expert_init_scale,
+                dtype=dtype,
+                name=f"{side}_moe_{number}",
             )
 
         def blocks(side, make):
@@ -229,31 +229,32 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         self.encoder_output_norm, self.decoder_output_norm = encoder_last[0], decoder_last[0]
 
         # === Config ===
-        self.vocabulary_size = vocabulary_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.hidden_dim = hidden_dim
-        self.key_dim = key_dim
-        self.intermediate_dim = intermediate_dim
-        self.num_decoder_layers = num_decoder_layers
-        # Not the routers themselves: Keras would take them for parts of the model.
-        self.router_config = serialized(router)
-        self.decoder_router_config = serialized(decoder_router)
-        self.num_experts = num_experts
-        self.expert_dim = expert_dim
-        self.sparse_blocks = sparse["encoder"]
-        self.decoder_sparse_blocks = sparse["decoder"]
-        self.group = group
-        self.activation = activation
-        self.gated = gated
-        self.tie_embeddings = tie_embeddings
-        self.scale_outputs = tie_embeddings if scale_outputs is None else scale_outputs
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
-        self.dropout = dropout
-        self.expert_dropout = expert_dropout
-        self.expert_init_scale = expert_init_scale
-        self.epsilon = epsilon
+        self.keep(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+            num_decoder_layers=num_decoder_layers,
+            router=router,
+            decoder_router=decoder_router,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            sparse_blocks=sparse["encoder"],
+            decoder_sparse_blocks=sparse["decoder"],
+            group=group,
+            activation=activation,
+            gated=gated,
+            tie_embeddings=tie_embeddings,
+            scale_outputs=tie_embeddings if scale_outputs is None else scale_outputs,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+            dropout=dropout,
+            expert_dropout=expert_dropout,
+            expert_init_scale=expert_init_scale,
+            epsilon=epsilon,
+        )
 
     def encode(self, token_ids, padding_mask):
         """The encoder's outputs in inference, `[batch, length, hidden_dim]`."""
@@ -307,29 +308,6 @@ class EncoderDecoderBackbone(keras_hub.models.Backbone):
         if self.scale_outputs:
             outputs = outputs * self.hidden_dim**-0.5
         return self.token_embedding(outputs, reverse=True)
-
-    def get_config(self):
-        names = (
-            "vocabulary_size num_layers num_heads hidden_dim key_dim intermediate_dim "
-            "num_decoder_layers num_experts expert_dim sparse_blocks decoder_sparse_blocks group "
-            "gated tie_embeddings scale_outputs num_buckets max_distance dropout expert_dropout "
-            "expert_init_scale epsilon"
-        )
-        return {
-            **super().get_config(),
-            **{name: getattr(self, name) for name in names.split()},
-            "activation": keras.activations.serialize(keras.activations.get(self.activation)),
-            "router": self.router_config,
-            "decoder_router": self.decoder_router_config,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        routers = {
-            name: config[name] and keras.saving.deserialize_keras_object(config[name])
-            for name in ("router", "decoder_router")
-        }
-        return super().from_config({**config, **routers})
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from keras_moe import MixtureOfExperts
+from zoo.layers import RelativePositionBias
 
 
 class Figures(NamedTuple):
@@ -42,9 +43,10 @@ def figures(backbone):
             share = layer.router.experts_per_token / layer.router.num_experts
             idle += round(experts * (1 - share))
     active = parameters - idle
-    not_multiplied = sum(
-        _size(v) for v in weights if len(v.shape) == 1 or "position_bias" in v.path
-    )
+    not_multiplied = sum(_size(v) for v in weights if len(v.shape) == 1)
+    for layer in layers:
+        if isinstance(layer, RelativePositionBias):  # a table, which is looked up
+            not_multiplied += _size(layer.embedding)
     embedding = backbone.token_embedding
     if not getattr(embedding, "tie_weights", False):  # a tied table makes the logits
         not_multiplied += _size(embedding.embeddings)

@@ -13,11 +13,11 @@ from keras import ops
 from keras_moe import (
     FeedForwardExperts,
     HierarchicalRouter,
-    MixtureOfExperts,
     NoisyTopKRouter,
 )
 from keras_moe.ops import put_rows
 from zoo.layers import Dropout
+from zoo.models.blocks import Configured, mixture
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
@@ -79,7 +79,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
-class LstmBackbone(keras_hub.models.Backbone):
+class LstmBackbone(Configured, keras_hub.models.Backbone):
     """LSTMs, mixtures of experts and dense layers, one upon the other, all of one width.
 
     Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538), appendix C.1: the embedding's output
@@ -156,8 +156,7 @@ class LstmBackbone(keras_hub.models.Backbone):
 
         def moe(name):
             experts = FeedForwardExperts(num_experts, expert_dim, dtype=dtype, name="experts")
-            copy = type(router).from_config({**router.get_config(), "name": "router"})
-            return MixtureOfExperts(experts, copy, group, dtype=dtype, name=name)
+            return mixture(experts, router, group, dtype, name)
 
         def dense(name):
             layers = [
@@ -199,16 +198,18 @@ class LstmBackbone(keras_hub.models.Backbone):
         )
 
         # === Config ===
-        self.vocabulary_size = vocabulary_size
-        self.hidden_dim = hidden_dim
-        self.lstm_dim = lstm_dim
-        # Not the router itself: Keras would take it for a part of the model.
-        self.router_config = router and keras.saving.serialize_keras_object(router)
-        self.num_experts = num_experts
-        self.expert_dim = expert_dim
-        self.dense_dims = tuple(dense_dims)
-        self.group = group
-        self.dropout = dropout
+        self.keep(
+            vocabulary_size=vocabulary_size,
+            hidden_dim=hidden_dim,
+            stack=tuple(stack),
+            lstm_dim=lstm_dim,
+            router=router,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            dense_dims=tuple(dense_dims),
+            group=group,
+            dropout=dropout,
+        )
 
     def call_with_state(self, token_ids, state=None, mask=None):
         """Goes on from where the LSTMs stand.
@@ -248,26 +249,6 @@ class LstmBackbone(keras_hub.models.Backbone):
                 y_BLD = ops.sigmoid(y_BLD)
             x_BLD = x_BLD + dropout(y_BLD)
         return x_BLD, new_states
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "hidden_dim": self.hidden_dim,
-            "stack": self.stack,
-            "lstm_dim": self.lstm_dim,
-            "router": self.router_config,
-            "num_experts": self.num_experts,
-            "expert_dim": self.expert_dim,
-            "dense_dims": self.dense_dims,
-            "group": self.group,
-            "dropout": self.dropout,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        router = config["router"] and keras.saving.deserialize_keras_object(config["router"])
-        return super().from_config({**config, "router": router})
 
 
 @keras.saving.register_keras_serializable(package="zoo")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from zoo.extras import quiet_datasets, require
 from zoo.tasks import acceptability
-from zoo.tasks.extras import quiet_datasets, require
 from zoo.tasks.task import get
 
 _GLUE_HOST = "dl.fbaipublicfiles.com"

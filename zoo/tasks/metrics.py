@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from zoo.tasks.extras import require
+from zoo.extras import require
 from zoo.tasks.task import get
 
 

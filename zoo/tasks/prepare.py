@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from zoo.extras import quiet_datasets, require
 from zoo.tasks import raw
-from zoo.tasks.extras import quiet_datasets, require
 from zoo.tasks.task import TASKS, get
 
 

@@ -166,7 +166,9 @@ def test_config_and_keras_file_round_trip(kind, tmp_path):
         expert_dropout=0.3,
         expert_init_scale=0.5,
     )
-    assert zoo.EncoderBackbone.from_config(model.get_config()).get_config() == model.get_config()
+    copy = zoo.EncoderBackbone.from_config(model.get_config())
+    assert copy.get_config() == model.get_config()
+    assert copy.activation is model.activation is keras.activations.gelu
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from zoo.extras import quiet_datasets, require
 from zoo.tasks import evaluate, load, prepare
-from zoo.tasks.extras import quiet_datasets, require
 
 
 @pytest.fixture
