@@ -42,7 +42,6 @@ STUDIES = {
     "dropout": {
         "dropout 0.1": {**SMALL, "dropout": 0.1, "expert_dropout": 0.1},
         "dropout 0": SMALL,
-        "dropout 0.2": {**SMALL, "dropout": 0.2, "expert_dropout": 0.2},
         "dropout 0.3": {**SMALL, "dropout": 0.3, "expert_dropout": 0.3},
         "dropout 0.1, experts 0.4": {**SMALL, "dropout": 0.1, "expert_dropout": 0.4},
     },

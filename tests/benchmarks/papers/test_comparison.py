@@ -1,5 +1,6 @@
 """The byte model and its comparisons, on a small text of two words."""
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.papers import (
     experts_switch,
     switch_ablations,
 )
-from benchmarks.papers.runs import Runs
+from benchmarks.papers.runs import RESULTS, Runs
 
 FIGURES = {"step_flops": 2.0, "step_seconds": 0.5, "parameters": 1000, "routing": {}}
 
@@ -191,6 +192,43 @@ def test_quick(experiment, train, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(byte_model, "train", fail)
     experiment.main(arguments)
     assert capsys.readouterr().out == first and figure.stat().st_size > 0
+
+
+PAGE = Path(comparison.__file__).with_name("README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "base", "shares", "own"),
+    [
+        (balancing_2017, "importance 0.1, load 0.1", (), [balancing_2017.table]),
+        (capacity_2017, "dense", ("experts_switch",), []),
+        (experts_switch, "dense", (), []),
+        (
+            expert_choice_2022,
+            "top-2",
+            (),
+            [expert_choice_2022.table, expert_choice_2022.table_of_sizes],
+        ),
+        (switch_ablations, None, (), []),
+    ],
+    ids=["balancing", "capacity", "experts", "expert choice", "ablations"],
+)
+def test_the_page_has_the_tables_of_the_kept_runs(experiment, base, shares, own):
+    name = experiment.__name__.rpartition(".")[2]
+    runs = Runs(RESULTS / f"{name}.jsonl", [RESULTS / f"{other}.jsonl" for other in shares])
+    if name == "switch_ablations":
+        full = argparse.Namespace(quick=False)
+        studies = [
+            (each, experiment.protocol_of(study, full), next(iter(each)))
+            for study, each in experiment.STUDIES.items()
+        ]
+    else:
+        studies = [(experiment.CONTESTANTS, getattr(experiment, "FULL", comparison.FULL), base)]
+    for contestants, protocol, base in studies:
+        results = comparison.compare(runs, None, contestants, protocol)
+        assert comparison.table(results, base) in PAGE
+        assert comparison.tuning_table(runs, None, contestants, protocol) in PAGE
+        assert all(table(results) in PAGE for table in own)
 
 
 def test_seconds_of_steps(text, tmp_path, monkeypatch):
