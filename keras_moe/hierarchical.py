@@ -201,6 +201,9 @@ class HierarchicalRouter(NoisyTopKRouter):
             secondary=SecondaryGates(logits_GSKB, clean_GSKB, scale_GSKB, weight_GSN),
         )
 
+    def capacity_of(self, tokens):
+        return self._capacity(tokens, self.k * self.secondary_k, training=False)[0]
+
     def _scores_of_groups(self, x_GSD, group_GSK):
         """A function of a kernel `[A, dim, B]`: tokens times those of their chosen groups."""
         groups, tokens, k = ops.shape(group_GSK)

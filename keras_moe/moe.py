@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.routing import Router
+from keras_moe.routing.base import dropping_nothing
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -173,6 +174,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
         For calls that are no step of training or evaluation: a text that is written token by token
         has no balancing loss and does not count in the statistics. And for a look at the routing.
+        With `training` the router still learns what it learns from a call: thresholds and biases.
 
         Args:
             inputs: as in a call.
@@ -190,7 +192,7 @@ class MixtureOfExperts(keras.layers.Layer):
         compact = getattr(self.experts, "compact", False)
         ids = self._split_ids(inputs, token_ids)
         drops = drops or getattr(self.experts, "implementation", None) == "batched"
-        with contextlib.nullcontext() if drops else self.router.dropping_nothing():
+        with contextlib.nullcontext() if drops else dropping_nothing():
             routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
         slots_RCD = dispatch(x_GSD, routing)
         slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)

@@ -86,16 +86,14 @@ def _fetched(address, repository, revision, weights):
     blobs, unchecked = cache / "blobs", cache / "unchecked"
     is_known = not unchecked.exists() and blobs.is_dir()
     known = {blob.name for blob in blobs.iterdir()} if is_known else set()
+    cache.mkdir(parents=True, exist_ok=True)
+    unchecked.touch()  # and if nobody comes to take it away, the next one checks everything
     try:
         folder = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
             allow_patterns=[*SMALL, *(first if weights else ())],
         )
-    except KeyboardInterrupt:  # whoever stops does not wait for a check, which the next one makes
-        if cache.is_dir():
-            unchecked.touch()
-        raise
     except Exception:
         _check(address, cache / "snapshots" / info.sha, known)
         raise

@@ -366,7 +366,7 @@ class TransformerBlock(keras.layers.Layer):
     Call arguments:
         inputs: `[batch, length, dim]` tensor.
         position_bias, padding_mask, training, token_ids: as `SelfAttention`.
-        counts: whether a mixture keeps losses and statistics of the call.
+        counts: whether a feed-forward mixture keeps losses and statistics of the call.
 
     Returns:
         `[batch, length, dim]` tensor.
@@ -439,8 +439,8 @@ def call_mixture(
 ):
     """The outputs of a `MixtureOfExperts`, which gets `token_ids` if its router hashes them.
 
-    Without `counts` it keeps neither losses nor statistics of the call; then `drops` says whether
-    its router has a capacity.
+    Without `counts` it keeps neither losses nor statistics of the call; only then may its router
+    be without its capacity, without `drops`.
     """
     options = {"mask": padding_mask, "training": training}
     if mixture.router.needs_token_ids:

@@ -122,7 +122,7 @@ def table(results, base):
     header = ["", "parameters", "FLOPs", "rate", "nats/byte", "perplexity"]
     header += ["steps", "FLOPs", "seconds"]
     header += ["dropped", "max/mean load"]
-    of_all = "routing_of_all" in next(iter(results.values()))[0]
+    of_all = all("routing_of_all" in r for of_seeds in results.values() for r in of_seeds)
     header += ["dropped, all steps"] if of_all else []
     rows = []
     for name, of_seeds in results.items():

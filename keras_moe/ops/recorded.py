@@ -10,11 +10,12 @@ def recorded(function):
     and JAX compile what calls the function, and get it as it is.
 
     For inference: what it returns is of PyTorch's inference mode. And for functions that do the
-    same whatever the tensors hold; one that looks at them on the way is called as it is. A variable
-    that the function uses may get other values, but must stay the same object.
+    same whatever the tensors hold, and change nothing; one that looks at a tensor's numbers on the
+    way is called as it is. A variable that the function uses may get other values, but must stay
+    the same object; other settings that it reads are those of the first call.
 
     Args:
-        function: of tensors and tuples of tensors, to the same.
+        function: of tensors and tuples of tensors, nested the same at every call, to the same.
 
     Returns:
         The function, recorded anew for every combination of shapes, dtypes and devices.

@@ -1,16 +1,22 @@
 """What `recorded` is on PyTorch: the operations of a function as a graph, run one after another."""
 
+import threading
+
 import torch
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+TRACING = "value out of a tracing tensor"  # what PyTorch says where its C++ looks
 LOOKS = "A function that looks at what a tensor holds cannot be recorded"
 LOOKS_AT = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 LOOKS_AT |= {getattr(torch.Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index")}
 aten = torch.ops.aten
 CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
+
+
+RECORDING = threading.RLock()  # PyTorch has one stack of its modes for all threads
 
 
 class Recorded:
@@ -23,8 +29,9 @@ class Recorded:
     def __call__(self, *arguments):
         leaves = tree_leaves(arguments)
         kind = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-        if kind not in self.recordings:
-            self.recordings[kind] = self._record(arguments)
+        with RECORDING:
+            if kind not in self.recordings:
+                self.recordings[kind] = self._record(arguments)
         with torch.inference_mode():
             return self.recordings[kind](*arguments)
 
@@ -36,8 +43,10 @@ class Recorded:
         try:
             recording = make_fx(function, pre_dispatch=True)(*arguments)
         except RuntimeError as error:  # not of a class of its own: Keras makes a new one of it
-            if LOOKS not in str(error):
+            if LOOKS not in str(error) and TRACING not in str(error):
                 raise
+            return self.function
+        if any(_has_a_shape_of_its_own(node) for node in recording.graph.nodes):
             return self.function
         return _simplified(recording)
 
@@ -51,6 +60,22 @@ class _NoLook(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _has_a_shape_of_its_own(node):
+    """Whether the shape of what a node returns depends on numbers; Python may have gone by it."""
+    if not isinstance(node.target, OpOverload) or (
+        torch.Tag.dynamic_output_shape not in node.target.tags
+    ):
+        return False
+    # Of what is done here only `take_rows` asks where numbers are, to fill rows there.
+    columns = list(node.users)
+    users = [user.target for column in columns for user in column.users]
+    return not (
+        node.target is aten.nonzero.default
+        and all(column.target is aten.select.int for column in columns)
+        and all(user is aten.index_fill_.int_Scalar for user in users)
+    )
+
+
 def _simplified(recording):
     """Without conversions to what a tensor is already, and what is always the same made once."""
     constants, changed = {}, _changed_in_place(recording.graph)
@@ -61,7 +86,7 @@ def _simplified(recording):
                 constants[node] = value
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
-        if node.target in CONVERSIONS and _is_alike(recording, node, node.args[0]):
+        if _changes_nothing(recording, node):
             node.replace_all_uses_with(node.args[0])
         elif node not in changed and _is_constant(node, constants):
             of_value = torch.fx.node.map_arg((node.args, node.kwargs), constants.get)
@@ -102,11 +127,14 @@ def _is_constant(node, constants):
     )
 
 
-def _is_alike(recording, node, other):
-    """Whether two nodes are of one dtype and device."""
+def _changes_nothing(recording, node):
+    """Whether a node is a conversion to the dtype and device that its tensor has, and no copy."""
+    options = {"copy", "memory_format"} & set(node.kwargs)
+    if node.target not in CONVERSIONS or options or len(node.args) > 3:
+        return False
     values = [
         getattr(recording, each.target) if each.op == "get_attr" else each.meta.get("val")
-        for each in (node, other)
+        for each in (node, node.args[0])
     ]
     tensors = all(isinstance(value, torch.Tensor) for value in values)
     return tensors and values[0].dtype == values[1].dtype and values[0].device == values[1].device

@@ -6,6 +6,7 @@ selective precision of Switch Transformers (https://arxiv.org/abs/2101.03961), s
 """
 
 import contextlib
+import contextvars
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -30,6 +31,24 @@ class Routing(NamedTuple):
     clean_logits: Any = None  # [G, S, E] float32, the logits without noise; None: there is no noise
     noise_scale: Any = None  # [G, S, E] float32, the noise's standard deviation; None: not needed
     secondary: Any = None  # the second level of a hierarchical gate; see `hierarchical.py`
+
+
+_drops = contextvars.ContextVar("drops", default=True)
+
+
+@contextlib.contextmanager
+def dropping_nothing():
+    """Within, tokens that choose their experts are all seated in inference."""
+    token = _drops.set(False)
+    try:
+        yield
+    finally:
+        _drops.reset(token)
+
+
+def eval_drops():
+    """Whether routers have their capacity in inference: not within `dropping_nothing`."""
+    return _drops.get()
 
 
 def seat_choices(
@@ -220,14 +239,9 @@ class Router(keras.layers.Layer):
         """Whether row `e` of the slots is expert `e`'s, in training and in inference."""
         return True
 
-    @contextlib.contextmanager
-    def dropping_nothing(self):
-        """Within, tokens that choose their experts are all seated in inference."""
-        before, self.eval_capacity_factor = self.eval_capacity_factor, None
-        try:
-            yield
-        finally:
-            self.eval_capacity_factor = before
+    def capacity_of(self, tokens):
+        """Slots per expert in inference, for a group of so many tokens; `None`: no limit."""
+        return None
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Plain: in a `keras.RematScope` a router has little to compute again, and its noise."""

@@ -134,6 +134,12 @@ class ExpertChoiceRouter(Router):
     def one_row_per_expert(self):
         return self.inference != "threshold"
 
+    def capacity_of(self, tokens):
+        if self.inference == "threshold":
+            return None
+        factor = self.eval_capacity_factor or self.capacity_factor
+        return slots.capacity(tokens, self.num_experts, factor)
+
     def call(self, inputs, mask=None, training=False, compact=False):
         logits_GSE, probabilities_GSE = self.score(inputs, mask, training)
         if self.inference == "threshold" and not training:

@@ -10,6 +10,7 @@ from keras_moe.ops import dropout, top_k, uniform
 from keras_moe.routing.base import (
     Router,
     Routing,
+    eval_drops,
     layer_options,
     not_negative,
     positive_integer,
@@ -168,12 +169,17 @@ class TopKRouter(Router):
     def _capacity(self, tokens, k, training):
         """Slots per expert and group, and how many slots there are at least per choice."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
+        if not training and not eval_drops():
+            factor = None
         if factor is None:
             return None, 1.0
         capacity = slots.capacity(tokens, self.num_experts, factor, k, minimum=self.min_capacity)
         if not isinstance(tokens, int):
             return capacity, factor
         return capacity, self.num_experts * capacity / (tokens * k)
+
+    def capacity_of(self, tokens):
+        return self._capacity(tokens, self.k, training=False)[0]
 
     def auxiliary_losses(self, routing):
         result = super().auxiliary_losses(routing)

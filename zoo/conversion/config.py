@@ -1,5 +1,7 @@
 """Entries of transformers' `config.json`, of the kind that they must be of."""
 
+import math
+
 REQUIRED = object()
 
 
@@ -21,7 +23,11 @@ def real(config, name, default=REQUIRED, positive=False):
         name,
         default,
         kind,
-        lambda value: type(value) in (int, float) and (value > 0 if positive else value >= 0),
+        lambda value: (
+            type(value) in (int, float)
+            and math.isfinite(value)
+            and (value > 0 if positive else value >= 0)
+        ),
     )
 
 

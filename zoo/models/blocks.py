@@ -11,7 +11,7 @@ class Configured:
 
     def keep(self, **arguments):
         """Keeps arguments; a router as `<name>_config`, or Keras would take it for a layer here."""
-        self._kept = tuple(arguments)
+        self._kept = (*getattr(self, "_kept", ()), *arguments)
         for name, value in arguments.items():
             if name.endswith("router"):
                 config = value and keras.saving.serialize_keras_object(value)

@@ -9,11 +9,14 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_moe import MixtureOfExperts
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock, causal_mask
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
 from zoo.models.blocks import Configured, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
+
+ENCODER_MULTIPLE = 64  # tokens; XLA compiles for every length of the encoder anew
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -389,6 +392,20 @@ class Seq2SeqLM(Writer, keras_hub.models.Seq2SeqLM):
         cache = (backbone.empty_cache(*ops.shape(token_ids)), memory, memory_mask)
         token_ids, mask = self.write(token_ids, mask, cache, read, stop_token_ids)
         return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+
+    def _trim(self, inputs):
+        mask = inputs["encoder_padding_mask"]
+        used, given = int(mask.any(axis=0).nonzero()[0].max(initial=0)) + 1, mask.shape[1]
+        kept = min(-(-used // ENCODER_MULTIPLE) * ENCODER_MULTIPLE, given)
+        routers = [
+            block.feed_forward.router
+            for block in self.backbone.encoder_blocks
+            if isinstance(block.feed_forward, MixtureOfExperts)
+        ]
+        # Padding has its share of a capacity: a text would be routed as its batch is padded.
+        if all(router.capacity_of(kept) == router.capacity_of(given) for router in routers):
+            for name in ("encoder_token_ids", "encoder_padding_mask"):
+                inputs[name] = inputs[name][:, :kept]
 
     def step(self, token_ids, cache, position):
         cache, memory, memory_mask = cache

@@ -6,8 +6,6 @@ from keras import ops
 
 from keras_moe.ops import recorded
 
-ENCODER_MULTIPLE = 64  # tokens; XLA compiles for every length anew
-
 
 class Writer:
     """Base of the language models: what writing a text means, whatever the network.
@@ -27,12 +25,14 @@ class Writer:
                 "`sampler` must return its best beam alone. Received: return_all_beams=True"
             )
         super().compile(*args, sampler=sampler, **kwargs)
+        self._recording = None
 
     def make_generate_function(self):
         function = super().make_generate_function()
 
         def generate(inputs, stop_token_ids=None):
             inputs, prompt_lengths = _checked(inputs, self.side)
+            self._trim(inputs)
 
             def of_rows(rows):
                 part = {name: ops.convert_to_tensor(x[rows]) for name, x in inputs.items()}
@@ -43,6 +43,9 @@ class Writer:
             return of_rows(slice(None))
 
         return generate
+
+    def _trim(self, inputs):
+        """Takes needless padding from the inputs, a dictionary of NumPy arrays."""
 
     def write(self, token_ids, padding_mask, cache, read, stop_token_ids=None):
         """Fills up token ids where the padding mask is 0.
@@ -65,7 +68,7 @@ class Writer:
         else:  # the first step reads the last token of a prompt, and most have but one
             hidden_states = None
             cache = ops.cond(index > 1, lambda: read(cache)[1], lambda: cache)
-        step = self._recorded_step()
+        step = self.step if self.run_eagerly else self._recorded_step()
 
         def next(prompt, cache, index):
             position = ops.cast(index - 1, "int32")
@@ -86,11 +89,11 @@ class Writer:
         return token_ids, _written(token_ids, given, stop_token_ids)
 
     def _recorded_step(self):
-        """`step`, recorded for the variables that the model has now."""
-        variables = [id(variable) for variable in self.variables]
-        if getattr(self, "_recording", (None,))[0] != variables:
-            self._recording = variables, recorded(self.step)
-        return self._recording[1]
+        """`step`, recorded for the variables that the model has now, until it is compiled anew."""
+        variables = self.variables
+        if self._recording is None or not self._recording.is_of(variables):
+            self._recording = _Recording(self.step, variables)
+        return self._recording.step
 
     def _only_pieces(self, logits):
         """Logits in which rows of the table beyond the tokenizer's pieces have no chance."""
@@ -103,7 +106,7 @@ class Writer:
 
 
 def _checked(inputs, side):
-    """Inputs of `generate` as NumPy arrays, without needless padding, and the prompts' lengths."""
+    """Inputs of `generate` as NumPy arrays, and the lengths of the prompts."""
     inputs = {name: ops.convert_to_numpy(value) for name, value in inputs.items()}
     mask = inputs[f"{side}padding_mask"].astype(bool)
     lengths = mask.sum(axis=1)
@@ -112,12 +115,20 @@ def _checked(inputs, side):
             f"`{side}padding_mask` must be 1 for one token or more and 0 for all after them, in "
             f"every row. Received: {mask.astype(int).tolist()}"
         )
-    if "encoder_padding_mask" in inputs:
-        used = int(inputs["encoder_padding_mask"].any(axis=0).nonzero()[0].max(initial=0)) + 1
-        kept = -(-used // ENCODER_MULTIPLE) * ENCODER_MULTIPLE
-        for name in ("encoder_token_ids", "encoder_padding_mask"):
-            inputs[name] = inputs[name][:, :kept]
     return inputs, lengths
+
+
+class _Recording:
+    """A recorded step and its variables, which Keras must not take for more of the model's."""
+
+    def __init__(self, step, variables):
+        self.step = recorded(step)
+        self.variables = variables
+
+    def is_of(self, variables):
+        return len(self.variables) == len(variables) and all(
+            one is other for one, other in zip(self.variables, variables, strict=True)
+        )
 
 
 def _by_length(function, lengths):

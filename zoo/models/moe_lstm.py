@@ -243,7 +243,7 @@ class LstmBackbone(Configured, keras_hub.models.Backbone):
                 y_BLD, *after = layer(x_BLD, initial_state=initial, mask=mask)
                 new_states += after
             elif kind == "moe" and states is not None:  # a text is being written
-                y_BLD = ops.sigmoid(layer.outputs_and_routing(x_BLD, mask)[0])
+                y_BLD = ops.sigmoid(layer.outputs_and_routing(x_BLD, mask, drops=False)[0])
             else:
                 y_BLD = layer(x_BLD, mask=mask) if kind == "moe" else layer(x_BLD)
                 y_BLD = ops.sigmoid(y_BLD)

@@ -1,5 +1,7 @@
 """Functions that PyTorch records; on the other backends they stay as they are."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -59,13 +61,53 @@ def test_python_runs_once_for_every_shape_and_dtype():
     assert function.calls == 3
 
 
+LOOKS = {
+    "int": lambda x: x[: int(x[0, 1])].sum(),
+    "list": lambda x: x * x.tolist()[0][0],
+    "bool": lambda x: x if x[0, 0] > 1 else -x,
+    "slice": lambda x: ops.slice(x, (0, ops.cast(x[0, 0], "int32")), (2, 1)),
+    "index": lambda x: x[:, ops.cast(x[0, 0], "int64")],
+    "equal": lambda x: x if bool((x == 1).all()) else -x,
+    "shape of a selection": lambda x: x * x[x > 1].shape[0],
+    "where": lambda x: x * ops.nonzero(x - 1)[0].shape[0],
+}
+
+
 @only_torch
-def test_what_looks_at_a_number_is_called_as_it_is():
-    function = Counted(lambda x: x[: int(x[0, 1])] + 1)
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_what_looks_at_numbers_is_called_as_it_is(look):
+    function = Counted(look)
     again = no_gradient(recorded(function))
-    for rows in (1.0, 2.0):
-        assert again(tensor(np.full((2, 3), rows, "float32"))).shape == (rows, 3)
+    for number in (1.0, 2.0):
+        x = np.full((2, 3), number, "float32")
+        np.testing.assert_array_equal(numpy(again(tensor(x))), numpy(look(tensor(x))))
     assert function.calls == 3  # the first time once more, to record it
+
+
+@only_torch
+def test_copies_stay_copies():
+    def function(x):
+        import torch
+
+        return x.to(torch.float32, copy=True).add_(1), x.float()
+
+    again, x = no_gradient(recorded(function)), tensor(X)
+    for _ in range(2):
+        more, same = again(x)
+        np.testing.assert_array_equal(numpy(more), X + 1)
+        np.testing.assert_array_equal(numpy(same), X)
+
+
+@only_torch
+def test_threads_that_record_at_once():
+    def work(number):
+        again = no_gradient(recorded(lambda x: ops.cumsum(x, axis=0) * number))
+        return [numpy(again(tensor(X[:rows]))) for rows in (1, 2)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, (one, two) in enumerate(pool.map(work, range(8))):
+            np.testing.assert_array_equal(one, X[:1] * number)
+            np.testing.assert_array_equal(two, np.cumsum(X, axis=0) * number)
 
 
 @only_torch

@@ -191,6 +191,20 @@ def test_other_weights_say_something_else_and_so_do_other_variables():
     assert (TestGenerate().generated(lm, x) != second).any()
 
 
+def test_compiling_anew_and_eagerly_forgets_what_was_recorded():
+    lm, x = model("dense"), TestGenerate().prompts()
+    first = TestGenerate().generated(lm, x)
+    lm.backbone.logits = lambda outputs: -zoo.DecoderBackbone.logits(lm.backbone, outputs)
+    assert (TestGenerate().generated(lm, x) != first).any()
+    steps = []
+    lm.step = lambda *arguments: steps.append(1) or type(lm).step(lm, *arguments)
+    lm.compile(run_eagerly=True)
+    for _ in range(2):
+        steps.clear()
+        lm.generate(x, stop_token_ids=None)
+        assert len(steps) >= 6  # every one of them
+
+
 def test_rotary_attention():
     """By hand, a query and a key at a time, rotated as complex numbers."""
     layer = RotarySelfAttention(

@@ -148,6 +148,21 @@ class TestGenerate:
         )
         assert lengths == [64, 7]
 
+    def test_padding_of_the_encoder_is_kept_where_a_capacity_depends_on_it(self, monkeypatch):
+        """Or a text would be routed as the longest of its batch is padded."""
+        lm = model(keras_moe.SwitchRouter(eval_capacity_factor=0.5, min_capacity=1))
+        x, lengths = self.prompts(), []
+        for name in ("encoder_token_ids", "encoder_padding_mask"):
+            x[name] = np.pad(x[name], ((0, 0), (0, 200)))
+        encode = lm.backbone.encode
+        monkeypatch.setattr(
+            lm.backbone,
+            "encode",
+            lambda ids, mask: lengths.append(ids.shape[1]) or encode(ids, mask),
+        )
+        self.generated(lm, x)
+        assert lengths == [207]
+
     def test_stops(self, lm):
         x = self.prompts()
         greedy = numpy(self.generated(lm, x)["decoder_token_ids"])

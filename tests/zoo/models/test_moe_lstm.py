@@ -133,6 +133,18 @@ def language_model(kind="flat", **options):
     return model
 
 
+def test_the_state_does_not_depend_on_padding():
+    """Though the capacity of the router in inference does."""
+    lm = backbone(router=keras_moe.SwitchRouter(eval_capacity_factor=0.5, min_capacity=1))
+    tokens, states = np.random.default_rng(0).integers(1, V, (2, 6)), []
+    for length in (6, 30):
+        padded = np.pad(tokens, ((0, 0), (0, length - 6)))
+        mask = np.tile(np.arange(length) < 6, (2, 1))
+        state = lm.first_state(2)
+        states.append(numpy(lm.call_with_state(padded, state, ops.convert_to_tensor(mask))[1]))
+    np.testing.assert_allclose(states[0], states[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_generates_what_the_whole_model_would(kind):
     model, x = language_model(kind), inputs((2, 4, 1))
