@@ -1,6 +1,6 @@
 """What Switch Transformers varies: capacity, initial scale, precision, expert dropout.
 
-    python -m benchmarks.papers.switch_ablations             70 minutes on 2 cores; start it twice
+    python -m benchmarks.papers.switch_ablations             90 minutes on 2 cores; start it twice
     python -m benchmarks.papers.switch_ablations --quick     2 to 3 minutes
 
 Fedus et al. 2022 (https://arxiv.org/abs/2101.03961): Table 1 (top-1 and top-2 at three capacity
