@@ -202,7 +202,8 @@ def test_compiling_anew_and_eagerly_forgets_what_was_recorded():
     for _ in range(2):
         steps.clear()
         lm.generate(x, stop_token_ids=None)
-        assert len(steps) >= 6  # every one of them
+        # Every one of them; JAX traces the loop also then.
+        assert len(steps) >= (1 if keras.backend.backend() == "jax" else 6)
 
 
 def test_rotary_attention():
