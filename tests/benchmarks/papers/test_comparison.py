@@ -182,7 +182,8 @@ def test_quick(experiment, train, text, tmp_path, monkeypatch, capsys):
     first = capsys.readouterr().out
     studies = getattr(experiment, "STUDIES", None) or {"": experiment.CONTESTANTS}
     for contestants in studies.values():
-        assert all(f"| {each} |" in first for each in contestants)
+        names = list(contestants)[: 2 if experiment is switch_ablations else None]
+        assert all(f"| {each} |" in first for each in names)
     figure = tmp_path / "results" / f"{name}.png"
     figure.unlink()
 
