@@ -111,7 +111,7 @@ def put_rows(x, rows, first, axis):
     Args:
         x: tensor.
         rows: tensor like `x`, but shorter along one axis.
-        first: integer or scalar tensor, where the first of them goes.
+        first: integer or scalar tensor, where the first of them goes; all of them must find room.
         axis: integer.
 
     Returns:

@@ -1,12 +1,14 @@
 """What some functions here are on PyTorch; imported where it is the backend.
 
-Those that look at numbers to know what to do next are operators of their own, so that PyTorch can
-record, compile and export the layers that call them.
+Those that look at numbers to know what to do next are operators of their own, so that the layers
+that call them can be recorded.
 """
 
 from collections.abc import Sequence
 
 import torch
+
+NAMESPACE = "keras_moe"  # of the operators, torch.ops.keras_moe
 
 
 class WithGradient(torch.autograd.Function):
@@ -36,7 +38,7 @@ def uniform(shape, minval, maxval, seed):
     return noise.uniform_(minval, maxval, generator=generator)
 
 
-@torch.library.custom_op("keras_moe::times_kernel", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::times_kernel", mutates_args=())
 def times_kernel(
     x_RCD: torch.Tensor,
     kernel_EDF: torch.Tensor,
@@ -65,7 +67,7 @@ def _(x_RCD, kernel_EDF, spans, transposed=False):
     return x_RCD.new_empty((*x_RCD.shape[:2], kernel_EDF.shape[1 if transposed else 2]))
 
 
-@torch.library.custom_op("keras_moe::times_rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::times_rows", mutates_args=())
 def times_rows(
     x_RCD: torch.Tensor, y_RCF: torch.Tensor, spans: Sequence[torch.Tensor]
 ) -> torch.Tensor:
