@@ -1,12 +1,14 @@
 """NumPy arrays as tensors."""
 
 import math
+import mmap
 
 import keras
 import numpy as np
 from keras import ops
 
 ALIGNMENT = 64  # bytes; JAX copies an array that begins anywhere else
+LARGE = 2**20  # bytes
 
 
 def empty(shape, dtype):
@@ -17,6 +19,11 @@ def empty(shape, dtype):
         dtype: of NumPy.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= LARGE and hasattr(mmap, "MAP_PRIVATE"):
+        # NumPy's own has huge pages, which the system fills with zeros first: that is slower than
+        # to read a file into small ones.
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, dtype).reshape(shape)
     memory = np.empty(size + ALIGNMENT, "uint8")
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)

@@ -10,7 +10,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloa
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(2, 3), (), (5, 0)])
+@pytest.mark.parametrize("shape", [(2, 3), (), (5, 0), (600, 1000)])
 def test_adopt(dtype, shape):
     array = empty(shape, dtype)
     assert array.shape == shape and array.dtype == dtype
@@ -22,9 +22,10 @@ def test_adopt(dtype, shape):
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [(30, 7), (600, 1000)])
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow copies")
-def test_memory_is_shared(dtype):
-    array = empty((30, 7), dtype)
+def test_memory_is_shared(dtype, shape):
+    array = empty(shape, dtype)
     tensor = adopt(array)
     if keras.backend.backend() == "jax":
         assert tensor.unsafe_buffer_pointer() == array.ctypes.data
