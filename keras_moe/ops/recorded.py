@@ -4,7 +4,7 @@ import keras
 
 
 def recorded(function):
-    """A function of tensors that PyTorch records when it is called first, and repeats from then on.
+    """A function of tensors that PyTorch records, and repeats from then on.
 
     Eager PyTorch spends more time between the operations of a small step than in them. TensorFlow
     and JAX compile what calls the function, and get it as it is.
@@ -18,7 +18,8 @@ def recorded(function):
         function: of tensors and tuples of tensors, nested the same at every call, to the same.
 
     Returns:
-        The function, recorded anew for every combination of shapes, dtypes and devices.
+        The function. It is recorded anew for every combination of shapes, dtypes and devices, when
+        it is called with them for the second time; the recordings used last are kept.
     """
     if keras.backend.backend() != "torch":
         return function

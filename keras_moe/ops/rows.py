@@ -109,7 +109,7 @@ def put_rows(x, rows, first, axis):
     """A tensor in which some rows are replaced by others.
 
     Args:
-        x: tensor.
+        x: tensor; where PyTorch keeps no gradients it is written into, and not to be used any more.
         rows: tensor like `x`, but shorter along one axis.
         first: integer or scalar tensor, where the first of them goes; all of them must find room.
         axis: integer.
@@ -118,8 +118,11 @@ def put_rows(x, rows, first, axis):
         Tensor like `x`.
     """
     if keras.backend.backend() == "torch":  # where Keras' own update takes a dozen operations
+        import torch
+
         place = ops.arange(rows.shape[axis], dtype="int64") + first
-        return x.index_copy(axis, place, rows)
+        is_free = x.is_contiguous() and not torch.is_grad_enabled()  # or entries may share memory
+        return (x.index_copy_ if is_free else x.index_copy)(axis, place, rows)
     start = [0] * len(x.shape)
     start[axis] = first
     return ops.slice_update(x, start, rows)

@@ -6,13 +6,14 @@ import torch
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 TRACING = "value out of a tracing tensor"  # what PyTorch says where its C++ looks
 LOOKS = "A function that looks at what a tensor holds cannot be recorded"
 LOOKS_AT = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 LOOKS_AT |= {getattr(torch.Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "index")}
 aten = torch.ops.aten
+MOST = 16  # recordings of one function
 CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 
 
@@ -28,12 +29,22 @@ class Recorded:
 
     def __call__(self, *arguments):
         leaves = tree_leaves(arguments)
-        kind = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        kind = tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)
         with RECORDING:
-            if kind not in self.recordings:
-                self.recordings[kind] = self._record(arguments)
+            run = self._of_kind(kind, arguments)
         with torch.inference_mode():
-            return self.recordings[kind](*arguments)
+            return run(*arguments)
+
+    def _of_kind(self, kind, arguments):
+        """What is run for such arguments; a recording takes longer to make than many calls do."""
+        if kind in self.recordings:
+            run = self.recordings.pop(kind) or self._record(arguments)
+            self.recordings[kind] = run  # as the one used last
+            return run
+        if len(self.recordings) == MOST:
+            del self.recordings[next(iter(self.recordings))]
+        self.recordings[kind] = None
+        return self.function
 
     def _record(self, arguments):
         def function(*arguments):
@@ -41,7 +52,9 @@ class Recorded:
                 return self.function(*arguments)
 
         try:
-            recording = make_fx(function, pre_dispatch=True)(*arguments)
+            # Of what may be written into. What is expanded, and stays so, may not.
+            copies = tree_map(lambda x: x.clone() if x.is_contiguous() else x, arguments)
+            recording = make_fx(function, pre_dispatch=True)(*copies)
         except RuntimeError as error:  # not of a class of its own: Keras makes a new one of it
             if LOOKS not in str(error) and TRACING not in str(error):
                 raise

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_moe import FeedForwardExperts, LayerExperts, MixtureOfExperts, SwitchRouter
-from keras_moe.ops import recorded
+from keras_moe.ops import put_rows, recorded
 from tests.backend import numpy
 
 X = np.arange(6, dtype="float32").reshape(2, 3)
@@ -44,7 +44,7 @@ def test_the_same_results():
         return ops.cumsum(x, axis=0) * pair[0], (ops.max(pair[1]), x.shape[0] * pair[1])
 
     again = no_gradient(recorded(function))
-    for scale in (1.0, -2.0):
+    for scale in (1.0, -2.0, 3.0):
         x, pair = tensor(scale * X), (tensor(X + scale), tensor(X[0]))
         first, (second, third) = again(x, pair)
         np.testing.assert_allclose(numpy(first), np.cumsum(scale * X, axis=0) * (X + scale))
@@ -53,12 +53,46 @@ def test_the_same_results():
 
 
 @only_torch
-def test_python_runs_once_for_every_shape_and_dtype():
+def test_python_runs_twice_for_every_shape_and_dtype():
+    """Once as it is, and once to be recorded."""
     function = Counted(lambda x: x + 1)
     again = no_gradient(recorded(function))
-    for x in (X, 2 * X, X[:1], X.astype("int32"), X[:1]):
+    for x in (X, X[:1], 2 * X, X[:1], X.astype("int32"), 3 * X, -X[:1]):
         np.testing.assert_array_equal(numpy(again(tensor(x))), x + 1)
-    assert function.calls == 3
+    assert function.calls == 5
+
+
+@only_torch
+def test_few_recordings_are_kept(monkeypatch):
+    from keras_moe.ops import torch_recording
+
+    monkeypatch.setattr(torch_recording, "MOST", 2)
+    function = Counted(lambda x: x + 1)
+    again = no_gradient(recorded(function))
+    for length, calls in ((1, 1), (1, 2), (2, 3), (1, 3), (3, 4), (1, 4), (2, 5)):
+        x = np.ones(length, "float32")
+        np.testing.assert_array_equal(numpy(again(tensor(x))), x + 1)
+        assert function.calls == calls
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_what_is_written_into(expanded):
+    """As a cache, which is given away at every call; rows that share their memory come apart."""
+
+    def function(cache, row, place):
+        cache = put_rows(cache, row, place, axis=0)
+        return ops.sum(cache, axis=0), cache
+
+    again, expected = no_gradient(recorded(function)), np.zeros((4, 3))
+    for place in range(4):
+        if expanded or place == 0:
+            expected[...] = 0
+            cache = tensor(np.zeros((1, 3), "float32"))
+            cache = ops.broadcast_to(cache, (4, 3)) if expanded else ops.tile(cache, (4, 1))
+        total, cache = again(cache, tensor(X[:1] + place), tensor(np.array(place, "int32")))
+        expected[place] = X[0] + place
+        np.testing.assert_array_equal(numpy(total), expected.sum(axis=0))
+        np.testing.assert_array_equal(numpy(cache), expected)
 
 
 LOOKS = {
@@ -78,10 +112,10 @@ LOOKS = {
 def test_what_looks_at_numbers_is_called_as_it_is(look):
     function = Counted(look)
     again = no_gradient(recorded(function))
-    for number in (1.0, 2.0):
+    for number in (1.0, 2.0, 1.0):
         x = np.full((2, 3), number, "float32")
         np.testing.assert_array_equal(numpy(again(tensor(x))), numpy(look(tensor(x))))
-    assert function.calls == 3  # the first time once more, to record it
+    assert function.calls == 4  # the second time once more, to record it
 
 
 @only_torch
@@ -92,7 +126,7 @@ def test_copies_stay_copies():
         return x.to(torch.float32, copy=True).add_(1), x.float()
 
     again, x = no_gradient(recorded(function)), tensor(X)
-    for _ in range(2):
+    for _ in range(3):
         more, same = again(x)
         np.testing.assert_array_equal(numpy(more), X + 1)
         np.testing.assert_array_equal(numpy(same), X)
@@ -102,7 +136,7 @@ def test_copies_stay_copies():
 def test_threads_that_record_at_once():
     def work(number):
         again = no_gradient(recorded(lambda x: ops.cumsum(x, axis=0) * number))
-        return [numpy(again(tensor(X[:rows]))) for rows in (1, 2)]
+        return [numpy(again(tensor(X[:rows]))) for rows in (1, 2, 1, 2, 1, 2)][-2:]
 
     with ThreadPoolExecutor(4) as pool:
         for number, (one, two) in enumerate(pool.map(work, range(8))):
@@ -122,7 +156,7 @@ def test_errors_are_not_hidden():
 def test_variables_have_the_values_of_now():
     variable = keras.Variable(X)
     again = no_gradient(recorded(lambda x: x * variable))
-    for scale in (1.0, 3.0):
+    for scale in (1.0, 3.0, 2.0):
         variable.assign(scale * X)
         np.testing.assert_array_equal(numpy(again(tensor(X))), scale * X * X)
 
