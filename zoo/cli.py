@@ -110,7 +110,7 @@ def _parser():
     add("--batch-size", type=int, default=8, metavar="N", help="texts at a time; default: 8")
     add("--sampler", choices=SAMPLERS, default="greedy", help="default: greedy")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
-    add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
+    add("--dtype", help="of the weights, e.g. bfloat16; auto: as saved; default: float32")
     command.set_defaults(run=_generate, interrupted="nothing is kept")
 
     command = commands.add_parser(
@@ -122,7 +122,7 @@ def _parser():
     add("--to", choices=("keras", "transformers"), required=True, help="the format of DST")
     add("--licence", metavar="NAME", help="for the model card; default: as presets says")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
-    add("--dtype", help="of the weights, e.g. bfloat16; default: float32")
+    add("--dtype", help="of the weights, e.g. bfloat16; auto: as saved; default: float32")
     command.set_defaults(run=_convert, interrupted="DST is not there")
 
     command = commands.add_parser("presets", help="published models that have a name here")

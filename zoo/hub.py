@@ -15,14 +15,24 @@ from zoo.extras import require
 
 CARD = "README.md"
 HASHES = "sha256.json"
-ADDRESS = re.compile(r"hf://([\w.-]+)/([\w.-]+?)(?:@([\w.-]+))?")
+# The revision is a branch, a tag, a commit or "refs/pr/1", as git has them.
+REVISION = r"\w[\w.+-]*(?:/\w[\w.+-]*)*"
+ADDRESS = re.compile(rf"hf://([\w.-]+)/([\w.-]+?)(?:@({REVISION}))?")
 # Of these the first that a model has are its weights; all else that it needs is small.
 WEIGHTS = (
     ("*.weights.h5", "model.weights.json"),
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-SMALL = ("*.json", "spiece.model", "tokenizer.model", "assets/**", "LICENSE*", CARD)
+SMALL = (
+    "*.json",
+    "spiece.model",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "assets/**",
+    "LICENSE*",
+    CARD,
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
@@ -33,7 +43,8 @@ def download(address, weights=True):
     stopped; large files are checked against their SHA-256 when they have arrived.
 
     Args:
-        address: "hf://owner/model", or "hf://owner/model@revision".
+        address: "hf://owner/model", or "hf://owner/model@revision", where the revision is a
+            branch, a tag, a commit or "refs/pr/1".
         weights: whether they are wanted, and not only the small files beside them.
 
     Returns:

@@ -41,7 +41,8 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
             classifiers only.
         load_weights: `False` leaves all weights as they are initialized.
-        dtype: dtype or dtype policy of the backbone's layers; `None` for Keras' own.
+        dtype: dtype or dtype policy of the backbone's layers; "auto" for that of the saved weights;
+            `None` for Keras' own.
 
     Returns:
         A `zoo.EncoderTextClassifier`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or `zoo.LstmCausalLM`.
@@ -64,6 +65,9 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
     if load_weights:
         _check_weights(folder, num_classes is None and task not in HEADLESS)
     check_hashes(folder, load_weights)
+    if dtype == "auto":
+        with explained(folder):
+            dtype = _saved_dtype(folder)
     options = {"load_weights": load_weights, "dtype": dtype}
     if issubclass(task, keras_hub.models.TextClassifier):
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
@@ -77,6 +81,12 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         return task.from_preset(str(folder), **options)
 
 
+def _saved_dtype(folder):
+    """The dtype policy that the backbone of a preset was saved with; `None` if it says none."""
+    config = json.loads((folder / "config.json").read_text())["config"]
+    return config["dtype"] and keras.dtype_policies.get(config["dtype"])
+
+
 def require_generation(preset):
     """Refuses a preset that generates no text from texts, without its weights.
 
@@ -85,7 +95,7 @@ def require_generation(preset):
 
     Raises:
         ValueError: if there is no such preset, it is of another kind of model, or it has no
-            tokenizer.
+            tokenizer, or one that cannot be used.
         OSError: if the hub cannot be reached and the cache does not have the preset.
         ImportError: if the hub needs a package that is missing.
     """

@@ -22,7 +22,7 @@ import transformers
 
 import zoo
 from tests.zoo.conversion.test_t5 import pickled
-from zoo.hub import WEIGHTS, _is_whole
+from zoo.hub import ADDRESS, WEIGHTS, _is_whole
 from zoo.train_tokenizer import train
 
 REPOSITORY, COMMIT = "owner/model", "c" * 40
@@ -182,7 +182,26 @@ def test_no_such_model(download):
     )
 
 
-@pytest.mark.parametrize("address", ["hf://model", "hf://a/b/c", "hf://a/b@"])
+REVISIONS = ["main", "feature/x-1", "v1.0+cpu", "c" * 40, "refs/pr/1"]
+
+
+def test_revisions(hub, download):
+    assert [ADDRESS.fullmatch(f"hf://a/b@{revision}")[3] for revision in REVISIONS] == REVISIONS
+    for revision in ("refs/pr/1", "feature/x-1"):
+        hub.asked.clear()
+        folder = download(f"hf://{REPOSITORY}@{revision}")
+        assert Path(folder, "model.safetensors").read_bytes() == BIG
+        asked = f"/api/models/{REPOSITORY}/revision/{revision.replace('/', '%2F')}"
+        assert asked in {path.partition("?")[0] for _, path in hub.asked}
+        assert download(f"hf://{REPOSITORY}@{revision}", online=False) == folder
+
+
+NO_REVISIONS = [
+    f"hf://a/b@{end}" for end in ("", "/x", "x/", "x//y", "..", "../x", "x/../y", "a b")
+]
+
+
+@pytest.mark.parametrize("address", ["hf://model", "hf://a/b/c", *NO_REVISIONS])
 def test_no_address(download, address):
     message = f"ValueError `preset` must look like 'hf://owner/model'. Received: {address!r}"
     assert download(address) == message

@@ -141,6 +141,13 @@ def test_options(preset):
     assert zoo.from_preset(preset, dtype="bfloat16").backbone.dtype_policy.name == "bfloat16"
 
 
+def test_auto_is_the_dtype_that_was_saved(preset, tmp_path):
+    zoo.from_preset(preset, dtype="bfloat16").save_to_preset(str(tmp_path))
+    for dtype, name in (("auto", "bfloat16"), (None, "float32")):
+        assert zoo.from_preset(tmp_path, dtype=dtype).backbone.dtype_policy.name == name
+    assert zoo.from_preset(preset, dtype="auto").backbone.dtype_policy.name == "float32"
+
+
 def test_an_unknown_option_is_refused(preset):
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_class'"):
         zoo.from_preset(preset, num_class=3)

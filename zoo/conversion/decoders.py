@@ -1,17 +1,22 @@
 """Mixtral and OLMoE: their settings and weights there and here."""
 
+import warnings
+
 import keras
 
 import keras_moe
 from zoo.conversion.config import choice, flag, integer, real
 from zoo.conversion.tensors import Weight
-from zoo.models.decoder import CausalLM, DecoderBackbone
+from zoo.conversion.tokenizers import TransformersTokenizer, load_tokenizer
+from zoo.models.decoder import CausalLM, CausalLMPreprocessor, DecoderBackbone
 
 FAMILIES = ("mixtral", "olmoe")
 TASK = CausalLM
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = frozenset()
 ACTIVATIONS = ("silu", "gelu", "relu")
+LENGTH = 1024  # tokens of a text, unless the model was trained on shorter ones
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 ONLY_ONE = (
     "A router that chooses one expert and normalizes its weight, to 1, is not among the zoo's: "
     "`num_experts_per_tok` must be at least 2. Received: 1"
@@ -23,6 +28,7 @@ FOREIGN = {
     "clip_qkv": (None,),
     "attention_dropout": (None, 0),
     "rope_scaling": (None,),
+    "quantization_config": (None,),
 }
 # Where the families differ: the mixture's name, and the expert's gate, input and output kernels.
 MIXTURES = {
@@ -72,7 +78,7 @@ def settings(config):
         # Here it is divided by k, and those of all blocks add up; there the blocks' tokens are
         # pooled to make one.
         load_balancing_weight=k / layers * _loss_weight(config, is_olmoe),
-        jitter=real(config, "router_jitter_noise", 0.0),
+        jitter=0.0 if is_olmoe else real(config, "router_jitter_noise", 0.0),
     )
     return {
         "vocabulary_size": integer(config, "vocab_size"),
@@ -94,6 +100,9 @@ def settings(config):
         "dropout": 0.0,
         "expert_dropout": 0.0,
         "epsilon": real(config, "rms_norm_eps", 1e-5),
+        "facts": {
+            name: config[name] for name in ("max_position_embeddings", *SPECIAL) if name in config
+        },
     }
 
 
@@ -101,26 +110,56 @@ def _loss_weight(config, is_olmoe):
     return real(config, "router_aux_loss_coef", 0.01 if is_olmoe else 0.001)
 
 
-def has_tokenizer(folder):
-    """False, see `preprocessor`."""
-    return False
+def has_tokenizer(folder, config):
+    """Whether `preprocessor` finds a tokenizer in a folder.
+
+    Raises:
+        ValueError: if there is one that cannot be used.
+    """
+    return load_tokenizer(folder, config) is not None
 
 
-def preprocessor(folder, backbone):
-    """None: these families have tokenizers of many kinds."""
-    return None
+def preprocessor(folder, config):
+    """Texts to tokens and back, if the folder has a tokenizer that can be used; else `None`.
+
+    Warns if there is one that cannot be.
+    """
+    try:
+        tokenizer = load_tokenizer(folder, config)
+    except ValueError as error:
+        warnings.warn(f"{error}; the model is loaded without it", stacklevel=3)
+        return None
+    if tokenizer is None:
+        return None
+    return CausalLMPreprocessor(
+        tokenizer,
+        min(LENGTH, integer(config, "max_position_embeddings", LENGTH)),
+        add_start_token=tokenizer.start_token is not None,
+    )
 
 
 def write_tokenizer(model, folder):
-    """Writes nothing, for the same reason."""
+    """Writes the files that the tokenizer was loaded from; another kind is left out."""
+    tokenizer = model.preprocessor.tokenizer
+    if isinstance(tokenizer, TransformersTokenizer):
+        tokenizer.save_assets(folder)
 
 
-def config(backbone):
-    """What transformers writes into `config.json` for the `CausalLM` of a backbone.
+def _special_ids(preprocessor):
+    """Ids that the tokenizer has, by their names in `config.json`."""
+    tokenizer = preprocessor and preprocessor.tokenizer
+    names = ("start_token_id", "end_token_id", "pad_token_id")
+    ids = (getattr(tokenizer, name, None) for name in names)
+    return {name: id for name, id in zip(SPECIAL, ids, strict=True) if id is not None}
+
+
+def config(model):
+    """What transformers writes into `config.json` for a `CausalLM`.
 
     Raises:
         ValueError: if the backbone has something that transformers has not.
     """
+    backbone = model.backbone
     routers = [
         block.feed_forward.router
         for block in backbone.blocks
@@ -165,7 +204,9 @@ def config(backbone):
         "rms_norm_eps": backbone.epsilon,
         "rope_parameters": {"rope_theta": backbone.max_wavelength, "rope_type": "default"},
         "tie_word_embeddings": backbone.tie_embeddings,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # not known here
+        **dict.fromkeys(SPECIAL),  # or transformers would have its own
+        **(backbone.facts or {}),
+        **_special_ids(model.preprocessor),
         "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
     }
     if olmoe:

@@ -11,22 +11,27 @@ from keras import ops
 
 from keras_moe.ops import adopt, empty
 from zoo.conversion import decoders, t5
-from zoo.conversion.tensors import Tensors, write
+from zoo.conversion.config import choice
+from zoo.conversion.tensors import DTYPES, Tensors, write
 from zoo.files import require_absent, written_whole
 from zoo.models.deferred import Deferred
 
+FLOATS = tuple(dtype for dtype in DTYPES.values() if "float" in dtype)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
 
 
 def load_transformers(folder, dtype=None, load_weights=True):
     """Loads a model from a folder that transformers wrote, one weight at a time.
 
-    T5's and the Switch models' tokenizer is loaded, too, if its `spiece.model` is there.
+    The tokenizer is loaded, too, if its files are there: `spiece.model` for T5 and the Switch
+    models, `tokenizer.json` for Mixtral and OLMoE, whose ids are then those of transformers.
 
     Args:
         folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
             file or in shards. The family is T5, T5 1.1, mT5, Switch Transformers, Mixtral or OLMoE.
-        dtype: dtype or dtype policy of the layers; `None` for Keras' own.
+        dtype: dtype or dtype policy of the layers; "auto" for the dtype that the embedding table
+            has in the files; `None` for Keras' own.
         load_weights: `False` leaves all weights as they are initialized, and needs no files of
             them.
 
@@ -49,17 +54,22 @@ def load_transformers(folder, dtype=None, load_weights=True):
     config = read_config(folder)
     family = MODULES[config["model_type"]]
     if not load_weights:
+        if dtype == "auto":
+            name = "dtype" if "dtype" in config else "torch_dtype"  # as it was called before
+            dtype = choice(config, name, FLOATS, None)
         with Deferred() as deferred:
             backbone = family.make(config, None, dtype)
-        preprocessor = family.preprocessor(folder, backbone)
+        preprocessor = family.preprocessor(folder, config)
         deferred.initialize()
         return family.TASK(backbone, preprocessor)
     with Tensors(folder) as tensors:
         _require(folder, {family.EMBEDDING}, tensors.names)
+        if dtype == "auto":
+            dtype = tensors.dtype(family.EMBEDDING).name
         with Deferred() as deferred:
             backbone = family.make(config, tensors, dtype)
         wanted = _wanted(folder, family, backbone, tensors)
-        preprocessor = family.preprocessor(folder, backbone)
+        preprocessor = family.preprocessor(folder, config)
         # Closed before the files are: its thread may be reading.
         with contextlib.closing(_values(tensors, wanted)) as values:
             deferred.initialize(values)
@@ -82,8 +92,13 @@ def _wanted(folder, family, backbone, tensors):
 
 
 def has_tokenizer(folder):
-    """Whether `load_transformers` would load a tokenizer from a folder."""
-    return MODULES[read_config(folder)["model_type"]].has_tokenizer(Path(folder))
+    """Whether `load_transformers` would load a tokenizer from a folder.
+
+    Raises:
+        ValueError: if the folder is of no family that is known, or its tokenizer cannot be used.
+    """
+    config = read_config(folder)
+    return MODULES[config["model_type"]].has_tokenizer(Path(folder), config)
 
 
 def read_config(folder):
@@ -164,9 +179,10 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
 
     Args:
         model: a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Dropout and the router's z-loss, where
-            transformers has none, and the tokenizer and special tokens of a `CausalLM` are left
-            out. The weights of its routers' losses are translated as `load_transformers` does;
-            transformers has one for encoder and decoder, and their mean is written.
+            transformers has none, are left out, and so is the tokenizer of a `CausalLM` unless it
+            was loaded from transformers' files. The weights of its routers' losses are translated
+            as `load_transformers` does; transformers has one for encoder and decoder, and their
+            mean is written.
         folder: path; it must not be there yet.
         shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 
@@ -180,9 +196,11 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
             "`model` must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. "
             f"Received: a {type(model).__name__}"
         )
-    config = family.config(model.backbone)
+    config = family.config(model)
+    special = {name: config[name] for name in SPECIAL if config.get(name) is not None}
     with written_whole(folder) as beside:
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, entries in (("config.json", config), ("generation_config.json", special)):
+            (beside / name).write_text(json.dumps(entries, indent=2) + "\n")
         if model.preprocessor is not None:
             family.write_tokenizer(model, beside)
         write(_named(family, model.backbone), beside, shard_bytes)

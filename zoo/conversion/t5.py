@@ -1,6 +1,7 @@
 """T5, T5 1.1, mT5 and Switch Transformers: their settings and weights there and here."""
 
 import math
+import warnings
 
 import keras
 
@@ -52,7 +53,14 @@ def make(config, tensors, dtype=None):
     else:
         tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
     options = {**settings(config), "tie_embeddings": tied}
-    return EncoderDecoderBackbone(**options, dtype=dtype)
+    backbone = EncoderDecoderBackbone(**options, dtype=dtype)
+    if backbone.compute_dtype == "float16":
+        warnings.warn(
+            "The published models of this family overflow in float16, where `dtype='bfloat16'` is "
+            f"as small and does not. Received: dtype={backbone.dtype_policy.name}",
+            stacklevel=3,
+        )
+    return backbone
 
 
 def settings(config):
@@ -142,22 +150,22 @@ def _has_losses(num_sparse, num_layers):
     return 0 < num_sparse < num_layers
 
 
-def has_tokenizer(folder):
+def has_tokenizer(folder, config):
     """Whether `preprocessor` finds a tokenizer in a folder."""
     return (folder / VOCABULARY).is_file()
 
 
-def preprocessor(folder, backbone):
+def preprocessor(folder, config):
     """Texts to tokens and back, if the folder has a tokenizer; `None` otherwise.
 
     Raises:
         ValueError: if the tokenizer has more pieces than the model has rows, or too few: tables are
             a little larger than vocabularies at most, 32,128 rows for 32,100 pieces.
     """
-    if not has_tokenizer(folder):
+    if not has_tokenizer(folder, config):
         return None
     tokenizer = t5_tokenizer(folder / VOCABULARY)
-    pieces, rows = tokenizer.vocabulary_size(), backbone.vocabulary_size
+    pieces, rows = tokenizer.vocabulary_size(), config["vocab_size"]
     if not 0 <= rows - pieces < ROUNDED_TO:
         raise ValueError(
             f"The checkpoint {str(folder)!r} does not fit: its tokenizer has {pieces} pieces with "
@@ -238,12 +246,13 @@ def _sparse(num_layers, num_sparse):
     return [i + 1 for i in range(num_layers) if step == 1 or i % step == 1]
 
 
-def config(backbone):
-    """What transformers writes into `config.json` for the `Seq2SeqLM` of a backbone.
+def config(model):
+    """What transformers writes into `config.json` for a `Seq2SeqLM`.
 
     Raises:
         ValueError: if the backbone has something that transformers has not.
     """
+    backbone = model.backbone
     activation = keras.activations.get(backbone.activation)
     kinds = [
         kind

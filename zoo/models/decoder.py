@@ -64,6 +64,8 @@ class DecoderBackbone(Configured, keras_hub.models.Backbone):
         expert_dropout: rate on the experts' hidden units.
         expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
         epsilon: of the RMS norms.
+        facts: entries of transformers' `config.json` by name, which change nothing here and are
+            written into it again, such as its `max_position_embeddings`.
         dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
         name: of the model.
         trainable: whether training changes the weights.
@@ -101,6 +103,7 @@ class DecoderBackbone(Configured, keras_hub.models.Backbone):
         expert_dropout=0.1,
         expert_init_scale=1.0,
         epsilon=1e-6,
+        facts=None,
         dtype=None,
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
@@ -239,6 +242,7 @@ class DecoderBackbone(Configured, keras_hub.models.Backbone):
             expert_dropout=expert_dropout,
             expert_init_scale=expert_init_scale,
             epsilon=epsilon,
+            facts=facts and dict(facts),
         )
 
     def empty_cache(self, batch, length):

@@ -203,6 +203,7 @@ class TestNotInTransformers:
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0"),
         ({"clip_qkv": 8.0}, "`clip_qkv` must be None"),
         ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling` must be None"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config` must be None"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
         ({"rope_parameters": {"type": "yarn"}}, "`rope_type` must be 'default'"),
         ({"num_experts_per_tok": 1}, "`num_experts_per_tok` must be at least 2. Received: 1"),
@@ -294,10 +295,37 @@ def test_experts_of_several_dtypes(tmp_path):
 
 def test_bfloat16_there_and_back(tmp_path):
     theirs("olmoe").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
-    save_transformers(load_transformers(tmp_path / "theirs", dtype="bfloat16"), tmp_path / "ours")
+    loaded = load_transformers(tmp_path / "theirs", dtype="auto")
+    assert loaded.backbone.blocks[0].feed_forward.experts.kernel_in.dtype == "bfloat16"
+    save_transformers(loaded, tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     ours, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
     assert set(ours) == set(expected)
     for name in ours:
         np.testing.assert_array_equal(ours[name], expected[name])
+
+
+def test_auto_is_the_dtype_of_the_files(tmp_path):
+    """And where they are not read, what the config says of them."""
+    theirs("mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text()), "dtype": None}
+    cases = ({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16")
+    for entry, expected in (*cases, ({}, keras.config.floatx())):
+        given = {name: value for name, value in config.items() if name != "dtype"} | entry
+        path.write_text(json.dumps(given))
+        assert zoo.from_preset(tmp_path, dtype="auto").compute_dtype == "float32"
+        without = zoo.from_preset(tmp_path, dtype="auto", load_weights=False)
+        assert without.compute_dtype == expected
+    path.write_text(json.dumps({**config, "dtype": "int8"}))
+    with pytest.raises(ValueError, match="`dtype` must be one of float64, .*dtype='int8'"):
+        load_transformers(tmp_path, dtype="auto", load_weights=False)
+
+
+def test_only_mixtral_has_jitter(tmp_path):
+    """transformers' OLMoE knows no such entry."""
+    for family, expected in (("mixtral", 0.1), ("olmoe", 0.0)):
+        theirs(family, router_jitter_noise=0.1).save_pretrained(tmp_path / family)
+        model = load_transformers(tmp_path / family, load_weights=False)
+        assert model.backbone.blocks[0].feed_forward.router.jitter == expected

@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -332,6 +333,17 @@ def test_the_files_are_closed_when_nobody_reads_them_any_more(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="no memory"):
         load_transformers(tmp_path)
     assert seen == [[]]
+
+
+@pytest.mark.parametrize("family", ["t5", "switch"])
+def test_float16_warns(family, tmp_path):
+    theirs(family).half().save_pretrained(tmp_path)
+    for dtype, name in (("float16", "float16"), ("mixed_float16", "mixed_float16"), ("auto", "fl")):
+        with pytest.warns(UserWarning, match=rf"`dtype='bfloat16'` is .*Received: dtype={name}"):
+            load_transformers(tmp_path, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_transformers(tmp_path, "bfloat16", load_weights=False)
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle of an old version"])

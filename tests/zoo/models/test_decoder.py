@@ -332,6 +332,7 @@ def test_every_config_key_makes_the_round_trip():
         "expert_dropout": 0.3,
         "expert_init_scale": 0.5,
         "epsilon": 1e-3,
+        "facts": {"max_position_embeddings": 30},
     }
     parameters = inspect.signature(zoo.DecoderBackbone).parameters
     assert set(changed) | {"dtype", "name", "trainable"} == set(parameters)
