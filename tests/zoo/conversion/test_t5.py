@@ -200,10 +200,11 @@ def test_trains_on_and_is_written_back(family, tmp_path):
     parts.append(loaded.backbone.token_embedding.embeddings)
     before = [numpy(v) for v in parts]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    loaded.compile(keras.optimizers.Adam(3e-3), loss=loss)
-    history = loaded.fit(INPUTS, LABELS, batch_size=2, epochs=6, verbose=0).history["loss"]
-    assert history[-1] < 0.8 * history[0]
-    total, _ = loaded.evaluate(INPUTS, LABELS, batch_size=2, verbose=0)
+    loaded.compile(keras.optimizers.Adam(1e-2), loss=loss)
+    at_first, _ = loaded.evaluate(INPUTS, LABELS, verbose=0)  # without dropout
+    loaded.fit(INPUTS, LABELS, epochs=8, verbose=0)
+    total, _ = loaded.evaluate(INPUTS, LABELS, verbose=0)
+    assert total < 0.9 * at_first
     alone = float(loss(LABELS, loaded.predict(INPUTS, verbose=0)))
     loaded(INPUTS)
     routers = float(sum(numpy(x) for x in loaded.losses))
