@@ -38,7 +38,7 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
         tokens: tokens per group, padding included; an integer, or a scalar tensor where the shape
             is not known before run time.
         num_experts: integer.
-        factor: capacity factor, a positive number.
+        factor: capacity factor, not negative; with 0 the minimum is the capacity.
         k: experts per token.
         minimum: fewest slots.
 

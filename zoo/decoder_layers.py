@@ -19,8 +19,10 @@ class CausalSelfAttention(SelfAttention):
     Args, call arguments and returns: as `SelfAttention`.
     """
 
-    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
-        heads = self.project_heads(inputs, padding_mask, training, token_ids)
+    def call(
+        self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
+    ):
+        heads = self.project_heads(inputs, padding_mask, training, token_ids, counts=counts)
         length = ops.shape(inputs)[1]
         mask = causal_mask(length, length) & ops.cast(padding_mask[:, None, None, :], "bool")
         return self.attend(*heads, mask, position_bias, training)
@@ -39,7 +41,9 @@ class CausalSelfAttention(SelfAttention):
         Returns:
             Tuple of the outputs `[batch, length, dim]` and the cache with the inputs' own.
         """
-        query, key, value = self.project_heads(inputs, None, False, token_ids, first)
+        query, key, value = self.project_heads(
+            inputs, None, False, token_ids, first, counts=False, drops=False
+        )
         new = ops.cast(ops.stack([key, value], axis=1), cache.dtype)
         cache = put_rows(cache, new, first, axis=3)
         y = self.attend(query, cache[:, 0], cache[:, 1], mask, position_bias)
@@ -119,8 +123,10 @@ class RotarySelfAttention(CausalSelfAttention):
         norm.build((None, None, heads * self.key_dim))
         return norm
 
-    def project_heads(self, inputs, padding_mask, training, token_ids, first=0):
-        query_BLD, key_BLD, value_BLD = self.project(inputs, padding_mask, training, token_ids)
+    def project_heads(self, inputs, padding_mask, training, token_ids, first=0, **of_mixture):
+        query_BLD, key_BLD, value_BLD = self.project(
+            inputs, padding_mask, training, token_ids, **of_mixture
+        )
         if self.normalize:
             query_BLD, key_BLD = self.query_norm(query_BLD), self.key_norm(key_BLD)
         query_BHLK = self._rotated(query_BLD, first) * self.key_dim**-0.5

@@ -208,24 +208,27 @@ class SelfAttention(Attention):
         padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to.
         training: boolean.
         token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
+        counts: whether mixtures keep losses and statistics of the call.
 
     Returns:
         `[batch, length, dim]` tensor.
     """
 
-    def call(self, inputs, position_bias, padding_mask, training=False, token_ids=None):
-        heads = self.project_heads(inputs, padding_mask, training, token_ids)
+    def call(
+        self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
+    ):
+        heads = self.project_heads(inputs, padding_mask, training, token_ids, counts=counts)
         return self.attend(*heads, padding_mask[:, None, None, :], position_bias, training)
 
-    def project_heads(self, inputs, padding_mask, training, token_ids, first=0):
-        """Queries, keys and values, `[batch, heads, length, key_dim]` each.
+    def project_heads(self, inputs, padding_mask, training, token_ids, first=0, **of_mixture):
+        """Queries, keys and values, `[batch, heads, length, key_dim]` each; see `call_mixture`.
 
         `first` is the position of the first of the inputs.
         """
-        projected = self.project(inputs, padding_mask, training, token_ids)
+        projected = self.project(inputs, padding_mask, training, token_ids, **of_mixture)
         return [self.heads(x_BLD) for x_BLD in projected]
 
-    def project(self, inputs, padding_mask, training, token_ids):
+    def project(self, inputs, padding_mask, training, token_ids, **of_mixture):
         """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
         return self.query(inputs), self.key(inputs), self.value(inputs)
 
@@ -261,10 +264,11 @@ class SwitchAttention(SelfAttention):
             if not mixture.built:
                 mixture.build(input_shape)
 
-    def project(self, inputs, padding_mask, training, token_ids):
+    def project(self, inputs, padding_mask, training, token_ids, **of_mixture):
         query, key_value = (
             ops.cast(
-                call_mixture(layer, inputs, padding_mask, training, token_ids), self.compute_dtype
+                call_mixture(layer, inputs, padding_mask, training, token_ids, **of_mixture),
+                self.compute_dtype,
             )
             for layer in (self.query, self.key_value)
         )
@@ -365,8 +369,8 @@ class TransformerBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: `[batch, length, dim]` tensor.
-        position_bias, padding_mask, training, token_ids: as `SelfAttention`.
-        counts: whether a feed-forward mixture keeps losses and statistics of the call.
+        position_bias, padding_mask, training, token_ids, counts: as `SelfAttention`; the last also
+            of a feed-forward mixture.
 
     Returns:
         `[batch, length, dim]` tensor.
@@ -398,7 +402,14 @@ class TransformerBlock(keras.layers.Layer):
         self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
     ):
         x = self.attention_norm(inputs)
-        x = self.attention(x, position_bias, padding_mask, training=training, token_ids=token_ids)
+        x = self.attention(
+            x,
+            position_bias,
+            padding_mask,
+            training=training,
+            token_ids=token_ids,
+            counts=counts,
+        )
         inputs = inputs + self.residual_dropout(x, training=training)
         return self.feed(inputs, padding_mask, training, token_ids, counts=counts)
 

@@ -97,10 +97,12 @@ def positive_number(name, value, optional=False):
     _check(name, value, fits, "a positive number", optional)
 
 
-def not_negative(name, value, kind=Real):
+def not_negative(name, value, kind=Real, optional=False):
     """Raises a ValueError unless `value` is a number (`Integral`: an integer) from 0 on."""
     fits = isinstance(value, kind) and value >= 0
-    _check(name, value, fits, "0 or a positive " + ("integer" if kind is Integral else "number"))
+    allowed = "0, " if optional else "0 or "
+    allowed += "a positive " + ("integer" if kind is Integral else "number")
+    _check(name, value, fits, allowed, optional)
 
 
 def _check(name, value, fits, allowed, optional=False):
@@ -157,8 +159,8 @@ class Router(keras.layers.Layer):
         super().__init__(**{"name": "router", **kwargs, "dtype": "float32"})
         if num_experts is not None:
             positive_integer("num_experts", num_experts)
-        positive_number("capacity_factor", capacity_factor, optional=True)
-        positive_number("eval_capacity_factor", eval_capacity_factor, optional=True)
+        not_negative("capacity_factor", capacity_factor, optional=True)
+        not_negative("eval_capacity_factor", eval_capacity_factor, optional=True)
         not_negative("router_z_weight", router_z_weight)
         if not 0 <= jitter < 1:
             raise ValueError(f"`jitter` must be in [0, 1). Received: jitter={jitter}")

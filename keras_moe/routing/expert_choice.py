@@ -7,7 +7,13 @@ from keras import ops
 
 from keras_moe import slots
 from keras_moe.ops import top_k
-from keras_moe.routing.base import Router, Routing, positive_integer, seat_choices
+from keras_moe.routing.base import (
+    Router,
+    Routing,
+    positive_integer,
+    positive_number,
+    seat_choices,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -81,6 +87,8 @@ class ExpertChoiceRouter(Router):
                 "`linear_programme` must come with a cap, `max_experts_per_token`. "
                 "Received: linear_programme=True, max_experts_per_token=None"
             )
+        positive_number("capacity_factor", capacity_factor, optional=True)
+        positive_number("eval_capacity_factor", eval_capacity_factor, optional=True)
         if capacity_factor is None:
             raise ValueError(
                 "`capacity_factor` of expert choice is the mean number of experts per token and "

@@ -36,7 +36,7 @@ class TopKRouter(Router):
         k: experts per token.
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
         capacity_factor: slots per expert, relative to `k * tokens / num_experts`, while training;
-            `None` drops nothing.
+            `None` drops nothing, and 0 leaves `min_capacity` slots, however many tokens there are.
         eval_capacity_factor: the same in inference. The weights do not depend on it: what was
             trained with a capacity is evaluated without drops when it is `None`, and it may be set
             on the router of a loaded model, before that first predicts.
@@ -210,7 +210,7 @@ class SwitchRouter(TopKRouter):
     Args:
         num_experts: integer; may be left to the `MixtureOfExperts` that takes the router.
         capacity_factor: slots per expert, relative to `tokens / num_experts`, while training;
-            `None` drops nothing.
+            `None` drops nothing, and 0 leaves `min_capacity` slots, however many tokens there are.
         eval_capacity_factor: the same in inference.
         min_capacity: fewest slots per expert and group.
         priority: see `TopKRouter`.

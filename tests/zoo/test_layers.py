@@ -95,6 +95,19 @@ class TestSwitchAttention:
         assert paths == [v.path for v in model.get_layer("attention").trainable_variables]
 
 
+def test_a_block_without_counts_leaves_no_trace():
+    """Neither of a mixture in its attention nor of one behind it."""
+    feed_forward = MixtureOfExperts(FeedForwardExperts(E, 4), SwitchRouter(E))
+    block = TransformerBlock(attention(), feed_forward)
+    x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")
+    bias = np.zeros((1, HEADS, L, L), "float32")
+    mixtures = (block.attention.query, block.attention.key_value, feed_forward)
+    y = numpy(block(x, bias, MASK, counts=False))
+    assert not block.losses and not any(numpy(m.statistics[1]).any() for m in mixtures)
+    np.testing.assert_array_equal(numpy(block(x, bias, MASK)), y)
+    assert len(block.losses) == 3 and all(numpy(m.statistics[1]).any() for m in mixtures)
+
+
 def test_a_block_keeps_padding_out_of_soft_moe():
     block = TransformerBlock(SelfAttention(HEADS, K), SoftMoE(FeedForwardExperts(E, 4, seed=0), 2))
     x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")

@@ -7,7 +7,7 @@ import keras
 
 import keras_moe
 from zoo.conversion.config import choice, flag, integer, real
-from zoo.conversion.tensors import Weight
+from zoo.conversion.tensors import ALIASES, Weight
 from zoo.layers import gelu_tanh
 from zoo.models.encoder_decoder import (
     EncoderDecoderBackbone,
@@ -25,11 +25,9 @@ ROUNDED_TO = 128  # the rows of T5's embedding tables
 # The embedding table again, which some versions write, and a weight that T5's cross-attention never
 # used.
 IGNORED = {
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
+    *ALIASES[EMBEDDING],
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 }
-FIXED = 1e-9  # a capacity factor that leaves the capacity to the router's `min_capacity`
 ACTIVATIONS = {
     "relu": "relu",
     "gated-relu": "relu",
@@ -47,10 +45,19 @@ def make(config, tensors, dtype=None):
     `tensors` says whether the logits have weights of their own: the config does not. T5 1.1 has
     them, but transformers 5 ties them unless the checkpoint has both, and earlier versions wrote
     both where they were tied. Without `tensors` the config is all there is to go by.
+
+    Raises:
+        ValueError: as `settings`; if the checkpoint has several embedding tables, and they differ.
     """
     if tensors is None:
         tied = flag(config, "tie_word_embeddings", True)
     else:
+        for name in ALIASES[EMBEDDING]:
+            if not tensors.are_equal_or_one(EMBEDDING, name):
+                raise ValueError(
+                    f"The checkpoint {str(tensors.folder)!r} does not fit: the encoder and the "
+                    f"decoder must share one embedding table, and {EMBEDDING!r} and {name!r} differ"
+                )
         tied = tensors.are_equal_or_one(EMBEDDING, OUTPUT)
     options = {**settings(config), "tie_embeddings": tied}
     backbone = EncoderDecoderBackbone(**options, dtype=dtype)
@@ -133,11 +140,9 @@ def _switch_router(config, num_sparse, num_layers):
     """The router of the sparse blocks of one side."""
     # Here the losses of all blocks add up, there their tokens are pooled to make one.
     blocks = num_sparse if _has_losses(num_sparse, num_layers) else math.inf
-    # A capacity in tokens per sequence, whatever their number: a share of next to nothing of them,
-    # and a minimum.
     return keras_moe.SwitchRouter(
-        capacity_factor=FIXED,
-        eval_capacity_factor=FIXED,
+        capacity_factor=0,  # but so many tokens of a sequence, whatever its length
+        eval_capacity_factor=0,
         min_capacity=integer(config, "expert_capacity", 64),
         jitter=real(config, "router_jitter_noise", 0.01),
         load_balancing_weight=real(config, "router_aux_loss_coef", 1e-3) / blocks,
@@ -215,12 +220,13 @@ def _router(mixtures):
         )
     # There the capacity is a number of tokens of a sequence, in order, in training as in inference.
     factors = (router.capacity_factor, router.eval_capacity_factor)
-    is_fixed = all(factor is not None and factor <= FIXED for factor in factors)
+    # Earlier versions wrote 1e-9 for 0.
+    is_fixed = all(factor is not None and factor <= 1e-9 for factor in factors)
     if not (is_fixed or factors == (None, None)) or router.priority != "position":
         raise ValueError(
             "transformers has a capacity in tokens per sequence, taken in order: "
-            f"`capacity_factor` and `eval_capacity_factor` must both be None, or at most {FIXED} "
-            f"beside a `min_capacity`. Received: {factors}, priority={router.priority!r}"
+            "`capacity_factor` and `eval_capacity_factor` must both be None, or 0 beside a "
+            f"`min_capacity`. Received: {factors}, priority={router.priority!r}"
         )
     if router.reroutes or any(m.group != "sequence" for m in mixtures):
         raise ValueError(

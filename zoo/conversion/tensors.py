@@ -25,6 +25,9 @@ DTYPES = {
     "I64": "int64",
     "I32": "int32",
 }
+# A weight that layers share has several names, and a file that has it once any of them: safetensors
+# itself keeps the first of the alphabet.
+ALIASES = {"shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
 
 
 class Weight(NamedTuple):
@@ -63,6 +66,12 @@ class Tensors:
         self.folder = Path(folder)
         self._open_path, self._shard = None, None
         self.shard_of = self._index()
+        self._called = {}  # there, what is missing under its own name
+        for name, others in ALIASES.items():
+            there = [other for other in others if other in self.shard_of]
+            if there and name not in self.shard_of:
+                self.shard_of[name] = self.shard_of[there[0]]
+                self._called[name] = there[0]
 
     def __enter__(self):
         return self
@@ -82,12 +91,12 @@ class Tensors:
 
     def shape(self, name):
         """Shape of a weight, as its file says."""
-        with self._turned_to_that_of(name) as shard:
+        with self._turned_to_that_of(name) as (shard, name):
             return shard.shape(name)
 
     def dtype(self, name):
         """Its dtype."""
-        with self._turned_to_that_of(name) as shard:
+        with self._turned_to_that_of(name) as (shard, name):
             kind = shard.dtype(name)
         if kind not in DTYPES.values():
             raise ValueError(
@@ -104,7 +113,7 @@ class Tensors:
         if into.dtype != dtype:
             into[...] = self.read(name)
             return into
-        with self._turned_to_that_of(name) as shard:
+        with self._turned_to_that_of(name) as (shard, name):
             shard.read(name, into)
         return into
 
@@ -142,15 +151,15 @@ class Tensors:
 
     @contextlib.contextmanager
     def _turned_to_that_of(self, name):
-        """The opened shard that has a weight."""
-        path = self.shard_of[name]
+        """The opened shard that has a weight, and what it is called there."""
+        path, name = self.shard_of[name], self._called.get(name, name)
         with self._turned_to(path) as shard:
             if name not in shard.names():
                 raise ValueError(
                     f"The checkpoint {str(self.folder)!r} does not fit or is damaged: it lacks the "
                     f"weight {name!r}, which its index places in {path.name!r}"
                 )
-            yield shard
+            yield shard, name
 
     @contextlib.contextmanager
     def _turned_to(self, path):
@@ -260,6 +269,10 @@ def write(tensors, folder, shard_bytes=5 * 2**30):
         tensors: iterable of pairs of a name and a NumPy array.
         folder: path, of a folder that is there.
         shard_bytes: a shard is closed before it would be larger.
+
+    Raises:
+        ValueError: if an array is of another dtype than those that are read, as in a model that has
+            been quantized.
     """
     save_file = require("safetensors.numpy", "hub").save_file
     folder = Path(folder)
@@ -274,6 +287,11 @@ def write(tensors, folder, shard_bytes=5 * 2**30):
         if size and size + array.nbytes > shard_bytes:
             close()
             size = 0
+        if array.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"Weight {name!r} must be of {', '.join(DTYPES.values())}. "
+                f"Received: dtype={array.dtype.name!r}"
+            )
         shard[name] = np.ascontiguousarray(array)
         size += array.nbytes
         total += array.nbytes

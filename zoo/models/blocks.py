@@ -7,7 +7,12 @@ from zoo.layers import FeedForward
 
 
 class Configured:
-    """Base of the backbones: the arguments of the constructor are their attributes and config."""
+    """Base of the backbones: the arguments of the constructor are their attributes and config.
+
+    KerasHub's `enable_lora(rank)` freezes all weights and adapts the queries and values of dense
+    attention; Keras' `quantize("int8")` makes bytes of the dense layers' kernels. Experts and
+    routers stay as they are, in both.
+    """
 
     def keep(self, **arguments):
         """Keeps arguments; a router as `<name>_config`, or Keras would take it for a layer here."""

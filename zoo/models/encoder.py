@@ -51,9 +51,12 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
             the whole batch: an encoder has no future to leak.
         activation: of the feed-forward layers.
         gated: whether their hidden units are gated, as in T5 1.1.
+        num_buckets: of the relative positions, see `zoo.layers.RelativePositionBias`.
+        max_distance: of the relative positions, in tokens.
         dropout: rate after the embedding and in and after every sub-layer.
         expert_dropout: rate on the experts' hidden units; Switch Transformers fine-tune with 0.4.
         expert_init_scale: `init_scale` of `keras_moe.FeedForwardExperts`.
+        epsilon: of the RMS norms.
         dtype: dtype or dtype policy of the layers; routers compute in float32 whatever it is.
         name: of the model.
         trainable: whether training changes the weights.
@@ -78,9 +81,12 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
         group="batch",
         activation="relu",
         gated=False,
+        num_buckets=32,
+        max_distance=128,
         dropout=0.1,
         expert_dropout=0.1,
         expert_init_scale=1.0,
+        epsilon=1e-6,
         dtype=None,
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
@@ -95,7 +101,9 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
             dtype=dtype,
             name="token_embedding",
         )
-        position_bias = RelativePositionBias(num_heads, dtype=dtype, name="position_bias")
+        position_bias = RelativePositionBias(
+            num_heads, num_buckets, max_distance, dtype=dtype, name="position_bias"
+        )
 
         def attention(number):
             if router is None or attention_experts == 0 or number not in sparse_blocks:
@@ -138,13 +146,16 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
                     name=f"moe_{number}",
                 ),
                 dropout,
+                epsilon,
                 dtype=dtype,
                 name=f"block_{number}",
             )
             for number in range(1, num_layers + 1)
         ]
         embedding_dropout = Dropout(dropout, dtype=dtype, name="embedding_dropout")
-        output_norm = keras.layers.RMSNormalization(epsilon=1e-6, dtype=dtype, name="output_norm")
+        output_norm = keras.layers.RMSNormalization(
+            epsilon=epsilon, dtype=dtype, name="output_norm"
+        )
         output_dropout = Dropout(dropout, dtype=dtype, name="output_dropout")
 
         # === Functional model ===
@@ -181,9 +192,12 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
             group=group,
             activation=activation,
             gated=gated,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
             dropout=dropout,
             expert_dropout=expert_dropout,
             expert_init_scale=expert_init_scale,
+            epsilon=epsilon,
         )
 
     @classmethod
@@ -294,6 +308,11 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
     def predict(self, x=None, *args, **kwargs):
         self._check_texts(x)
         return super().predict(x, *args, **kwargs)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """As Keras' own; by default the last layer, a few weights, stays as it is."""
+        filters = filters or (lambda layer: layer.name != "logits")
+        super().quantize(mode, config=config, filters=filters, **kwargs)
 
     def _check_texts(self, x):
         """Refuses what the preprocessor, deep in a compiled pipeline, would fail on at length."""

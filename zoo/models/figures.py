@@ -22,7 +22,8 @@ def figures(backbone):
     choice: does not see on average). A token's training costs 6 FLOPs for each weight that it is
     multiplied by, forward and backward; looking up embeddings, attention's products of tokens with
     tokens, norms and routing noise are left out. Of an encoder with a decoder, "a token" is one of
-    each.
+    each. What LoRA adds (`backbone.enable_lora`) are parameters, but no FLOPs; what is frozen or
+    quantized counts as if it were not.
 
     Args:
         backbone: a `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or `zoo.DecoderBackbone`;
@@ -32,8 +33,7 @@ def figures(backbone):
         A `Figures`: `parameters`, `active_parameters` and `training_flops_per_token`.
     """
     layers = backbone._flatten_layers()
-    # What training changes, also if it is frozen just now; not seeds, counters or thresholds.
-    weights = [v for layer in layers for v in layer._trainable_variables]
+    weights = [v for layer in layers for v in _weights(layer)]
     parameters = sum(map(_size, weights))
     idle = 0
     for layer in layers:
@@ -45,12 +45,23 @@ def figures(backbone):
     active = parameters - idle
     not_multiplied = sum(_size(v) for v in weights if len(v.shape) == 1)
     for layer in layers:
+        # Keras multiplies these with each other and adds them to the kernel, whatever the tokens.
+        lora = [v for v in layer._trainable_variables if v.name.startswith("lora_")]
+        not_multiplied += sum(map(_size, lora))
         if isinstance(layer, RelativePositionBias):  # a table, which is looked up
             not_multiplied += _size(layer.embedding)
     embedding = backbone.token_embedding
     if not getattr(embedding, "tie_weights", False):  # a tied table makes the logits
         not_multiplied += _size(embedding.embeddings)
     return Figures(parameters, active, 6 * (active - not_multiplied))
+
+
+def _weights(layer):
+    """What training changes, also if it is frozen just now; not seeds, counters or thresholds."""
+    weights = list(layer._trainable_variables)
+    if getattr(layer, "quantization_mode", None):  # which has made the weight a constant
+        weights.append(layer.embeddings if hasattr(layer, "embeddings") else layer.kernel)
+    return weights
 
 
 def _size(variable):

@@ -209,9 +209,8 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"num_experts": 0}, "`num_experts` must be a positive integer. Received: .*=0"),
-            ({"capacity_factor": 0}, "`capacity_factor` must be a positive number or None.*=0"),
             ({"capacity_factor": -1.0}, "`capacity_factor` must be .* Received: .*=-1.0"),
-            ({"eval_capacity_factor": 0.0}, "`eval_capacity_factor` must be .*=0.0"),
+            ({"eval_capacity_factor": -0.1}, "`eval_capacity_factor` must be .*=-0.1"),
             ({"jitter": 1.0}, r"`jitter` must be in \[0, 1\). Received: jitter=1.0"),
             ({"jitter": -0.1}, r"`jitter` must be in \[0, 1\). Received: jitter=-0.1"),
         ],
@@ -317,15 +316,26 @@ class TestErrors:
         ):
             LossFreeRouter(2, num_groups=4, top_groups=value)
 
+    @pytest.mark.parametrize("value", ["1.25", -0.5, float("nan")])
+    @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
+    def test_capacity_factors_are_not_negative(self, name, value):
+        given = re.escape(f"Received: {name}={value!r}")
+        with pytest.raises(
+            ValueError, match=f"`{name}` must be 0, a positive number or None. {given}"
+        ):
+            SwitchRouter(4, **{name: value})
+        for allowed in (0, np.float32(1.25)):
+            SwitchRouter(4, **{name: allowed})
+
     @pytest.mark.parametrize("value", ["1.25", 0, -0.5, float("nan")])
     @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
-    def test_capacity_factors_are_positive_numbers(self, name, value):
+    def test_capacity_factors_are_positive_where_experts_choose(self, name, value):
         given = re.escape(f"Received: {name}={value!r}")
         with pytest.raises(
             ValueError, match=f"`{name}` must be a positive number or None. {given}"
         ):
-            SwitchRouter(4, **{name: value})
-        SwitchRouter(4, **{name: np.float32(1.25)})
+            ExpertChoiceRouter(4, **{name: value})
+        ExpertChoiceRouter(4, **{name: np.float32(1.25)})
 
     @pytest.mark.parametrize("value", ["1.25", -0.5, None])
     @pytest.mark.parametrize(

@@ -73,6 +73,26 @@ class TestSwitchRouter:
         router = with_identity(SwitchRouter(3, min_capacity=5))
         assert router(logits_of(P)).token_index.shape[2] == 5
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_factor_of_0_leaves_the_minimum_whatever_the_length(self, training):
+        """As in transformers, where a capacity is so many tokens of a sequence."""
+        router = SwitchRouter(E, 0, 0, min_capacity=2, exploration="argmax")
+        layer = MixtureOfExperts(FeedForwardExperts(E, F), router, group="sequence")
+        layer.build((None, None, D))
+        weights = random_weights(layer)
+        rng = np.random.default_rng(3)
+        for length in (6, 23):
+            x = rng.normal(size=(2, length, D)).astype("float32")
+            p = oracle.softmax(x @ weights["kernel"])
+            weight, _ = oracle.token_choice(p, 1, 2)
+            assert (weight > 0).sum() < 2 * length  # some find their expert full
+            expected = oracle.mixture(
+                x, weight, lambda x_D, e: oracle.feed_forward(x_D, weights, e)
+            )
+            y = numpy(layer(ops.convert_to_tensor(x), training=training))
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        assert router.capacity_of(1000) == 2
+
 
 TIGHT = {"capacity_factor": 0.75, "eval_capacity_factor": 0.75, "min_capacity": 1}
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import keras_moe
 import zoo
+from tests.backend import numpy
 from zoo.conversion import load_transformers, save_transformers
 
 SHARED = {
@@ -150,6 +151,31 @@ def test_written_back_transformers_loads_it(pair, tmp_path):
     for ours, before in zip(back.weights, loaded.weights, strict=True):
         if ours.trainable:
             np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_trains_on_and_is_written_back(family, tmp_path):
+    model = theirs(family)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_transformers(tmp_path / "theirs")
+    parts = [v for block in loaded.backbone.blocks for v in block.feed_forward.trainable_variables]
+    assert len(parts) == 2 * 4
+    before = [numpy(v) for v in parts]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loaded.compile(keras.optimizers.Adam(3e-3), loss=loss)
+    labels = np.roll(IDS, -1, axis=1)
+    history = loaded.fit(INPUTS, labels, sample_weight=MASK, epochs=6, verbose=0).history["loss"]
+    assert history[-1] < 0.8 * history[0]
+    total, _ = loaded.evaluate(INPUTS, labels, sample_weight=MASK, verbose=0)
+    alone = float(loss(labels, loaded.predict(INPUTS, verbose=0), MASK))
+    loaded(INPUTS)
+    routers = float(sum(numpy(x) for x in loaded.losses))
+    assert routers > 1e-3 and total == pytest.approx(alone + routers, rel=1e-4)
+    for variable, old in zip(parts, before, strict=True):
+        assert (numpy(variable) != old).any()
+    save_transformers(loaded, tmp_path / "ours")
+    expected = run_theirs(type(model).from_pretrained(tmp_path / "ours").eval()).logits
+    close(loaded.predict(INPUTS, verbose=0)[VALID], expected[torch.tensor(VALID)])
 
 
 class TestNotInTransformers:

@@ -14,9 +14,11 @@ import transformers
 from keras import ops
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
+from safetensors.torch import save_model
 
 import zoo
-from keras_moe import SwitchRouter, TopKRouter
+from keras_moe import MixtureOfExperts, SwitchRouter, TopKRouter
+from tests.backend import numpy
 from zoo.conversion import load_transformers, save_transformers, tensors
 from zoo.conversion.tensors import Tensors
 from zoo.models.deferred import Deferred
@@ -186,6 +188,34 @@ def test_written_back_transformers_loads_it(pair, tmp_path):
     for ours, before in zip(back.weights, loaded.weights, strict=True):
         if ours.trainable:
             np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
+
+
+@pytest.mark.parametrize("family", ["t5", "switch"])
+def test_trains_on_and_is_written_back(family, tmp_path):
+    model = theirs(family)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_transformers(tmp_path / "theirs")
+    mixtures = [layer for layer in loaded._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+    assert len(mixtures) == (3 if family == "switch" else 0)
+    parts = [v for layer in mixtures for v in layer.trainable_variables]
+    parts.append(loaded.backbone.token_embedding.embeddings)
+    before = [numpy(v) for v in parts]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loaded.compile(keras.optimizers.Adam(1e-2), loss=loss)
+    at_first, _ = loaded.evaluate(INPUTS, LABELS, verbose=0)  # without dropout
+    loaded.fit(INPUTS, LABELS, epochs=8, verbose=0)
+    total, _ = loaded.evaluate(INPUTS, LABELS, verbose=0)
+    assert total < 0.9 * at_first
+    alone = float(loss(LABELS, loaded.predict(INPUTS, verbose=0)))
+    loaded(INPUTS)
+    routers = float(sum(numpy(x) for x in loaded.losses))
+    assert total == pytest.approx(alone + routers, rel=1e-4)
+    assert (routers > 1e-3) == bool(mixtures)
+    for variable, old in zip(parts, before, strict=True):
+        assert (numpy(variable) != old).any()
+    save_transformers(loaded, tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    close(loaded.predict(INPUTS, verbose=0), run_theirs(again).logits)
 
 
 def test_shards_and_pickles(tmp_path):
@@ -366,6 +396,45 @@ def test_bfloat16(safe, tmp_path):
     assert np.isfinite(ours.astype("float32")).all()
 
 
+TABLES = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("kept", [TABLES[1:2], TABLES[2:], TABLES[1:], TABLES])
+@pytest.mark.parametrize("family", ["t5", "t5 1.1"])
+def test_the_embedding_table_by_any_of_its_names(family, kept, tmp_path):
+    model = theirs(family)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    table = weights.pop(TABLES[0])
+    save_file(weights | {name: table.copy() for name in kept}, tmp_path / "model.safetensors")
+    loaded = load_transformers(tmp_path)
+    assert loaded.backbone.tie_embeddings == (family == "t5")
+    np.testing.assert_array_equal(numpy(loaded.backbone.token_embedding.embeddings), table)
+
+
+def test_the_embedding_table_by_the_name_that_safetensors_keeps(tmp_path):
+    model = theirs("switch")
+    model.config.save_pretrained(tmp_path)
+    save_model(model, tmp_path / "model.safetensors")
+    assert set(TABLES) & set(load_file(tmp_path / "model.safetensors")) == {TABLES[2]}
+    close(load_transformers(tmp_path).predict(INPUTS, verbose=0), run_theirs(model).logits)
+
+
+@pytest.mark.parametrize(
+    ("kept", "other"), [(TABLES, TABLES[1]), (TABLES, TABLES[2]), (TABLES[1:], TABLES[2])]
+)
+def test_embedding_tables_that_differ(kept, other, tmp_path):
+    theirs("t5").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    table = weights.pop(TABLES[0])
+    weights |= {name: table.copy() for name in kept}
+    weights[other][3, 2] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    message = f"must share one embedding table, and 'shared.weight' and '{other}' differ"
+    with pytest.raises(ValueError, match=message):
+        load_transformers(tmp_path)
+
+
 def test_a_weight_that_t5_never_used(tmp_path):
     model = theirs("t5")
     model.save_pretrained(tmp_path)
@@ -385,7 +454,7 @@ class TestNotInTransformers:
         "intermediate_dim": 4,
         "num_experts": 2,
     }
-    FIXED = {"capacity_factor": 1e-9, "eval_capacity_factor": 1e-9, "min_capacity": 8}
+    FIXED = {"capacity_factor": 0, "eval_capacity_factor": 0, "min_capacity": 8}
 
     def saved(self, path, router=None, **options):
         backbone = zoo.EncoderDecoderBackbone(**(self.TINY | {"router": router} | options))
@@ -395,7 +464,7 @@ class TestNotInTransformers:
     @pytest.mark.parametrize(
         ("router", "options", "message"),
         [
-            (SwitchRouter(), {}, "must both be None, or at most 1e-09 .* Received: .1.25, 2.0."),
+            (SwitchRouter(), {}, "must both be None, or 0 beside a .* Received: .1.25, 2.0."),
             (SwitchRouter(**FIXED, priority="probability"), {"decoder_sparse_blocks": ()}, "order"),
             (SwitchRouter(**FIXED, reroutes=1), {"decoder_sparse_blocks": ()}, "reroutes=1"),
             (SwitchRouter(**FIXED), {"group": "batch"}, "group=.'batch', 'sequence'."),
@@ -419,6 +488,13 @@ class TestNotInTransformers:
     def test_dropless_has_a_capacity_for_all(self, tmp_path):
         router = SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
         assert self.saved(tmp_path / "out", router)["expert_capacity"] >= 10**9
+
+    @pytest.mark.parametrize("factor", [0, 1e-9], ids=["0", "as earlier versions had it"])
+    def test_a_capacity_in_tokens(self, factor, tmp_path):
+        router = SwitchRouter(capacity_factor=factor, eval_capacity_factor=factor, min_capacity=7)
+        assert self.saved(tmp_path / "out", router)["expert_capacity"] == 7
+        for block in load_transformers(tmp_path / "out").backbone.encoder_blocks[1::2]:
+            assert block.feed_forward.router.capacity_of(500) == 7
 
     def test_a_router_without_sparse_blocks_is_t5(self, tmp_path):
         config = self.saved(

@@ -195,6 +195,13 @@ def test_options_reach_the_layers():
     assert moe.experts.activation is keras.activations.gelu
     assert moe.group == "batch"
     gated = encoder(gated=True)
+    norms = encoder(epsilon=0.1)
+    assert norms.get_layer("output_norm").epsilon == 0.1
+    for number in (1, 2):
+        block = norms.get_layer(f"block_{number}")
+        assert block.attention_norm.epsilon == block.feed_forward_norm.epsilon == 0.1
+    bias = encoder(num_buckets=8, max_distance=20).get_layer("position_bias")
+    assert (bias.num_buckets, bias.max_distance, bias.bidirectional) == (8, 20, True)
     for number, layer in ((1, "feed_forward"), (2, "experts")):
         block = gated.get_layer(f"block_{number}").feed_forward
         assert (block if layer == "feed_forward" else block.experts).gated
@@ -394,6 +401,9 @@ def test_sparse_blocks_are_there():
 
 def test_configs_of_earlier_versions():
     config = encoder(num_layers=4).get_config()
+    for name, default in (("epsilon", 1e-6), ("num_buckets", 32), ("max_distance", 128)):
+        assert config.pop(name) == default
+        assert zoo.EncoderBackbone.from_config(config).get_config()[name] == default
     del config["sparse_blocks"]
     for step, blocks in ((2, (2, 4)), (3, (3,))):
         earlier = {**config, "sparse_step": step}

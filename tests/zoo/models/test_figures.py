@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 import zoo
@@ -32,6 +34,28 @@ def test_figures(tiny):
     untied = zoo.dense_transformer(tiny, tie_embeddings=False)
     assert zoo.figures(untied).parameters == zoo.figures(model).parameters + table
     assert zoo.figures(untied)[2] == zoo.figures(model)[2]
+
+
+def test_lora_weights_are_parameters_and_cost_nothing(tiny):
+    """4 matrices of rank 3, beside those of the queries and the values: 16 x 3 or 3 x 16."""
+    model = zoo.switch_transformer(tiny, **ENCODER)
+    before = zoo.figures(model)
+    model.enable_lora(3)
+    after, added = zoo.figures(model), 2 * 4 * 16 * 3
+    assert (after.parameters, after.active_parameters) == (before[0] + added, before[1] + added)
+    assert after.training_flops_per_token == before.training_flops_per_token
+    frozen = sum(math.prod(v.shape) for v in model.trainable_variables)
+    assert frozen == added
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_what_is_quantized_counts(tiny, mode):
+    for model in (zoo.switch_transformer(tiny, **ENCODER), zoo.dense_transformer(tiny)):
+        before = zoo.figures(model)
+        model.quantize(mode)
+        assert any(v.dtype == "int8" for v in model.weights)
+        assert zoo.figures(model) == before
 
 
 def test_what_is_frozen_counts(tiny):
