@@ -27,7 +27,13 @@ def main(arguments=None):
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Texts after an option, which argparse leaves over once it has found none before it.
+    if rest and (options.run is not _generate or any(x.startswith("-") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.texts += rest
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks once it is loaded
     try:
         options.run(options)

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import keras
@@ -111,6 +112,10 @@ def require_generation(preset):
 
 
 def _folder(preset, weights):
+    if not isinstance(preset, (str, os.PathLike)):
+        raise ValueError(
+            f"`preset` must be a folder, or 'hf://owner/model'. Received: preset={preset!r}"
+        )
     if str(preset).startswith("hf://"):
         return download(str(preset), weights)
     folder = Path(preset)
@@ -182,13 +187,15 @@ def save_preset(model, folder, licence=None, training_data=None, scores=None):
         scores: name of a metric -> number.
 
     Raises:
-        ValueError: if the folder is there, or the model is no task.
+        ValueError: if the folder is there, the model is no task, or a score is no number.
     """
     folder = Path(folder)
     if not isinstance(model, keras_hub.models.Task):
         raise ValueError(
             f"`model` must be a task, such as a `zoo.Seq2SeqLM`. Received: a {type(model).__name__}"
         )
+    if not all(isinstance(score, Real) for score in (scores or {}).values()):
+        raise ValueError(f"`scores` must be numbers. Received: scores={scores}")
     card = model_card(model, folder.name, licence, training_data, scores)
     with written_whole(folder) as beside:
         model.save_to_preset(str(beside))
@@ -244,8 +251,9 @@ def _check_configs(folder):
     for path in (folder / "config.json", folder / "task.json"):
         if path.is_file() and not _describes_an_object(path):
             raise ValueError(
-                f"`preset` must hold a {path.name!r} that describes a Keras object, and this one "
-                f"does not or is damaged. Received: preset={str(folder)!r}"
+                f"`preset` must hold a {path.name!r} that describes a Keras object or a model of "
+                "transformers, and this one does not or is damaged. "
+                f"Received: preset={str(folder)!r}"
             )
 
 

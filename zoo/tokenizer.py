@@ -5,11 +5,14 @@ How the shipped vocabulary was made is told in `assets/README.md`.
 
 import importlib.resources
 import re
+from numbers import Integral
 from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
+
+from keras_moe.routing.base import not_negative
 
 VOCABULARY = "wiki_news_novels_8k.spm"
 SENTINEL = "▁<extra_id_{}>"  # with the space before it
@@ -110,7 +113,11 @@ def t5_tokenizer(proto, sentinels=100, **kwargs):
 
     Returns:
         A `ZooTokenizer`.
+
+    Raises:
+        ValueError: if `sentinels` is negative, or `proto` is no SentencePiece model.
     """
+    not_negative("sentinels", sentinels, Integral)
     if not isinstance(proto, bytes):
         proto = Path(proto).read_bytes()
     tokenizer = ZooTokenizer(proto=proto, **kwargs)

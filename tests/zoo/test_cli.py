@@ -209,6 +209,16 @@ def test_convert_there_and_back_and_generate(preset, tmp_path, capsys):
     assert said[0] == said[1] == said[2] and said[0].count("\n") == 2
 
 
+def test_texts_may_follow_options(preset, capsys):
+    assert run("generate", preset, "--max-length", 4, "a fox", "the dog") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    for arguments in (("generate", preset, "--length", 4, "a"), ("presets", "all")):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*map(str, arguments)])
+        assert exit.value.code == 2
+        assert "unrecognized arguments: " in capsys.readouterr().err
+
+
 def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a fox\nthe dog\n"))
     options = ("--max-length", 4, "--sampler", "beam", "--dtype", "bfloat16")

@@ -157,6 +157,12 @@ def test_no_preset(tmp_path):
     assert "`preset` must be the folder of a saved preset" in error_of(tmp_path)
 
 
+def test_what_is_no_name():
+    assert (
+        error_of(None) == "`preset` must be a folder, or 'hf://owner/model'. Received: preset=None"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -355,6 +361,12 @@ class TestSavePreset:
         backbone = zoo.from_preset(folder, load_weights=False).backbone
         with pytest.raises(ValueError, match="`model` must be a task, .*: a EncoderDecoderBackb"):
             zoo.save_preset(backbone, tmp_path / "new")
+        assert not any(tmp_path.iterdir())
+
+    def test_scores_are_numbers(self, folder, tmp_path):
+        model = zoo.from_preset(folder, load_weights=False)
+        with pytest.raises(ValueError, match="`scores` must be numbers. Received: scores={'a': 'b"):
+            zoo.save_preset(model, tmp_path / "new", scores={"a": "b"})
         assert not any(tmp_path.iterdir())
 
     def test_a_language_model_has_no_classes(self, folder):

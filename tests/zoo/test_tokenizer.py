@@ -204,6 +204,12 @@ def test_sentinels_are_added_once_and_as_many_as_asked(tokenizer, tmp_path):
     assert t5_tokenizer(tokenizer.proto, sentinels=0).vocabulary_size() == 8000
 
 
+@pytest.mark.parametrize("sentinels", [-1, 2.5])
+def test_sentinels_are_a_number(tokenizer, sentinels):
+    with pytest.raises(ValueError, match="`sentinels` must be 0 or a positive integer. Received:"):
+        t5_tokenizer(tokenizer.proto, sentinels=sentinels)
+
+
 def test_sentinels_are_taken_off_again(tokenizer):
     for sentinels in (0, 3, 100):
         proto = t5_tokenizer(tokenizer.proto, sentinels=sentinels).proto

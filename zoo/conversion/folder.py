@@ -10,6 +10,7 @@ from pathlib import Path
 from keras import ops
 
 from keras_moe.ops import adopt, empty
+from keras_moe.routing.base import positive_integer
 from zoo.conversion import decoders, t5
 from zoo.conversion.config import choice
 from zoo.conversion.tensors import DTYPES, Tensors, write
@@ -18,6 +19,7 @@ from zoo.models.deferred import Deferred
 
 FLOATS = tuple(dtype for dtype in DTYPES.values() if "float" in dtype)
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+HEADS = ("ForConditionalGeneration", "ForCausalLM", "WithLMHeadModel")
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
 
 
@@ -39,7 +41,7 @@ def load_transformers(folder, dtype=None, load_weights=True):
     all blocks add up, as in transformers, which pools the blocks' tokens (those of the encoder and
     of the decoder apart) to make one, when the experts are used equally. Of a Switch Transformer's
     encoder or decoder whose blocks are all sparse transformers has no such loss, and neither has
-    what is loaded.
+    what is loaded. Routers compute in float32, whatever the config's `router_dtype`.
 
     Returns:
         A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE; without a preprocessor if
@@ -106,8 +108,8 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
-            "`folder` must be a checkpoint of transformers, with a `config.json` in it. "
-            f"Received: folder={str(folder)!r}"
+            "`folder` must be a checkpoint of transformers, with a `config.json` in it; "
+            f"`zoo.from_preset` knows addresses, too. Received: folder={str(folder)!r}"
         )
     try:
         config = json.loads(path.read_text())
@@ -121,6 +123,12 @@ def read_config(folder):
         raise ValueError(
             f"The checkpoint {str(folder)!r} must be of one of the families "
             f"{', '.join(MODULES)}. Received: model_type={family!r}"
+        )
+    kinds = config.get("architectures")
+    if kinds and not any(str(kind).endswith(HEADS) for kind in kinds):
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} must be of a model that writes texts, "
+            f"{' or '.join(HEADS)}. Received: architectures={kinds}"
         )
     return config
 
@@ -187,9 +195,12 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
         shard_bytes: largest size of a file, in bytes, but for a weight that is larger.
 
     Raises:
-        ValueError: if the folder is there, or the model has something that transformers has not.
+        ValueError: if the folder is there, `shard_bytes` is no positive integer, or the model has
+            something that transformers has not: any router but those of its families, for one, see
+            `zoo.switch_transformer`.
     """
     require_absent(folder)
+    positive_integer("shard_bytes", shard_bytes)
     family = next((f for f in set(MODULES.values()) if isinstance(model, f.TASK)), None)
     if family is None:
         raise ValueError(

@@ -115,6 +115,13 @@ def settings(config):
     blocks = {
         side: _sparse(depth, _num_sparse(config, side, depth)) for side, depth in sides.items()
     }
+    for side, depth in sides.items():
+        step = integer(config, f"{side}_sparse_step", _step(depth, len(blocks[side])))
+        if tuple(_every(step, depth)) != tuple(blocks[side]):
+            raise ValueError(
+                f"`{side}_sparse_step` must agree with `num_sparse_{side}_layers`. "
+                f"Received: {side}_sparse_step={step} for the sparse blocks {blocks[side]}"
+            )
     return result | {
         "router": _switch_router(config, len(blocks["encoder"]), layers),
         "decoder_router": _switch_router(config, len(blocks["decoder"]), decoder_layers),
@@ -247,8 +254,16 @@ def _coefficient(backbone, weight):
 
 
 def _sparse(num_layers, num_sparse):
-    """Numbers, from 1, of the sparse blocks: every `step`-th, beginning with the second."""
-    step = num_layers // num_sparse if num_sparse else num_layers
+    """Numbers, from 1, of the sparse blocks."""
+    return _every(_step(num_layers, num_sparse), num_layers)
+
+
+def _step(num_layers, num_sparse):
+    return num_layers // num_sparse if num_sparse else num_layers
+
+
+def _every(step, num_layers):
+    """Every `step`-th, beginning with the second."""
     return [i + 1 for i in range(num_layers) if step == 1 or i % step == 1]
 
 

@@ -1,8 +1,11 @@
 """What the backbones share: their config, and feed-forward layers, dense or sparse."""
 
+from numbers import Integral
+
 import keras
 
-from keras_moe import FeedForwardExperts, MixtureOfExperts
+from keras_moe import FeedForwardExperts, MixtureOfExperts, Router
+from keras_moe.routing.base import positive_integer
 from zoo.layers import FeedForward
 
 
@@ -51,11 +54,57 @@ def sparse_numbers(name, blocks, num_layers):
     """Numbers, from 1, of the sparse blocks: those of the argument `name`, or every second."""
     if blocks is None:
         return tuple(range(2, num_layers + 1, 2))
-    if not all(1 <= number <= num_layers for number in blocks):
+    is_list = isinstance(blocks, (tuple, list))
+    if not is_list or not all(isinstance(n, Integral) and 1 <= n <= num_layers for n in blocks):
         raise ValueError(
-            f"`{name}` must be numbers from 1 to {num_layers}. Received: {name}={blocks}"
+            f"`{name}` must be numbers from 1 to {num_layers}, in a list. Received: {name}={blocks}"
         )
     return tuple(blocks)
+
+
+def check_arguments(routers, dtype, **sizes):
+    """Raises a ValueError unless a backbone can be made of them, as far as they do not depend.
+
+    Args:
+        routers: name -> router or `None`.
+        dtype: dtype or dtype policy, `None` for Keras' own.
+        **sizes: which must be positive integers.
+    """
+    for name, size in sizes.items():
+        positive_integer(name, size)
+    for name, router in routers.items():
+        if router is not None and not isinstance(router, Router):
+            raise ValueError(
+                f"`{name}` must be a `keras_moe` router or None. Received: {name}={router!r}"
+            )
+    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    if "float" not in (policy.compute_dtype or "float"):  # a map of policies has none
+        raise ValueError(f"`dtype` must be one of floats. Received: dtype={dtype!r}")
+
+
+def check_parts(task, backbone, preprocessor):
+    """Raises a ValueError unless a task can be made of a backbone and a preprocessor.
+
+    Args:
+        task: class of the task.
+        backbone: of which it must be the class's kind.
+        preprocessor: whose tokenizer must not have more pieces than the backbone has rows; `None`
+            if there is none.
+    """
+    if not isinstance(backbone, task.backbone_cls):
+        raise ValueError(
+            f"`backbone` of a `{task.__name__}` must be a `{task.backbone_cls.__name__}`. "
+            f"Received: a {type(backbone).__name__}"
+        )
+    try:
+        pieces = preprocessor.tokenizer.vocabulary_size() if preprocessor else 0
+    except (ValueError, AttributeError):  # Keras loads a tokenizer's files after the model
+        return
+    if pieces > backbone.vocabulary_size:
+        raise ValueError(
+            "`preprocessor` must have a tokenizer of at most the backbone's "
+            f"{backbone.vocabulary_size} pieces. Received: one of {pieces}"
+        )
 
 
 def mixture(experts, router, group, dtype, name):

@@ -10,6 +10,7 @@ import difflib
 
 import keras_moe
 from zoo.layers import gelu_tanh
+from zoo.models.blocks import check_arguments
 from zoo.models.decoder import DecoderBackbone
 from zoo.models.encoder import EncoderBackbone
 from zoo.models.encoder_decoder import EncoderDecoderBackbone
@@ -67,14 +68,19 @@ def dense_transformer(size="mini", vocabulary_size=None, architecture="encoder_d
             shipped tokenizer, and T5's 32,128.
         architecture: "encoder_decoder", "encoder" or "decoder".
         **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
-            `zoo.DecoderBackbone`.
+            `zoo.DecoderBackbone`, but for experts and routers.
 
     Returns:
         A backbone of the architecture.
 
     Raises:
-        ValueError: if there is no such size or architecture.
+        ValueError: if there is no such size or architecture, or there are to be experts.
     """
+    if "num_experts" in options and "router" not in options:
+        raise ValueError(
+            "`num_experts` must be left out of a dense model. "
+            f"Received: num_experts={options['num_experts']}"
+        )
     return _make(architecture, size, {}, {"vocabulary_size": vocabulary_size, **options})
 
 
@@ -91,7 +97,10 @@ def switch_transformer(
     Switch Transformers (https://arxiv.org/abs/2101.03961): every other block is sparse (of size
     "c-2048" every one), expert kernels start at scale 0.1, and the routers have
     `keras_moe.SwitchRouter`'s defaults. `zoo.switch_transformer("base", num_experts=8)` has the
-    parameters of google/switch-base-8, and "c-2048" those of Switch-C, 1.6 trillion.
+    parameters of google/switch-base-8, and "c-2048" those of Switch-C, 1.6 trillion. To be written
+    for transformers (`zoo.save_transformers`) a model must route as there, without a capacity or
+    with so many tokens of a sequence:
+    `router=keras_moe.SwitchRouter(capacity_factor=0, eval_capacity_factor=0, min_capacity=64)`.
 
     Args:
         size: "mini", "small", "base", "large", "xl", "xxl" or "c-2048".
@@ -153,7 +162,9 @@ def expert_choice_transformer(
         ValueError: if there is no such size or architecture.
     """
     inference = {"inference": "threshold"} if architecture == "decoder" else {}
-    router = router or keras_moe.ExpertChoiceRouter(**inference)
+    if router is None:
+        router = keras_moe.ExpertChoiceRouter(**inference)
+    check_arguments({"router": router}, None)
     hidden_dim = options.get("intermediate_dim") or _size(size)["intermediate_dim"]
     if size in DECODER_SIZES:
         defaults = {"gated_experts": False}

@@ -16,7 +16,7 @@ from zoo.decoder_layers import (
     causal_mask,
 )
 from zoo.layers import Dropout, RelativePositionBias
-from zoo.models.blocks import Configured, feed_forward, sparse_numbers
+from zoo.models.blocks import Configured, check_arguments, check_parts, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
@@ -108,6 +108,16 @@ class DecoderBackbone(Configured, keras_hub.models.Backbone):
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
     ):
+        check_arguments(
+            {"router": router},
+            dtype,
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+        )
         sparse_blocks = sparse_numbers("sparse_blocks", sparse_blocks, num_layers)
         if positions not in POSITIONS:
             raise ValueError(
@@ -329,6 +339,8 @@ class CausalLM(Writer, keras_hub.models.CausalLM):
     preprocessor_cls = CausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, name=None, trainable=True):
+        check_parts(CausalLM, backbone, preprocessor)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor

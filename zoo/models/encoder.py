@@ -21,7 +21,14 @@ from zoo.layers import (
     SwitchAttention,
     TransformerBlock,
 )
-from zoo.models.blocks import Configured, feed_forward, mixture, sparse_numbers
+from zoo.models.blocks import (
+    Configured,
+    check_arguments,
+    check_parts,
+    feed_forward,
+    mixture,
+    sparse_numbers,
+)
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -91,6 +98,16 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
     ):
+        check_arguments(
+            {"router": router},
+            dtype,
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+        )
         sparse_blocks = sparse_numbers("sparse_blocks", sparse_blocks, num_layers)
 
         # === Layers ===
@@ -271,6 +288,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
     def __init__(
         self, backbone, num_classes, preprocessor=None, dropout=0.1, name=None, trainable=True
     ):
+        check_parts(EncoderTextClassifier, backbone, preprocessor)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor

@@ -12,7 +12,7 @@ from keras import ops
 from keras_moe import MixtureOfExperts
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock, causal_mask
 from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
-from zoo.models.blocks import Configured, feed_forward, sparse_numbers
+from zoo.models.blocks import Configured, check_arguments, check_parts, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
@@ -94,6 +94,16 @@ class EncoderDecoderBackbone(Configured, keras_hub.models.Backbone):
         name=None,
         trainable=True,  # no `**kwargs`: Keras would take any name without a word
     ):
+        check_arguments(
+            {"router": router, "decoder_router": decoder_router},
+            dtype,
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            intermediate_dim=intermediate_dim,
+        )
         if num_decoder_layers is None:
             num_decoder_layers = num_layers
         routers = {"encoder": router, "decoder": decoder_router or router}
@@ -345,6 +355,13 @@ class Seq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         )
         self.built = True
 
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "encoder_sequence_length": self.encoder_sequence_length,
+            "decoder_sequence_length": self.decoder_sequence_length,
+        }
+
 
 @keras.saving.register_keras_serializable(package="zoo")
 class Seq2SeqLM(Writer, keras_hub.models.Seq2SeqLM):
@@ -369,6 +386,8 @@ class Seq2SeqLM(Writer, keras_hub.models.Seq2SeqLM):
     side = "decoder_"
 
     def __init__(self, backbone, preprocessor=None, name=None, trainable=True):
+        check_parts(Seq2SeqLM, backbone, preprocessor)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+import keras
+
 from keras_moe import MixtureOfExperts
 from zoo.layers import RelativePositionBias
 
@@ -15,7 +17,7 @@ class Figures(NamedTuple):
     training_flops_per_token: int
 
 
-def figures(backbone):
+def figures(model):
     """Parameters of a backbone, in all and per token, and the FLOPs that a token costs.
 
     Active parameters are all but those of the experts that a token does not see (with expert
@@ -26,12 +28,22 @@ def figures(backbone):
     quantized counts as if it were not.
 
     Args:
-        backbone: a `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or `zoo.DecoderBackbone`;
-            also one without memory for its weights, see `zoo.models.deferred.Deferred`.
+        model: a `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or `zoo.DecoderBackbone`, or a
+            task with one, a `zoo.Seq2SeqLM`, say, whose own weights do not count; also one without
+            memory for its weights, see `zoo.models.deferred.Deferred`.
 
     Returns:
         A `Figures`: `parameters`, `active_parameters` and `training_flops_per_token`.
+
+    Raises:
+        ValueError: if the model is another.
     """
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, keras.Model) or not hasattr(backbone, "token_embedding"):
+        raise ValueError(
+            "`model` must be a backbone of the zoo or a task with one. "
+            f"Received: a {type(model).__name__}"
+        )
     layers = backbone._flatten_layers()
     weights = [v for layer in layers for v in _weights(layer)]
     parameters = sum(map(_size, weights))

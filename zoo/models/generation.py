@@ -5,6 +5,9 @@ import numpy as np
 from keras import ops
 
 from keras_moe.ops import recorded
+from keras_moe.routing.base import positive_integer
+
+SAMPLERS = ("greedy", "beam", "top_k", "top_p", "contrastive", "random")
 
 
 class Writer:
@@ -19,13 +22,37 @@ class Writer:
 
     def compile(self, *args, sampler="greedy", **kwargs):
         """As Keras' own, and `sampler` one of KerasHub's, which `generate` draws tokens with."""
-        sampler = keras_hub.samplers.get(sampler)
+        given, sampler = sampler, keras_hub.samplers.get(sampler)
+        if not callable(sampler):
+            raise ValueError(
+                f"`sampler` must be one of {', '.join(SAMPLERS)}, or a sampler of KerasHub. "
+                f"Received: sampler={given!r}"
+            )
         if getattr(sampler, "return_all_beams", False):
             raise ValueError(
                 "`sampler` must return its best beam alone. Received: return_all_beams=True"
             )
         super().compile(*args, sampler=sampler, **kwargs)
         self._recording = None
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        """As KerasHub's own; `max_length` counts the tokens of the prompt, too.
+
+        Raises:
+            ValueError: if there is no text, or `max_length` is no positive integer; if a
+                text-to-text model, whose prompts are apart from its texts, is to strip them.
+        """
+        has_none = isinstance(inputs, (list, tuple)) and not inputs
+        if inputs is None or isinstance(inputs, (int, float)) or has_none:
+            raise ValueError(
+                f"`inputs` must be a text or a list of one or more texts. Received: {inputs!r}"
+            )
+        positive_integer("max_length", max_length, optional=True)
+        if strip_prompt and self.side:
+            raise ValueError(
+                "`strip_prompt` must be False for a text-to-text model. Received: strip_prompt=True"
+            )
+        return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
 
     def make_generate_function(self):
         function = super().make_generate_function()

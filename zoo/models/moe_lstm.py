@@ -17,7 +17,7 @@ from keras_moe import (
 )
 from keras_moe.ops import put_rows
 from zoo.layers import Dropout
-from zoo.models.blocks import Configured, mixture
+from zoo.models.blocks import Configured, check_parts, mixture
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
 
@@ -288,6 +288,7 @@ class LstmCausalLM(Writer, keras_hub.models.CausalLM):
     preprocessor_cls = LstmCausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, name=None, trainable=True):
+        check_parts(LstmCausalLM, backbone, preprocessor)
         if "lstm" not in backbone.stack:
             raise ValueError(
                 "`backbone` must have an LSTM, or no token would know of another. "

@@ -200,6 +200,17 @@ def test_vocabularies():
         assert model.token_embedding.input_dim == rows
 
 
+def test_a_dense_model_has_no_experts():
+    with pytest.raises(ValueError, match="`num_experts` must be left out of a dense model. Receiv"):
+        zoo.dense_transformer("mini", num_experts=4)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_what_is_no_router(builder):
+    with pytest.raises(ValueError, match="`router` must be a `keras_moe` router or None. Received"):
+        builder("mini", router="switch")
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_unknown_size_or_architecture(builder):
     with pytest.raises(ValueError, match=r"`size` must be one of mini.*Did you mean 'small'"):

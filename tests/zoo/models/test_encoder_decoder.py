@@ -209,6 +209,8 @@ def test_texts(tmp_path):
     loaded = zoo.Seq2SeqLM.from_preset(str(tmp_path / "preset"))
     loaded.compile(sampler="greedy")
     assert loaded.generate(TEXTS["encoder_text"], max_length=5) == said
+    assert loaded.preprocessor.encoder_sequence_length == 8
+    assert loaded.preprocessor.decoder_sequence_length == 6
 
 
 def test_options_reach_the_layers():
@@ -271,14 +273,73 @@ def test_every_config_key_makes_the_round_trip():
         ({"router": keras_moe.ExpertChoiceRouter()}, "`decoder_router` must not look ahead. Recei"),
         (
             {"num_experts": 0, "sparse_blocks": (3,)},
-            "`sparse_blocks` must be numbers from 1 to 2. Received: sparse_",
+            "`sparse_blocks` must be numbers from 1 to 2, in a list. Received: sparse_",
         ),
-        ({"decoder_sparse_blocks": (0,)}, "`decoder_sparse_blocks` must be numbers from 1 to 2. R"),
+        ({"decoder_sparse_blocks": (0,)}, "`decoder_sparse_blocks` must be numbers from 1 to 2, i"),
+        (
+            {"sparse_blocks": 2},
+            "`sparse_blocks` must be numbers from 1 to 2, in a list. Received: ",
+        ),
+        (
+            {"router": "switch"},
+            "`router` must be a `keras_moe` router or None. Received: router='s",
+        ),
+        ({"decoder_router": 1}, "`decoder_router` must be a `keras_moe` router or None. Received:"),
+        ({"hidden_dim": 0}, "`hidden_dim` must be a positive integer. Received: hidden_dim=0"),
+        ({"vocabulary_size": 1.5}, "`vocabulary_size` must be a positive integer. Received: voc"),
+        ({"dtype": "int32"}, "`dtype` must be one of floats. Received: dtype='int32'"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         zoo.EncoderDecoderBackbone(**(TINY | options))
+
+
+def test_what_no_task_can_be_made_of(lm):
+    decoder = zoo.DecoderBackbone(**TINY)
+    encoder = zoo.EncoderBackbone(**TINY)
+    for make, message in (
+        (lambda: zoo.Seq2SeqLM(decoder), "`backbone` of a `Seq2SeqLM` must be a `EncoderDecoderB"),
+        (lambda: zoo.CausalLM(lm.backbone), "`backbone` of a `CausalLM` must be a `DecoderBackb"),
+        (lambda: zoo.LstmCausalLM(decoder), "`backbone` of a `LstmCausalLM` must be a `LstmBack"),
+        (
+            lambda: zoo.EncoderTextClassifier(decoder, 2),
+            "`backbone` of a `EncoderTextClassifier` must be a `EncoderBackbone`. Received: a Dec",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    tokenizer = zoo.default_tokenizer()
+    few = "must have a tokenizer of at most the backbone's 40 pieces. Received: one of 8000"
+    for make in (
+        lambda: zoo.Seq2SeqLM(lm.backbone, zoo.Seq2SeqLMPreprocessor(tokenizer)),
+        lambda: zoo.CausalLM(decoder, zoo.CausalLMPreprocessor(tokenizer)),
+        lambda: zoo.EncoderTextClassifier(
+            encoder, 2, zoo.EncoderTextClassifierPreprocessor(tokenizer)
+        ),
+    ):
+        with pytest.raises(ValueError, match=few):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"inputs": []}, r"`inputs` must be a text or a list of one or more texts. Received: \[]"),
+        ({"inputs": 3}, "`inputs` must be a text or a list of one or more texts. Received: 3"),
+        ({"inputs": None}, "`inputs` must be a text or a list of one or more texts. Received: N"),
+        ({"inputs": "a", "max_length": 0}, "`max_length` must be a positive integer or None. Rec"),
+        ({"inputs": "a", "strip_prompt": True}, "`strip_prompt` must be False for a text-to-text"),
+    ],
+)
+def test_what_cannot_be_written(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(**arguments)
+
+
+def test_no_such_sampler(lm):
+    with pytest.raises(ValueError, match="`sampler` must be one of greedy, .*: sampler='gredy'"):
+        lm.compile(sampler="gredy")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import math
 
+import keras
 import pytest
 
 import zoo
@@ -34,6 +35,15 @@ def test_figures(tiny):
     untied = zoo.dense_transformer(tiny, tie_embeddings=False)
     assert zoo.figures(untied).parameters == zoo.figures(model).parameters + table
     assert zoo.figures(untied)[2] == zoo.figures(model)[2]
+    assert zoo.figures(zoo.Seq2SeqLM(model)) == zoo.figures(model)
+
+
+@pytest.mark.parametrize("model", [3, keras.Sequential([])])
+def test_no_model_of_the_zoo(model):
+    with pytest.raises(
+        ValueError, match="`model` must be a backbone of the zoo or a task with one"
+    ):
+        zoo.figures(model)
 
 
 def test_lora_weights_are_parameters_and_cost_nothing(tiny):
