@@ -9,7 +9,7 @@ import keras_moe
 import zoo
 from tests.backend import numpy
 
-V, LENGTH, ROWS, DRAWS = 20, 7, 3, 300
+V, LENGTH, ROWS, DRAWS = 20, 7, 3, 600
 TINY = {
     "vocabulary_size": V,
     "num_layers": 2,
@@ -34,7 +34,8 @@ class Case:
             self.side, self.others = "", {}
         else:
             router = keras_moe.SwitchRouter(eval_capacity_factor=None)
-            backbone = zoo.EncoderDecoderBackbone(**TINY, router=router)
+            options = TINY | {"num_layers": 1, "num_decoder_layers": 2}
+            backbone = zoo.EncoderDecoderBackbone(**options, router=router)
             self.lm = zoo.Seq2SeqLM(backbone)
             states = backbone.output["decoder_sequence_output"]
             self.side = "decoder_"
@@ -42,7 +43,7 @@ class Case:
                 "encoder_token_ids": np.array([[4, 7, 11, 6]]),
                 "encoder_padding_mask": np.array([[1, 1, 1, 0]]),
             }
-        rng = np.random.default_rng(2)
+        rng = np.random.default_rng(5)
         for variable in backbone.trainable_variables:
             variable.assign(rng.normal(size=variable.shape))
         self.whole = keras.Model(self.lm.input, {"states": states, "logits": self.lm.output})
@@ -123,33 +124,24 @@ def test_the_best_token(case, sampler):
     assert case.write(sampler) == [greedy(case, prompt) for prompt in case.prompts]
 
 
-@pytest.mark.parametrize(("k", "alpha"), [(3, 0.6), (2, 0.3), (3, 0.0)])
-def test_contrastive_search(case, k, alpha):
-    expected = [contrastive(case, prompt, k, alpha) for prompt in case.prompts]
-    assert case.write(keras_hub.samplers.ContrastiveSampler(k=k, alpha=alpha)) == expected
-    best = [greedy(case, prompt) for prompt in case.prompts]
-    assert (expected == best) == (alpha == 0)
+def test_contrastive_search(case):
+    expected = [contrastive(case, prompt, k=3, alpha=0.6) for prompt in case.prompts]
+    assert case.write(keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.6)) == expected
+    assert expected != [greedy(case, prompt) for prompt in case.prompts]
 
 
-@pytest.mark.parametrize("num_beams", [2, 3])
-def test_beam_search(case, num_beams):
-    expected = [beam(case, prompt, num_beams) for prompt in case.prompts]
-    assert case.write(keras_hub.samplers.BeamSampler(num_beams=num_beams)) == expected
-    if num_beams == 3:
-        assert expected != [greedy(case, prompt) for prompt in case.prompts]
+def test_beam_search(case):
+    expected = [beam(case, prompt, num_beams=3) for prompt in case.prompts]
+    assert case.write(keras_hub.samplers.BeamSampler(num_beams=3)) == expected
+    assert expected != [greedy(case, prompt) for prompt in case.prompts]
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("TopKSampler", {"k": 3}),
-        ("TopKSampler", {"k": 4, "temperature": 0.5}),
-        ("TopPSampler", {"p": 0.5}),
-        ("TopPSampler", {"p": 0.7, "k": 3}),
-    ],
+    [("TopKSampler", {"k": 4, "temperature": 0.5}), ("TopPSampler", {"p": 0.5})],
 )
 def test_drawn_by_probability_from_the_best(case, kind, options):
-    """Of the first new token, for two seeds: which ones there are, and how often."""
+    """Of the first new token: which ones there are, and how often."""
     prompt = case.prompts[0]
     p = np.exp(case.read([prompt])[0][1] / options.get("temperature", 1))
     p = p / p.sum()
@@ -159,15 +151,11 @@ def test_drawn_by_probability_from_the_best(case, kind, options):
     assert 1 < len(order) < V
     expected = np.zeros(V)
     expected[order] = p[order] / p[order].sum()
-    counts = []
-    for seed in (0, 1):
-        sampler = getattr(keras_hub.samplers, kind)(**options, seed=seed)
-        texts = case.write(sampler, [prompt] * DRAWS, length=len(prompt) + 1)
-        counts.append(np.bincount([text[-1] for text in texts], minlength=V))
-    assert (counts[0] != counts[1]).any()
-    drawn = sum(counts)
+    sampler = getattr(keras_hub.samplers, kind)(**options, seed=0)
+    texts = case.write(sampler, [prompt] * DRAWS, length=len(prompt) + 1)
+    drawn = np.bincount([text[-1] for text in texts], minlength=V)
     assert set(drawn.nonzero()[0]) <= set(order)
     # Four standard deviations: of a share s of n draws it is the root of s (1 - s) / n.
-    deviation = np.sqrt(expected * (1 - expected) / drawn.sum())
-    assert (np.abs(drawn / drawn.sum() - expected) <= 4 * deviation).all()
+    deviation = np.sqrt(expected * (1 - expected) / DRAWS)
+    assert (np.abs(drawn / DRAWS - expected) <= 4 * deviation).all()
     assert all(drawn[v] for v in order if expected[v] > 0.02)  # but once in 10^5
