@@ -219,7 +219,7 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
 
 def _named(family, backbone):
     for weight in (*family.copies(backbone), *family.weights(backbone)):
-        value = ops.convert_to_numpy(weight.variable.value)
+        value = ops.convert_to_numpy(weight.variable)  # a tensor, where LoRA adds to it
         parts = value if len(weight.names) > 1 else [value]
         for name, part in zip(weight.names, parts, strict=True):
             yield name, part.T if weight.transposed else part

@@ -6,65 +6,23 @@ import keras
 import numpy as np
 import pytest
 import torch
-import transformers
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
 import keras_moe
 import zoo
 from tests.backend import numpy
+from tests.zoo.conversion.small_decoders import (
+    FAMILIES,
+    IDS,
+    INPUTS,
+    MASK,
+    VALID,
+    close,
+    run_theirs,
+    theirs,
+)
 from zoo.conversion import load_transformers, save_transformers
-
-SHARED = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-FAMILIES = {
-    "mixtral": ("Mixtral", {**SHARED, "num_local_experts": 4, "head_dim": 6}),
-    "mixtral, tied": (
-        "Mixtral",
-        {**SHARED, "num_local_experts": 4, "tie_word_embeddings": True},
-    ),
-    "olmoe": ("Olmoe", {**SHARED, "num_experts": 5}),
-    "olmoe, normalized": ("Olmoe", {**SHARED, "num_experts": 5, "norm_topk_prob": True}),
-}
-rng = np.random.default_rng(0)
-IDS = rng.integers(2, 40, (2, 11))
-MASK = np.ones((2, 11), "int32")
-MASK[1, 7:] = 0
-INPUTS = {"token_ids": IDS, "padding_mask": MASK}
-VALID = MASK.astype(bool)
-
-
-def theirs(family, **others):
-    """A model of transformers with weights large enough that its attention and routing matter."""
-    name, options = FAMILIES[family]
-    torch.manual_seed(3)
-    config = getattr(transformers, f"{name}Config")(**(options | others))
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
-    return model
-
-
-def run_theirs(model, **options):
-    with torch.no_grad():
-        return model(
-            input_ids=torch.tensor(IDS),
-            attention_mask=torch.tensor(MASK),
-            use_cache=False,
-            **options,
-        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -74,10 +32,6 @@ def pair(request, tmp_path_factory):
     model = theirs(request.param)
     model.save_pretrained(folder)
     return model, load_transformers(folder)
-
-
-def close(ours, expected):
-    np.testing.assert_allclose(ours, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_states_logits_and_loss_agree(pair):
@@ -216,10 +170,6 @@ class TestNotInTransformers:
             save_transformers(zoo.CausalLM(backbone), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
-    def test_another_model(self, tmp_path):
-        with pytest.raises(ValueError, match="must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Rec"):
-            save_transformers(keras.Sequential(), tmp_path / "out")
-
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -307,46 +257,6 @@ def test_the_tables_are_compared_only_where_the_config_ties_them(tmp_path, monke
     theirs("mixtral").save_pretrained(tmp_path)
     monkeypatch.delattr("zoo.conversion.tensors.Tensors.are_equal_or_one")
     assert not load_transformers(tmp_path).backbone.tie_embeddings
-
-
-def test_experts_of_several_dtypes(tmp_path):
-    theirs("mixtral").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
-    tensors[name] = tensors[name].astype("float16")
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    bank = load_transformers(tmp_path).backbone.blocks[0].feed_forward.experts
-    np.testing.assert_array_equal(ops.convert_to_numpy(bank.kernel_gate[1]).T, tensors[name])
-
-
-def test_bfloat16_there_and_back(tmp_path):
-    theirs("olmoe").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
-    loaded = load_transformers(tmp_path / "theirs", dtype="auto")
-    assert loaded.backbone.blocks[0].feed_forward.experts.kernel_in.dtype == "bfloat16"
-    save_transformers(loaded, tmp_path / "ours")
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16"
-    ours, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
-    assert set(ours) == set(expected)
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], expected[name])
-
-
-def test_auto_is_the_dtype_of_the_files(tmp_path):
-    """And where they are not read, what the config says of them."""
-    theirs("mixtral").save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = {**json.loads(path.read_text()), "dtype": None}
-    cases = ({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16")
-    for entry, expected in (*cases, ({}, keras.config.floatx())):
-        given = {name: value for name, value in config.items() if name != "dtype"} | entry
-        path.write_text(json.dumps(given))
-        assert zoo.from_preset(tmp_path, dtype="auto").compute_dtype == "float32"
-        without = zoo.from_preset(tmp_path, dtype="auto", load_weights=False)
-        assert without.compute_dtype == expected
-    path.write_text(json.dumps({**config, "dtype": "int8"}))
-    with pytest.raises(ValueError, match="`dtype` must be one of float64, .*dtype='int8'"):
-        load_transformers(tmp_path, dtype="auto", load_weights=False)
 
 
 def test_only_mixtral_has_jitter(tmp_path):

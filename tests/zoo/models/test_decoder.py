@@ -9,7 +9,6 @@ from keras import ops
 import keras_moe
 import zoo
 from tests.backend import numpy
-from zoo.decoder_layers import RotarySelfAttention
 
 V = 40
 TINY = {
@@ -204,42 +203,6 @@ def test_compiling_anew_and_eagerly_forgets_what_was_recorded():
         lm.generate(x, stop_token_ids=None)
         # Every one of them; JAX traces the loop also then.
         assert len(steps) >= (1 if keras.backend.backend() == "jax" else 6)
-
-
-def test_rotary_attention():
-    """By hand, a query and a key at a time, rotated as complex numbers."""
-    layer = RotarySelfAttention(
-        4, 6, num_key_value_heads=2, max_wavelength=50, normalize=True, epsilon=1e-3
-    )
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(1, 5, 8)).astype("float32")
-    layer.build(x.shape)
-    for variable in layer.trainable_variables:
-        variable.assign(rng.normal(size=variable.shape))
-    ours = numpy(layer(x, position_bias=None, padding_mask=np.ones((1, 5), "int32")))[0]
-
-    def projected(name, heads):
-        y = x[0] @ numpy(getattr(layer, name).kernel)
-        if name != "value":
-            y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-3)
-            y = y * numpy(getattr(layer, f"{name}_norm").scale)
-        y = y.reshape(5, heads, 6)
-        if name == "value":
-            return y
-        angle = np.arange(5)[:, None, None] * 50 ** (-np.arange(3) / 3)
-        rotated = (y[..., :3] + 1j * y[..., 3:]) * np.exp(1j * angle)
-        return np.concatenate([rotated.real, rotated.imag], axis=-1)
-
-    query, key, value = projected("query", 4), projected("key", 2), projected("value", 2)
-    mixed = np.zeros((5, 4, 6))
-    for place in range(5):
-        for head in range(4):
-            group = head // 2
-            scores = key[: place + 1, group] @ query[place, head] / np.sqrt(6)
-            weight = np.exp(scores - scores.max())
-            mixed[place, head] = weight / weight.sum() @ value[: place + 1, group]
-    expected = mixed.reshape(5, 24) @ numpy(layer.output_projection.kernel)
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])

@@ -5,6 +5,7 @@ import pytest
 
 import zoo
 from tests.zoo.models.test_builders import ENCODER, TINY
+from tests.zoo.quantizing import quantize
 from zoo.models import builders
 
 
@@ -59,11 +60,10 @@ def test_lora_weights_are_parameters_and_cost_nothing(tiny):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 def test_what_is_quantized_counts(tiny, mode):
     for model in (zoo.switch_transformer(tiny, **ENCODER), zoo.dense_transformer(tiny)):
         before = zoo.figures(model)
-        model.quantize(mode)
+        quantize(model, mode)
         assert any(v.dtype == "int8" for v in model.weights)
         assert zoo.figures(model) == before
 
