@@ -75,11 +75,14 @@ def test_sparse_numbers(blocks, num_layers, expected):
     assert sparse_numbers("blocks", blocks, num_layers) == expected
 
 
-@pytest.mark.parametrize("blocks", [(0,), (1, 4), [-1]])
+@pytest.mark.parametrize("blocks", [(0,), (1, 4), [-1], 2, "2", [1.0]])
 def test_sparse_numbers_are_those_of_blocks(blocks):
     with pytest.raises(ValueError) as error:
         sparse_numbers("blocks", blocks, 3)
-    assert str(error.value) == f"`blocks` must be numbers from 1 to 3. Received: blocks={blocks}"
+    assert (
+        str(error.value)
+        == f"`blocks` must be numbers from 1 to 3, in a list. Received: blocks={blocks}"
+    )
 
 
 def test_a_mixture_has_its_own_copy_of_the_router():
@@ -179,14 +182,16 @@ class TestLora:
         keras.utils.set_random_seed(0)
         lm = model("decoder")
         lm.backbone.enable_lora(2)
-        before = {v.path: numpy(v) for v in lm.weights}
+        before = {v.path: numpy(v) for v in lm.weights if v.dtype == "float32"}  # not seeds
         at_first = predicted(lm)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         lm.compile(keras.optimizers.Adam(0.03), loss, sampler="greedy")
         x = inputs(lm)
-        losses = lm.fit(x, x["token_ids"], epochs=6, verbose=0).history["loss"]
-        assert losses[-1] < losses[0]
-        learnt = {v.path for v in lm.weights if (numpy(v) != before[v.path]).any()}
+        lm.fit(x, x["token_ids"], epochs=10, verbose=0)
+        first, last = (float(loss(x["token_ids"], y)) for y in (at_first, predicted(lm)))
+        assert last < first - 0.03
+        after = {v.path: numpy(v) for v in lm.weights if v.path in before}
+        learnt = {path for path, value in after.items() if (value != before[path]).any()}
         parts = {path for path in before if path.rpartition("/")[2].startswith("lora_")}
         counted = {path for path in before if "moe_2" in path and "kernel" not in path}
         assert len(parts) == 2 * 2 * 2 and parts <= learnt <= parts | counted
