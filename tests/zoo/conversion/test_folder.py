@@ -226,6 +226,12 @@ def test_dtypes_of_the_layers(tmp_path):
 
 
 class TestNotThere:
+    def test_shards_of_no_size(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="`shard_bytes` must be a positive integer. Received: "
+        ):
+            save_transformers(keras.Sequential(), tmp_path / "out", shard_bytes="5GB")
+
     def test_another_model(self, tmp_path):
         with pytest.raises(ValueError, match="must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Rec"):
             save_transformers(keras.Sequential(), tmp_path / "out")
@@ -268,6 +274,10 @@ class TestDamage:
         self.fails(
             folder, "one of the families t5, mt5, switch_transformers, .*. Received: .*'bert'"
         )
+
+    def test_a_model_that_writes_no_texts(self, folder):
+        self.change(folder, architectures=["SwitchTransformersEncoderModel"])
+        self.fails(folder, "must be of a model that writes texts, .*: architectures=.'SwitchTransf")
 
     def test_config_that_is_no_json(self, folder):
         (folder / "config.json").write_text("{")

@@ -369,6 +369,7 @@ class TestDamage:
             ({"relative_attention_num_buckets": 2}, "buckets` must be an integer of at least 4"),
             ({"relative_attention_max_distance": 4}, "distance` must be an integer of at least 5"),
             ({"router_bias": True}, "The router must have no bias"),
+            ({"decoder_sparse_step": 1}, "`decoder_sparse_step` must agree with `num_sparse_dec"),
         ],
     )
     def test_entries_that_are_wrong(self, folder, options, message):
