@@ -1,0 +1,48 @@
+"""Whose scope we are in. All that the layers know of devices."""
+
+import contextlib
+import contextvars
+
+_active = contextvars.ContextVar("active", default=None)
+_bank = contextvars.ContextVar("bank", default=None)
+
+
+def active():
+    """The `ExpertParallel` within whose scope we are; `None`: there is none."""
+    return _active.get()
+
+
+def activated(parallel):
+    """Within, `active()` is `parallel`."""
+    return _within(_active, parallel)
+
+
+@contextlib.contextmanager
+def sharding(experts, path):
+    """Within, the weights that are made are those of a bank of experts, to be sharded.
+
+    Args:
+        experts: the bank.
+        path: of the layer that it is made for.
+
+    Raises:
+        ValueError: if there are devices to share the experts and they cannot.
+    """
+    if active() is not None:
+        active().check(experts, path)
+    with _within(_bank, experts):
+        yield
+
+
+def bank():
+    """The bank of experts whose weights are being made; `None`: others are."""
+    return _bank.get()
+
+
+@contextlib.contextmanager
+def _within(variable, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
