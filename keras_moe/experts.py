@@ -158,6 +158,7 @@ class FeedForwardExperts(keras.layers.Layer):
             row_expert: as in a call, counted among the experts that there are weights of.
             kept_RCF: which hidden units dropout keeps, `[rows, slots, hidden_dim]`; `None`: all.
         """
+
         def product(x_RCD, name, before=None):
             y_RCF = expert_product(
                 x_RCD, weights[f"kernel_{name}"], row_expert, self.implementation, before

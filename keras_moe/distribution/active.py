@@ -34,6 +34,21 @@ def sharding(experts, path):
         yield
 
 
+def by_groups(function, *inputs):
+    """`function(*inputs)`; with devices that share the groups, each computes its own.
+
+    The compiler cannot see that a gather or scatter by computed positions stays within a group.
+
+    Args:
+        function: of tensors to tensors, all `[groups, ...]`, that computes each group by itself.
+        *inputs: such tensors, or `None`.
+
+    Returns:
+        What the function returns.
+    """
+    return function(*inputs) if active() is None else active().by_groups(function, *inputs)
+
+
 def bank():
     """The bank of experts whose weights are being made; `None`: others are."""
     return _bank.get()

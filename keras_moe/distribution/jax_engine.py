@@ -14,7 +14,6 @@ import jax
 import keras
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from keras import ops
 from keras.distribution import DeviceMesh, LayoutMap, ModelParallel, TensorLayout
@@ -36,6 +35,7 @@ class JaxEngine:
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
         shape = tuple(self.size.values())
         self.distribution = _Sharded(DeviceMesh(shape, AXES, parallel.devices))
+        self.batch_shards = parallel.batch_shards
         self.mesh = self.distribution.device_mesh.backend_mesh
 
     @staticmethod
@@ -78,7 +78,6 @@ class JaxEngine:
 
     def exchange(self, experts, inputs, routing, training):
         groups = inputs.shape[0]
-        shards = self.size["data"] * self.size["expert"]
         weights = experts.cast_weights()
         specs = {name: P(*expert_axes(name)) for name in weights}
         seed = None
@@ -87,7 +86,7 @@ class JaxEngine:
         if routing.row_expert is not None:
             of_device = self._by_choices
         else:
-            of_device = self._by_slots if groups % shards == 0 else self._by_tables
+            of_device = self._by_slots if groups % self.batch_shards == 0 else self._by_tables
         inputs = ops.cast(inputs, experts.compute_dtype)
 
         def run(on_device, in_specs, *arguments):
@@ -96,17 +95,23 @@ class JaxEngine:
             def with_experts(weights, seed, *arguments):
                 return on_device(self._local(experts, weights, seed), *arguments)
 
-            return jax.jit(
-                jax.shard_map(
-                    with_experts,
-                    mesh=self.mesh,
-                    in_specs=(specs, P(), *in_specs),
-                    out_specs=P(BATCH),
-                    check_vma=False,  # the gradients of `with_gradient` do not say what they vary by
-                )
+            return jax.shard_map(
+                with_experts,
+                mesh=self.mesh,
+                in_specs=(specs, P(), *in_specs),
+                out_specs=P(BATCH),
+                check_vma=False,  # the gradients of `with_gradient` do not say what they vary by
             )(weights, seed, *arguments)
 
         return of_device(run, experts, inputs, routing)
+
+    def by_groups(self, function, *inputs):
+        groups = next(x.shape[0] for x in inputs if x is not None)
+        if groups % self.batch_shards:
+            return function(*inputs)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False
+        )(*inputs)
 
     def _local(self, experts, weights, seed):
         """A device's experts: a function from slots to slots, `[rows, slots, ...]` each."""
@@ -218,8 +223,7 @@ class JaxEngine:
     def _padded(self, inputs):
         """Tokens in all, and as many as the devices that share the batch can share alike."""
         num_tokens = inputs.shape[0] * inputs.shape[1]
-        shards = self.size["data"] * self.size["expert"]
-        return num_tokens, num_tokens + -num_tokens % shards
+        return num_tokens, num_tokens + -num_tokens % self.batch_shards
 
     def _flat(self, inputs, padded):
         x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))

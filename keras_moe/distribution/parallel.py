@@ -7,7 +7,6 @@ import keras
 
 from keras_moe.distribution.active import activated
 from keras_moe.distribution.layouts import EXPERTS
-from keras_moe.routing.base import positive_integer
 
 
 class ExpertParallel:
@@ -53,6 +52,8 @@ class ExpertParallel:
     """
 
     def __init__(self, data=None, experts=1, model=1, devices=None):
+        from keras_moe.routing.base import positive_integer  # here: routers import this package
+
         positive_integer("data", data, optional=True)
         positive_integer("experts", experts)
         positive_integer("model", model)
@@ -122,6 +123,10 @@ class ExpertParallel:
             `[groups, tokens, out]` tensor: what dispatch, experts and combine make on one device.
         """
         return self._engine.exchange(experts, inputs, routing, training)
+
+    def by_groups(self, function, *inputs):
+        """See `active.by_groups`."""
+        return self._engine.by_groups(function, *inputs)
 
     def assert_sharded(self, model):
         """Raises a ValueError if a device has more than its share of an expert kernel.
