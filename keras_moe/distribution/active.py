@@ -38,6 +38,7 @@ def by_groups(function, *inputs):
     """`function(*inputs)`; with devices that share the groups, each computes its own.
 
     The compiler cannot see that a gather or scatter by computed positions stays within a group.
+    The function is called outside of any scope: it is on one device.
 
     Args:
         function: of tensors to tensors, all `[groups, ...]`, that computes each group by itself.
@@ -46,7 +47,19 @@ def by_groups(function, *inputs):
     Returns:
         What the function returns.
     """
-    return function(*inputs) if active() is None else active().by_groups(function, *inputs)
+    if active() is None:
+        return function(*inputs)
+    return active().by_groups(outside(function), *inputs)
+
+
+def outside(function):
+    """A function that is called outside of any scope."""
+
+    def call(*inputs):
+        with activated(None):
+            return function(*inputs)
+
+    return call
 
 
 def bank():

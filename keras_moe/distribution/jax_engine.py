@@ -21,7 +21,7 @@ from keras.src.backend.jax import distribution_lib as keras_lib
 from keras.src.backend.jax.trainer import JAXTrainer
 
 from keras_moe.dispatch import combine, dispatch
-from keras_moe.distribution.active import bank
+from keras_moe.distribution.active import bank, outside
 from keras_moe.distribution.layouts import AXES, BATCH, expert_axes, other_axes
 from keras_moe.ops import take_rows, uniform
 from keras_moe.routing.base import Routing, seat_choices
@@ -96,7 +96,7 @@ class JaxEngine:
                 return on_device(self._local(experts, weights, seed), *arguments)
 
             return jax.shard_map(
-                with_experts,
+                outside(with_experts),
                 mesh=self.mesh,
                 in_specs=(specs, P(), *in_specs),
                 out_specs=P(BATCH),

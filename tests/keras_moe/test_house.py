@@ -8,6 +8,7 @@ import pytest
 import keras_moe
 
 ORDER = (
+    "distribution.active",
     "ops.torch_only",
     "ops.torch_recording",
     "ops.rows",
@@ -18,7 +19,6 @@ ORDER = (
     "ops.arrays",
     "ops.recorded",
     "ops.__init__",
-    "distribution.active",
     "capped",
     "slots",
     "losses.balance",
