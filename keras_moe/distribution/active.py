@@ -32,6 +32,8 @@ def sharding(experts, path):
         active().check(experts, path)
     with _within(_bank, experts):
         yield
+        if active() is not None:
+            active().place(experts)
 
 
 def by_groups(function, *inputs):

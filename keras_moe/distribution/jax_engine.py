@@ -76,6 +76,10 @@ class JaxEngine:
         axes = getattr(variable.value.sharding, "spec", ())
         return ", ".join(str(axis) for axis in axes) if any(axes) else "replicated"
 
+    def place(self, experts):
+        for variable in experts.weights:
+            variable._layout = self.distribution.get_variable_layout(variable)
+
     def exchange(self, experts, inputs, routing, training):
         groups = inputs.shape[0]
         weights = experts.cast_weights()

@@ -110,6 +110,10 @@ class ExpertParallel:
                 f"{path!r}"
             )
 
+    def place(self, experts):
+        """Remembers where weights go that have been made, but get their values later."""
+        self._engine.place(experts)
+
     def exchange(self, experts, inputs, routing, training=False):
         """Tokens to their experts' devices, through the experts, and back: for a layer's call.
 
