@@ -81,21 +81,36 @@ class JaxEngine:
             variable._layout = self.distribution.get_variable_layout(variable)
 
     def exchange(self, experts, inputs, routing, training):
+        if routing.row_expert is not None:
+            of_device = self._by_choices
+        else:
+            groups = inputs.shape[0]
+            of_device = self._by_tables if groups % self.batch_shards else self._by_slots
+        inputs = ops.cast(inputs, experts.compute_dtype)
+        return of_device(self._runner(experts, training), experts, inputs, routing)
+
+    def spread(self, experts, inputs, training):
+        def on_device(apply, x_GECD):
+            groups, num_experts, slots, dim = x_GECD.shape
+            x_ECD = ops.reshape(ops.transpose(x_GECD, (1, 0, 2, 3)), (num_experts, -1, dim))
+            y_ECD = _there_and_back(apply, x_ECD)
+            y_EGCD = ops.reshape(y_ECD, (num_experts, groups, slots, y_ECD.shape[-1]))
+            return ops.transpose(y_EGCD, (1, 0, 2, 3))
+
         groups = inputs.shape[0]
+        padding = -groups % self.batch_shards
+        inputs = ops.pad(ops.cast(inputs, experts.compute_dtype), ((0, padding), *[(0, 0)] * 3))
+        return self._runner(experts, training)(on_device, [P(BATCH)], inputs)[:groups]
+
+    def _runner(self, experts, training):
+        """A function that runs another on every device, with the device's part of the experts."""
         weights = experts.cast_weights()
         specs = {name: P(*expert_axes(name)) for name in weights}
         seed = None
         if training and getattr(experts, "dropout", 0) > 0:
             seed = experts.seed_generator.next()
-        if routing.row_expert is not None:
-            of_device = self._by_choices
-        else:
-            of_device = self._by_slots if groups % self.batch_shards == 0 else self._by_tables
-        inputs = ops.cast(inputs, experts.compute_dtype)
 
         def run(on_device, in_specs, *arguments):
-            """`on_device` on every device's part of the arguments, and of weights and seed."""
-
             def with_experts(weights, seed, *arguments):
                 return on_device(self._local(experts, weights, seed), *arguments)
 
@@ -107,7 +122,7 @@ class JaxEngine:
                 check_vma=False,  # the gradients of `with_gradient` do not say what they vary by
             )(weights, seed, *arguments)
 
-        return of_device(run, experts, inputs, routing)
+        return run
 
     def by_groups(self, function, *inputs):
         groups = next(x.shape[0] for x in inputs if x is not None)
@@ -152,9 +167,7 @@ class JaxEngine:
 
         def on_device(apply, x_GSD, token_index, weight, slot_index):
             local = _seats(token_index, weight, slot_index)
-            slots_ECD = dispatch(x_GSD, local)
-            slots_ECD = lax.all_to_all(slots_ECD, "expert", 0, 1, tiled=True)
-            y_ECD = lax.all_to_all(apply(slots_ECD), "expert", 1, 0, tiled=True)
+            y_ECD = _there_and_back(apply, dispatch(x_GSD, local))
             return combine(y_ECD, local, *x_GSD.shape[:2])
 
         arguments = (inputs, routing.token_index, routing.weight, routing.slot_index)
@@ -232,6 +245,12 @@ class JaxEngine:
     def _flat(self, inputs, padded):
         x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))
         return ops.pad(x_TD, ((0, padded - x_TD.shape[0]), (0, 0)))
+
+
+def _there_and_back(apply, slots_ECD):
+    """All experts' slots of this device, through the experts on their devices."""
+    slots_ECD = lax.all_to_all(slots_ECD, "expert", 0, 1, tiled=True)
+    return lax.all_to_all(apply(slots_ECD), "expert", 1, 0, tiled=True)
 
 
 def _unflat(y_TD, inputs):

@@ -128,6 +128,19 @@ class ExpertParallel:
         """
         return self._engine.exchange(experts, inputs, routing, training)
 
+    def spread(self, experts, inputs, training=False):
+        """Slots to their experts' devices, through the experts, and back: for soft routing.
+
+        Args:
+            experts: a bank of experts that was built within `scope`.
+            inputs: `[groups, experts, slots, dim]` tensor.
+            training: boolean.
+
+        Returns:
+            `[groups, experts, slots, out]` tensor.
+        """
+        return self._engine.spread(experts, inputs, training)
+
     def by_groups(self, function, *inputs):
         """See `active.by_groups`."""
         return self._engine.by_groups(function, *inputs)
@@ -155,7 +168,7 @@ class ExpertParallel:
         optimizer = getattr(model, "optimizer", None)
         moments = list(optimizer.variables) if optimizer is not None else []
         for layer in model._flatten_layers():
-            if not (hasattr(layer, "router") and hasattr(layer, "experts") and layer.built):
+            if not (hasattr(getattr(layer, "experts", None), "num_experts") and layer.built):
                 continue
             for weight in layer.experts.weights:
                 axes = EXPERTS.get(weight.name, ())

@@ -167,6 +167,62 @@ def rest_of_an_epoch():
     return result
 
 
+def other_banks():
+    """Linear experts, soft routing, shared and recomputed experts, groups across sequences."""
+
+    def build():
+        keras.utils.set_random_seed(0)
+        with keras.RematScope("full"):
+            recomputed = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=1)
+        layers = [
+            keras_moe.MixtureOfExperts(
+                keras_moe.LinearExperts(EXPERTS, DIM, seed=0),
+                keras_moe.TopKRouter(2, capacity_factor=1.25),
+                name="linear",
+            ),
+            keras_moe.MixtureOfExperts(
+                recomputed,
+                keras_moe.SwitchRouter(reroutes=1, min_capacity=1, exploration="argmax"),
+                group=16,
+                shared=keras_moe.FeedForwardExperts(1, HIDDEN, seed=2, name="shared"),
+                name="recomputed",
+            ),
+            keras_moe.SoftMoE(keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=3), 2),
+        ]
+        x = inputs = keras.Input((LENGTH, DIM))
+        for layer in layers:
+            x = x + layer(x)
+        return keras.Model(inputs, keras.layers.Dense(4)(x))
+
+    result = []
+    x, y = examples(18)  # the last 2 are too few for 4 devices
+    for scope in (no_devices(), ExpertParallel(data=2, experts=2, model=2).scope()):
+        with scope:
+            model = build()
+            model.compile(keras.optimizers.Adam(1e-2), "mse")
+            fit = model.fit(x, y, batch_size=16, epochs=3, verbose=0, shuffle=False)
+        result.append(fit.history["loss"])
+    return {"losses": result, "shards": shards(model)}
+
+
+def in_bfloat16():
+    """The largest difference of outputs in bfloat16, relative to them, with and without drops."""
+    x = examples()[0]
+    result = []
+    for factor in (1.25, None):
+        outputs = []
+        for scope in (no_devices(), ExpertParallel(data=2, experts=4).scope()):
+            with scope:
+                experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=0, dtype="bfloat16")
+                keras.utils.set_random_seed(0)
+                router = keras_moe.TopKRouter(2, capacity_factor=factor)
+                layer = keras_moe.MixtureOfExperts(experts, router, dtype="mixed_bfloat16")
+                y = layer(x)
+                outputs.append(np.asarray(y, "float32"))
+        result.append(float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max()))
+    return {"differences": result, "dtype": str(y.dtype)}
+
+
 class Late(keras.Model):
     """A model whose weights are made when `fit` has seen the data."""
 

@@ -93,6 +93,21 @@ def test_the_rest_of_an_epoch():
     assert len(many["predicted"]) == 10
 
 
+def test_other_banks_of_experts():
+    checks = checked("other_banks")
+    one, many = checks["losses"]
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-4)
+    assert len(checks["shards"]) == 3 * (1 + 2 + 2)
+    for path, (total, least, most) in checks["shards"].items():
+        assert least == most == total // 4, path
+
+
+def test_bfloat16():
+    checks = checked("in_bfloat16")
+    assert max(checks["differences"]) < 2**-7
+    assert checks["dtype"] == "bfloat16"
+
+
 def test_weights_made_late_and_moments_in_factors():
     late = checked("late")
     assert late["losses"][-1] < late["losses"][0]
@@ -104,7 +119,7 @@ def test_weights_made_late_and_moments_in_factors():
     assert lines["late/mixture_of_experts/experts/kernel_in"] == "4,096"
     assert lines["adafactor/late_mixture_of_experts_experts_kernel_in_rows"] == "128"
     assert lines["late/dense/kernel"] == "256"
-    assert late["table"].splitlines()[0].split() == "weight shape layout bytes per device".split()
+    assert late["table"].split()[:4] == ["weight", "shape", "layout", "bytes"]
 
 
 def test_devices_drop_different_hidden_units():
