@@ -24,9 +24,9 @@ EXPERTS = {
 
 # Of everything else, by the end of the path; what no line fits is replicated.
 OTHERS = (
-    (r"attention\w*/(query|key|value)/kernel", (None, "model", None)),
-    (r"attention\w*/(query|key|value)/bias", ("model", None)),
-    (r"attention\w*/(output|attention_output)/kernel", ("model", None, None)),
+    (r"\w*attention\w*/(query|key|value)/kernel", (None, "model", None)),
+    (r"\w*attention\w*/(query|key|value)/bias", ("model", None)),
+    (r"\w*attention\w*/(output|attention_output)/kernel", ("model", None, None)),
     (r"(feed_forward|shared)\w*/(hidden|gate)/kernel", (None, "model")),
     (r"(feed_forward|shared)\w*/output/kernel", ("model", None)),
     (r"shared\w*/(kernel_in|kernel_gate)", (None, None, "model")),
