@@ -253,7 +253,8 @@ def dropped_units():
     """What each device's experts, all alike, make of the same tokens with dropout."""
     with ExpertParallel(data=1, experts=2, model=4).scope():
         experts = keras_moe.FeedForwardExperts(2, 64, dropout=0.5, activation="linear", seed=0)
-        layer = keras_moe.MixtureOfExperts(experts, keras_moe.TopKRouter(2, capacity_factor=1.0))
+        router = keras_moe.TopKRouter(2, capacity_factor=1.0, kernel_initializer="zeros")
+        layer = keras_moe.MixtureOfExperts(experts, router)
         layer.build((None, 4, DIM))
         for kernel in (experts.kernel_in, experts.kernel_out):
             kernel.assign(np.ones(kernel.shape))
@@ -338,12 +339,18 @@ def refusals():
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
     parallel = ExpertParallel(experts=8)
+
+    def fit():
+        with parallel.scope():
+            model.fit(*examples(), batch_size=16, verbose=0)
+
     return {
         "mesh": said(lambda: ExpertParallel(data=2, experts=8)),
         "experts": said(lambda: build(keras_moe.FeedForwardExperts(6, 8), experts=4)),
         "hidden": said(lambda: build(keras_moe.FeedForwardExperts(4, 9), experts=4, model=2)),
         "layers": said(lambda: build(keras_moe.LayerExperts(layers), experts=4)),
         "outside": said(lambda: parallel.assert_sharded(model)),
+        "fitted": said(fit),
         "devices": [ExpertParallel(experts=2, model=2).data, len(ExpertParallel(1, 3).devices)],
     }
 

@@ -123,11 +123,11 @@ def test_weights_made_late_and_moments_in_factors():
 
 
 def test_devices_drop_different_hidden_units():
-    """Kernels of ones: a token is 16 in, and out 16 / (1 - 0.5) times the hidden units kept."""
-    kept = np.array(checked("dropped_units")) / 32
+    """Kernels of ones: a token is 16 in, and half of 16 / (1 - 0.5) out for each unit kept."""
+    kept = np.array(checked("dropped_units")) / 16
     np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
-    assert len(set(kept.round())) > 4  # of 8 tokens
-    assert 24 < kept.mean() < 40  # of 64 units
+    assert len(set(kept.round())) > 3  # of 8 tokens
+    assert 48 < kept.mean() < 80  # of 64 units of either expert
 
 
 def test_a_language_model_of_the_zoo():
@@ -146,10 +146,11 @@ def test_a_language_model_of_the_zoo():
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("mesh", "`data * experts * model` must be at most the number of devices, 8.*a mesh of 16"),
+        ("mesh", "must be at most the number of devices, 8.*a mesh of 16"),
         ("experts", "`experts` of `ExpertParallel` must divide.*6 experts of the layer 'moe'"),
         ("hidden", "`model` of `ExpertParallel` must divide.*hidden_dim=9 in the layer 'moe'"),
         ("layers", "`experts` must have all kernels.*LayerExperts in the layer 'moe'"),
+        ("fitted", "must be shared by the devices.*'moe_0/experts/kernel_in'.*not 1/8"),
         ("outside", "must be shared by the devices.*'moe_0/experts/kernel_in'.*not 1/8"),
     ],
 )
