@@ -1,6 +1,6 @@
 """Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, losses, metrics, optimizers, surgery
+from keras_moe import callbacks, distribution, losses, metrics, optimizers, surgery
 from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
 from keras_moe.hierarchical import HierarchicalMoE, HierarchicalRouter
 from keras_moe.moe import MixtureOfExperts
@@ -39,6 +39,7 @@ __all__ = [
     "SwitchRouter",
     "TopKRouter",
     "callbacks",
+    "distribution",
     "losses",
     "metrics",
     "optimizers",

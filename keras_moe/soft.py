@@ -6,6 +6,7 @@ G groups (sequences), S tokens per group, D width, E experts, P slots per expert
 import keras
 from keras import ops
 
+from keras_moe.distribution.active import active, sharding
 from keras_moe.moe import check_shape
 
 
@@ -78,7 +79,8 @@ class SoftMoE(keras.layers.Layer):
             )
         dim = input_shape[-1]
         if not self.experts.built:
-            self.experts.build((None, None, dim))
+            with sharding(self.experts, self.path):
+                self.experts.build((None, None, dim))
         self.phi = self.add_weight(
             name="phi",
             shape=(dim, self.experts.num_experts, self.slots_per_expert),
@@ -118,11 +120,15 @@ class SoftMoE(keras.layers.Layer):
         groups, _, dim = ops.shape(slots_GND)
         num_experts, slots = self.experts.num_experts, self.slots_per_expert
         slots_GEPD = ops.reshape(slots_GND, (groups, num_experts, slots, dim))
-        slots_EGPD = ops.transpose(slots_GEPD, (1, 0, 2, 3))
-        y_EMD = self.experts(ops.reshape(slots_EGPD, (num_experts, -1, dim)), training=training)
-        y_EGPD = ops.reshape(y_EMD, (num_experts, -1, slots, y_EMD.shape[-1]))
-        y_GEPD = ops.transpose(y_EGPD, (1, 0, 2, 3))
-        return self._cast(ops.reshape(y_GEPD, (-1, num_experts * slots, y_EMD.shape[-1])))
+        if active() is not None:
+            y_GEPD = active().spread(self.experts, slots_GEPD, training)
+        else:
+            slots_EGPD = ops.transpose(slots_GEPD, (1, 0, 2, 3))
+            slots_EMD = ops.reshape(slots_EGPD, (num_experts, -1, dim))
+            y_EMD = self.experts(slots_EMD, training=training)
+            y_EGPD = ops.reshape(y_EMD, (num_experts, -1, slots, y_EMD.shape[-1]))
+            y_GEPD = ops.transpose(y_EGPD, (1, 0, 2, 3))
+        return self._cast(ops.reshape(y_GEPD, (-1, num_experts * slots, y_GEPD.shape[-1])))
 
     def _cast(self, x):
         return ops.cast(x, self.compute_dtype)
