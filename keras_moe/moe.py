@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.dispatch import combine, dispatch
+from keras_moe.distribution.active import active, gathered
 from keras_moe.routing import Router
 from keras_moe.routing.base import dropping_nothing
 
@@ -188,15 +189,21 @@ class MixtureOfExperts(keras.layers.Layer):
         """
         inputs = ops.cast(inputs, self.compute_dtype)
         x_GSD, mask_GS = self._split(inputs, mask)
+        mask_GS = gathered(mask_GS)
         groups, tokens, _ = ops.shape(x_GSD)
-        compact = getattr(self.experts, "compact", False)
+        parallel = active()
+        compact = getattr(self.experts, "compact", False) and parallel is None
         ids = self._split_ids(inputs, token_ids)
         drops = drops or getattr(self.experts, "implementation", None) == "batched"
         with contextlib.nullcontext() if drops else dropping_nothing():
             routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
-        slots_RCD = dispatch(x_GSD, routing)
-        slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
-        y = self._join(combine(slots_RCD, routing, groups, tokens), inputs)
+        if parallel is None:
+            slots_RCD = dispatch(x_GSD, routing)
+            slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
+            y_GSD = combine(slots_RCD, routing, groups, tokens)
+        else:
+            y_GSD = parallel.exchange(self.experts, x_GSD, routing, training)
+        y = self._join(y_GSD, inputs)
         if self.shared is not None:
             y = y + self._shared_outputs(inputs, mask, training)
         return y, routing

@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
+from keras_moe.distribution.active import gathered
 from keras_moe.ops import uniform
 
 
@@ -211,7 +212,7 @@ class Router(keras.layers.Layer):
 
     def score(self, inputs, mask=None, training=False):
         """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""
-        logits = ops.matmul(self.prepare(inputs, mask, training), self.kernel)
+        logits = gathered(ops.matmul(self.prepare(inputs, mask, training), self.kernel))
         return logits, ops.softmax(logits, axis=-1)
 
     def prepare(self, inputs, mask=None, training=False):

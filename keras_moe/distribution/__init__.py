@@ -1,0 +1,5 @@
+"""Experts over many devices."""
+
+from keras_moe.distribution.parallel import ExpertParallel
+
+__all__ = ["ExpertParallel"]
