@@ -225,7 +225,8 @@ class MixtureOfExperts(keras.layers.Layer):
         x_TD = ops.reshape(inputs, (-1, dim))
         mask_T = None if mask is None else ops.reshape(mask, (-1,))
         if isinstance(self.group, str):
-            return x_TD[None], None if mask is None else mask_T[None]
+            mask_GS = None if mask is None else ops.expand_dims(mask_T, 0)
+            return ops.expand_dims(x_TD, 0), mask_GS
 
         num_tokens = ops.shape(x_TD)[0]
         padding = -num_tokens % self.group

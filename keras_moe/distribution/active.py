@@ -25,3 +25,9 @@ def gathered(x):
     """`x` whole on every device; as it is outside of a scope."""
     parallel = active()
     return x if parallel is None or x is None else parallel.gathered(x)
+
+
+def seats_for_all(tokens):
+    """Slots per expert that seat all tokens of a group; `None`: each expert has what it needs."""
+    parallel = active()
+    return None if parallel is None else parallel.seats_for_all(tokens)

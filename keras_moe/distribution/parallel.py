@@ -34,6 +34,10 @@ class ExpertParallel:
         """`x` whole on every device."""
         return self.engine.gathered(x)
 
+    def seats_for_all(self, tokens):
+        """Slots per expert that seat all tokens of a group; `None`: experts have what they need."""
+        return self.engine.seats_for_all(tokens)
+
     def exchange(self, experts, x_GSD, routing, training=False):
         """Dispatch, experts and combine."""
         return self.engine.exchange(experts, x_GSD, routing, training)

@@ -15,7 +15,6 @@ import tensorflow as tf
 from keras import ops, tree
 from tensorflow.experimental import dtensor
 
-from keras_moe import slots
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.ops import with_gradient
 
@@ -186,6 +185,9 @@ class TensorFlowEngine:
     def gathered(self, x):
         return self._relayout(ops.convert_to_tensor(x))
 
+    def seats_for_all(self, tokens):
+        return tokens
+
     def exchange(self, experts, x_GSD, routing, training=False):
         groups, tokens, dim = x_GSD.shape
         routing = type(routing)(
@@ -194,8 +196,6 @@ class TensorFlowEngine:
                 for x in routing
             )
         )
-        if routing.row_expert is not None:
-            routing = one_row_each(routing, groups, tokens, experts.num_experts)
         if groups % (self.sizes["data"] * self.sizes["expert"]) != 0:
             return self._pooled(experts, x_GSD, routing, training)
 
@@ -267,26 +267,6 @@ class TensorFlowEngine:
 
     def describe(self, model):
         return ""
-
-
-def one_row_each(routing, groups, tokens, num_experts):
-    """The same seats where every expert has one row that no group can overfill."""
-    size = routing.token_index.shape[2]
-    k = routing.expert_index.shape[-1]
-    slot_GN = tf.reshape(routing.slot_index, (groups, tokens * k))
-    rows = routing.row_expert.shape[0]
-    row_expert = tf.concat([routing.row_expert, [num_experts]], 0)
-    expert_GN = tf.gather(row_expert, tf.minimum(slot_GN // size, rows))
-    capacity = tokens
-    table = slots.by_capacity(expert_GN, num_experts, capacity)
-    weight_W = tf.concat([tf.reshape(routing.weight, (-1,)), [0.0]], 0)
-    weight_GN = tf.gather(weight_W, slot_GN)
-    return routing._replace(
-        token_index=table.assignment_index // k,
-        weight=slots.look_up(weight_GN, table.assignment_index),
-        slot_index=tf.reshape(table.slot_index, (groups, tokens, k)),
-        row_expert=None,
-    )
 
 
 def _rows(x, index):

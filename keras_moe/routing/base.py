@@ -14,7 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.distribution.active import gathered
+from keras_moe.distribution.active import gathered, seats_for_all
 from keras_moe.ops import uniform
 
 
@@ -72,6 +72,7 @@ def seat_choices(
     """
     groups, tokens, k = ops.shape(expert_index_GSK)
     expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
+    capacity = seats_for_all(tokens) if capacity is None else capacity
     order_GN = None
     if confidence_GS is not None and capacity is not None:
         order_GN = slots.by_confidence(confidence_GS, k)
