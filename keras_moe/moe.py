@@ -252,7 +252,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"Received: token_ids=None, router={self.router!r}"
             )
         check_shape("token_ids", token_ids, inputs)
-        ids_GS1, _ = self._split(ops.cast(token_ids, "int32")[..., None], None)
+        ids_GS1, _ = self._split(ops.expand_dims(ops.cast(token_ids, "int32"), -1), None)
         return {"token_ids": ids_GS1[..., 0]}
 
     def _join(self, y_GSD, inputs):
@@ -265,7 +265,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def _shared_outputs(self, inputs, mask, training):
         if mask is not None:
-            valid = ops.cast(mask, "bool")[..., None]
+            valid = ops.expand_dims(ops.cast(mask, "bool"), -1)
             inputs = ops.where(valid, inputs, 0.0)
         if hasattr(self.shared, "num_experts"):
             x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))

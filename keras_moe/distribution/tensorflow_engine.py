@@ -6,13 +6,14 @@ share the groups, p the one that shares the batch outside of this file.
 """
 
 import contextlib
-import math
+import os
 import re
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops, tree
+from tensorflow.dtensor.python import accelerator_util
 from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
@@ -30,15 +31,21 @@ PLACEMENTS = (
     (r"feed_forward/output/kernel$", ("model", None)),
 )
 
+# DTensor joins independent all-reduces into one and moves only what reads their results behind it,
+# not the reads of variables that are assigned from them: without this the loss of a step is that
+# of the step before, 0.0 at first.
+ENVIRONMENT = {"DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION": "0"}
+
 
 class TensorFlowEngine:
     """A DTensor mesh of the axes `data`, `expert` and `model`."""
 
     def __init__(self, data, experts, model, devices=None):
         kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-        if not dtensor.is_initialized() if hasattr(dtensor, "is_initialized") else True:
-            with contextlib.suppress(ValueError):
-                dtensor.initialize_accelerator_system(kind)
+        if not accelerator_util.is_initialized():
+            dtensor.initialize_accelerator_system(kind)
+            # A step returns when all devices have done it, and raises what went wrong on any.
+            dtensor._reset_dtensor_device(is_async=False)
         devices = devices or dtensor.local_devices(kind)
         data = data or len(devices) // (experts * model)
         sizes = {"data": data, "expert": experts, "model": model}
@@ -62,6 +69,8 @@ class TensorFlowEngine:
             "make_predict_function": lambda m, force=False: self._make(m, "predict", force),
         }
         before = {name: getattr(trainer, name) for name in makers}
+        environment = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)
         for name, maker in makers.items():
             setattr(trainer, name, maker)
         try:
@@ -70,6 +79,11 @@ class TensorFlowEngine:
         finally:
             for name, maker in before.items():
                 setattr(trainer, name, maker)
+            for name, value in environment.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def _make(self, model, what, force):
         name = f"{what}_function"
@@ -103,16 +117,8 @@ class TensorFlowEngine:
     def _place(self, value, layout):
         """A NumPy array, each device's part on the device."""
         value = np.asarray(value)
-        parts = []
-        for place in self.mesh.local_device_locations():
-            index = []
-            for axis, size in zip(layout.sharding_specs, value.shape, strict=True):
-                if axis == dtensor.UNSHARDED:
-                    index.append(slice(None))
-                    continue
-                part = size // self.sizes[axis]
-                index.append(slice(place[axis] * part, (place[axis] + 1) * part))
-            parts.append(tf.constant(value[tuple(index)]))
+        places = self.mesh.local_device_locations()
+        parts = [tf.constant(value[self._part(layout, value.shape, place)]) for place in places]
         return dtensor.pack(parts, layout)
 
     def _place_batch(self, data):
@@ -132,12 +138,32 @@ class TensorFlowEngine:
         return tree.map_structure(place, data)
 
     def _whole(self, x):
+        """A NumPy array; where processes are several, gathered by all of them."""
         if not dtensor.is_dtensor(x):
             return np.asarray(x)
         layout = dtensor.fetch_layout(x)
-        if not layout.is_fully_replicated():
-            x = dtensor.relayout(x, dtensor.Layout.replicated(self.mesh, x.shape.rank))
-        return [part.numpy() for part in dtensor.unpack(x)][0]
+        places = self.mesh.local_device_locations()
+        if len(places) < self.mesh.size and not layout.is_fully_replicated():
+            layout = self._layout((None,) * x.shape.rank)
+            x = dtensor.relayout(x, layout)
+        parts = [part.numpy() for part in dtensor.unpack(x)]
+        if layout.is_fully_replicated():
+            return parts[0]
+        whole = np.empty(x.shape, parts[0].dtype)
+        for place, part in zip(places, parts, strict=True):
+            whole[self._part(layout, whole.shape, place)] = part
+        return whole
+
+    def _part(self, layout, shape, place):
+        """Which part of an array of this shape lies on the device at `place` in the mesh."""
+        index = []
+        for axis, size in zip(layout.sharding_specs, shape, strict=True):
+            if axis == dtensor.UNSHARDED:
+                index.append(slice(None))
+            else:
+                length = size // self.sizes[axis]
+                index.append(slice(place[axis] * length, (place[axis] + 1) * length))
+        return tuple(index)
 
     def _create(self, next_creator, **kwargs):
         with tf.init_scope():

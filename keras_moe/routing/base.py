@@ -220,7 +220,7 @@ class Router(keras.layers.Layer):
         """The inputs as the router sees them: float32, zeros for padding, with jitter."""
         inputs = ops.cast(inputs, "float32")
         if mask is not None:  # whatever stands there, or its gradient would be NaN where it is
-            inputs = ops.where(mask[..., None], inputs, 0.0)
+            inputs = ops.where(ops.expand_dims(mask, -1), inputs, 0.0)
         if training and self.jitter > 0:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
             inputs = inputs * uniform(ops.shape(inputs), low, high, self.seed_generator)
