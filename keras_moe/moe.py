@@ -136,14 +136,15 @@ class MixtureOfExperts(keras.layers.Layer):
         if self.shared is not None:
             self._build_shared(input_shape)
         self.statistics = [
-            self.add_weight(
-                name=name,
-                shape=shape,
-                initializer="zeros",
-                dtype="float32",
+            keras.Variable(  # `add_weight` has no synchronization
+                "zeros",
+                shape,
+                "float32",
                 trainable=False,
                 autocast=False,
+                synchronization="on_read",  # each replica of tf.distribute adds up its own
                 aggregation="sum",
+                name=name,
             )
             for name, shape in metrics.statistics_shapes(self.router.num_experts).items()
         ]
