@@ -116,7 +116,7 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def call(self, inputs, row_expert=None, training=False):
         kept_RCF = self._kept(inputs, training)
-        return self._compute(inputs, self._weights(), row_expert, kept_RCF)
+        return self.compute(inputs, self.cast_weights(), row_expert, kept_RCF)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """The call in a `keras.RematScope`: computed again, but with the same random numbers."""
@@ -124,10 +124,10 @@ class FeedForwardExperts(keras.layers.Layer):
 
         def call(inputs, row_expert=None, training=False):
             kept_RCF = self._kept(inputs, training)
-            weights = self._weights()  # here, since Keras casts them in the first pass alone
+            weights = self.cast_weights()  # here, since Keras casts them in the first pass alone
 
             def compute(inputs, weights):
-                return self._compute(inputs, weights, row_expert, kept_RCF)
+                return self.compute(inputs, weights, row_expert, kept_RCF)
 
             return rematerialized(compute, inputs, weights)(inputs, weights)
 
@@ -140,7 +140,8 @@ class FeedForwardExperts(keras.layers.Layer):
         shape_RCF = (*ops.shape(inputs)[:2], self.hidden_dim)
         return uniform(shape_RCF, 0.0, 1.0, self.seed_generator) >= self.dropout
 
-    def _weights(self):
+    def cast_weights(self):
+        """The weights by name, in the dtype of the computation."""
         names = ("kernel_in", "kernel_gate", "kernel_out", "bias_in", "bias_out")
         return {
             name: ops.cast(getattr(self, name), self.compute_dtype)
@@ -148,7 +149,16 @@ class FeedForwardExperts(keras.layers.Layer):
             if hasattr(self, name)
         }
 
-    def _compute(self, inputs, weights, row_expert, kept_RCF):
+    def compute(self, inputs, weights, row_expert=None, kept_RCF=None):
+        """What a call computes, with the weights of all experts or of some, whole or in part.
+
+        Args:
+            inputs: as in a call, in the dtype of the weights.
+            weights: as `cast_weights` returns them; fewer experts, and fewer hidden units, will do.
+            row_expert: as in a call, counted among the experts that there are weights of.
+            kept_RCF: which hidden units dropout keeps, `[rows, slots, hidden_dim]`; `None`: all.
+        """
+
         def product(x_RCD, name, before=None):
             y_RCF = expert_product(
                 x_RCD, weights[f"kernel_{name}"], row_expert, self.implementation, before
@@ -168,7 +178,7 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def _of_rows(self, bias_ED, row_expert):
         if row_expert is not None:
-            bias_ED = ops.take(bias_ED, ops.minimum(row_expert, self.num_experts - 1), axis=0)
+            bias_ED = ops.take(bias_ED, ops.minimum(row_expert, bias_ED.shape[0] - 1), axis=0)
         return ops.expand_dims(bias_ED, axis=1)
 
     def compute_output_shape(self, input_shape, row_expert=None):
@@ -243,7 +253,15 @@ class LinearExperts(keras.layers.Layer):
         self.kernel.per_expert = True  # see `keras_moe.optimizers`
 
     def call(self, inputs, row_expert=None):
-        return expert_product(inputs, self.kernel, row_expert)
+        return self.compute(inputs, self.cast_weights(), row_expert)
+
+    def cast_weights(self):
+        """The weights by name, in the dtype of the computation."""
+        return {"kernel": ops.cast(self.kernel, self.compute_dtype)}
+
+    def compute(self, inputs, weights, row_expert=None):
+        """What a call computes with such weights, of all experts or of some."""
+        return expert_product(inputs, weights["kernel"], row_expert)
 
     def compute_output_shape(self, input_shape, row_expert=None):
         return (*input_shape[:-1], self.output_dim)

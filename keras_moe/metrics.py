@@ -9,6 +9,7 @@ G groups, S tokens per group, K experts per token, E experts, R rows of slots, C
 import numpy as np
 from keras import ops
 
+from keras_moe.distribution.active import by_groups
 from keras_moe.ops import add_rows
 from keras_moe.routing import ExpertChoiceRouter
 from keras_moe.slots import count, pool_groups
@@ -82,8 +83,14 @@ def _experts_per_token(routing):
     if routing.slot_index is not None:
         return ops.sum(ops.cast(routing.slot_index < rows * slots, "float32"), axis=-1)
     tokens = ops.shape(routing.probabilities)[1]
-    token_M = ops.reshape(pool_groups(routing.token_index, tokens), (-1,))
-    return add_rows(ops.ones((ops.shape(token_M)[0], 1)), token_M, groups * tokens)
+
+    def count_slots(token_index_GRC):
+        groups = ops.shape(token_index_GRC)[0]
+        token_M = ops.reshape(pool_groups(token_index_GRC, tokens), (-1,))
+        slots_M1 = add_rows(ops.ones((ops.shape(token_M)[0], 1)), token_M, groups * tokens)
+        return ops.reshape(slots_M1, (groups, tokens))
+
+    return by_groups(count_slots, routing.token_index)
 
 
 def _expert_tokens(routing, num_experts):

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.dispatch import combine, dispatch
-from keras_moe.distribution.active import active, gathered
+from keras_moe.distribution.active import active, gathered, sharding
 from keras_moe.routing import Router
 from keras_moe.routing.base import dropping_nothing
 
@@ -132,7 +132,8 @@ class MixtureOfExperts(keras.layers.Layer):
         if not self.router.built:
             self.router.build((None, None, input_shape[-1]))
         if not self.experts.built:
-            self.experts.build((None, None, input_shape[-1]))
+            with sharding(self.experts, self.path):
+                self.experts.build((None, None, input_shape[-1]))
         if self.shared is not None:
             self._build_shared(input_shape)
         self.statistics = [
@@ -193,6 +194,7 @@ class MixtureOfExperts(keras.layers.Layer):
         mask_GS = gathered(mask_GS)
         groups, tokens, _ = ops.shape(x_GSD)
         parallel = active()
+        # Rows of one expert each go to that expert's device; rows as needed may go anywhere.
         compact = getattr(self.experts, "compact", False) and parallel is None
         ids = self._split_ids(inputs, token_ids)
         drops = drops or getattr(self.experts, "implementation", None) == "batched"

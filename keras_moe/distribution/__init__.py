@@ -1,4 +1,4 @@
-"""Experts over many devices."""
+"""Experts on several devices."""
 
 from keras_moe.distribution.parallel import ExpertParallel
 

@@ -1,51 +1,229 @@
-"""One object for experts over many devices, whatever the backend."""
+"""Experts on several devices: the one object that a user sees, the same on every backend."""
 
 import contextlib
+import math
 
 import keras
 
-from keras_moe.distribution.active import activate
+from keras_moe.distribution.active import activated
+from keras_moe.distribution.layouts import EXPERTS
 
 
 class ExpertParallel:
-    """Shards experts over devices; see `keras_moe.distribution.tensorflow_engine`.
+    """A mesh of devices that share the experts, and the batch.
+
+    The devices are `data * experts * model`. Every device has `1 / (data * experts)` of the batch
+    and `1 / (experts * model)` of every expert kernel and of the optimizer's moments of it: the
+    experts are split into `experts` parts, each expert's hidden units, and those of attention and
+    dense feed-forward layers, into `model` parts. Everything else every device has whole. A token
+    goes to the device of its expert and back; router, losses and metrics are those of the whole
+    batch, however many devices there are.
+
+    Example:
+
+    ```python
+    parallel = keras_moe.distribution.ExpertParallel(experts=8)
+    with parallel.scope():
+        model = zoo.switch_transformer("tiny", num_experts=32)
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(dataset)
+        model.save_weights("switch.weights.h5")
+    ```
+
+    Where a router has a capacity and the layer's groups of tokens (`group="sequence"`, or a number
+    of tokens) are at least as many as the devices that share the batch, exactly the slots travel,
+    by an all-to-all there and another back. Where one group spans devices (`group="batch"`, the
+    rest of an epoch), and without a capacity, where any expert may get every token, there is no
+    bound below all tokens that never drops one: each device then sees all tokens of the `experts`
+    devices of its row of the mesh, and adds up what its own experts make of them (an all-gather and
+    a reduce-scatter), `experts / (k * capacity_factor)` times the bytes.
 
     Args:
-        data: copies of the experts; `None`: as many as there are devices for.
-        experts: devices that the experts of one copy lie on.
-        model: devices that share one expert's hidden units.
-        devices: names of the devices; `None`: all.
+        data: devices along the axis that shares the batch only; `None`: as many as there are for
+            the other two.
+        experts: devices along the axis that shares the experts, and the batch too; must divide the
+            number of experts of every layer.
+        model: devices along the axis that shares hidden units; must divide the experts' hidden
+            width.
+        devices: list of names, as `keras.distribution.list_devices()` returns them; `None`: all.
+
+    Raises:
+        ValueError: if an argument is out of range, or if the mesh is larger than the devices.
     """
 
     def __init__(self, data=None, experts=1, model=1, devices=None):
-        if keras.backend.backend() != "tensorflow":
-            raise ValueError("`ExpertParallel` must be used on TensorFlow here.")
-        from keras_moe.distribution.tensorflow_engine import TensorFlowEngine
+        from keras_moe.routing.base import positive_integer  # here: routers import this package
 
-        self.engine = TensorFlowEngine(data, experts, model, devices)
+        positive_integer("data", data, optional=True)
+        positive_integer("experts", experts)
+        positive_integer("model", model)
+        engine = _engine()
+        devices = engine.list_devices() if devices is None else list(devices)
+        data = data or max(1, len(devices) // (experts * model))
+        size = data * experts * model
+        if size > len(devices):
+            raise ValueError(
+                f"`data * experts * model` must be at most the number of devices, {len(devices)}. "
+                f"Received: data={data}, experts={experts}, model={model}, a mesh of {size}"
+            )
+        self.data = data
+        self.experts = experts
+        self.model = model
+        self.devices = devices[:size]
+        self._engine = engine(self)
+
+    @property
+    def batch_shards(self):
+        """Devices that share the batch."""
+        return self.data * self.experts
 
     @contextlib.contextmanager
     def scope(self):
-        """Within: build, compile, fit, evaluate, predict, save."""
-        with activate(self), self.engine.scope():
+        """Within, models are built, compiled, fitted, evaluated, used and saved on the mesh."""
+        with activated(self), self._engine.scope(self):
             yield self
 
+    def check(self, experts, path):
+        """Raises a ValueError if the mesh cannot share a bank of experts.
+
+        Args:
+            experts: the bank.
+            path: of its layer, for the message.
+        """
+        if not hasattr(experts, "compute"):
+            raise ValueError(
+                "`experts` must have all kernels of a kind in one tensor to be shared by devices, "
+                "as `FeedForwardExperts` and `LinearExperts` have. "
+                f"Received: {type(experts).__name__} in the layer {path!r}"
+            )
+        if experts.num_experts % self.experts:
+            raise ValueError(
+                "`experts` of `ExpertParallel` must divide the number of experts of every layer. "
+                f"Received: experts={self.experts} for the {experts.num_experts} experts of the "
+                f"layer {path!r}"
+            )
+        hidden_dim = getattr(experts, "hidden_dim", 0)
+        if hidden_dim % self.model:
+            raise ValueError(
+                "`model` of `ExpertParallel` must divide the hidden width of every layer's "
+                f"experts. Received: model={self.model} for hidden_dim={hidden_dim} in the layer "
+                f"{path!r}"
+            )
+
+    def place(self, experts):
+        """Remembers where weights go that have been made, but get their values later."""
+        self._engine.place(experts)
+
+    def exchange(self, experts, inputs, routing, training=False):
+        """Tokens to their experts' devices, through the experts, and back: for a layer's call.
+
+        Args:
+            experts: a bank of experts that was built within `scope`.
+            inputs: `[groups, tokens, dim]` tensor.
+            routing: a `Routing` of these tokens.
+            training: boolean.
+
+        Returns:
+            `[groups, tokens, out]` tensor: what dispatch, experts and combine make on one device.
+        """
+        return self._engine.exchange(experts, inputs, routing, training)
+
+    def by_groups(self, function, *inputs):
+        """See `active.by_groups`."""
+        return self._engine.by_groups(function, *inputs)
+
     def gathered(self, x):
-        """`x` whole on every device."""
-        return self.engine.gathered(x)
+        """See `active.gathered`."""
+        return self._engine.gathered(x)
 
     def seats_for_all(self, tokens):
-        """Slots per expert that seat all tokens of a group; `None`: experts have what they need."""
-        return self.engine.seats_for_all(tokens)
-
-    def exchange(self, experts, x_GSD, routing, training=False):
-        """Dispatch, experts and combine."""
-        return self.engine.exchange(experts, x_GSD, routing, training)
+        """See `active.seats_for_all`."""
+        return self._engine.seats_for_all(tokens)
 
     def assert_sharded(self, model):
-        """Raises unless experts' weights and their moments are sharded."""
-        self.engine.assert_sharded(model)
+        """Raises a ValueError if a device has more than its share of an expert kernel.
+
+        Or of an optimizer's moment of it. `fit` asks before its first step.
+
+        Args:
+            model: a built Keras model or layer.
+        """
+        for variable, share in self._to_share(model):
+            size, local = math.prod(variable.shape), math.prod(self._engine.local_shape(variable))
+            if local * share > size:
+                raise ValueError(
+                    "Expert weights and their moments must be shared by the devices, and so be "
+                    "made within `scope()`. Received: "
+                    f"{variable.path!r} of shape {tuple(variable.shape)}, of which every device "
+                    f"has {tuple(self._engine.local_shape(variable))}, not 1/{share}"
+                )
+
+    def _to_share(self, model):
+        """Variables of which each device has its share, and how many shares there are."""
+        optimizer = getattr(model, "optimizer", None)
+        moments = list(optimizer.variables) if optimizer is not None else []
+        for layer in model._flatten_layers():
+            if not (hasattr(layer, "router") and hasattr(layer, "experts") and layer.built):
+                continue
+            for weight in layer.experts.weights:
+                axes = EXPERTS.get(weight.name, ())
+                share = math.prod(getattr(self, _ATTRIBUTE[axis]) for axis in axes if axis)
+                yield weight, share
+                name = weight.path.replace("/", "_") + "_"
+                for moment in moments:
+                    if not moment.path.rpartition("/")[2].startswith(name):
+                        continue
+                    like = tuple(moment.shape) == tuple(weight.shape)
+                    yield moment, share if like else self.experts
 
     def describe(self, model):
-        """A table of weights, shapes, layouts and bytes per device."""
-        return self.engine.describe(model)
+        """Prints where everything is: weight, shape, layout, bytes per device.
+
+        Args:
+            model: a built Keras model or layer; of a model the optimizer's variables are shown too.
+
+        Returns:
+            The table that was printed.
+        """
+        variables = list(model.weights)
+        if getattr(model, "optimizer", None) is not None:
+            variables += model.optimizer.variables
+        rows, total = [("weight", "shape", "layout", "bytes per device")], 0
+        for variable in variables:
+            local = self._engine.local_bytes(variable)
+            total += local
+            shape, layout = str(tuple(variable.shape)), self._engine.layout(variable)
+            rows.append((variable.path, shape, layout, f"{local:,}"))
+        rows.append(("all", "", "", f"{total:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(
+                text.rjust(width) if column == 3 else text.ljust(width)
+                for column, (text, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        table = "\n".join(lines)
+        print(table)
+        return table
+
+
+_ATTRIBUTE = {"data": "data", "expert": "experts", "model": "model"}
+
+
+def _engine():
+    """The class of the engine for this backend."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        from keras_moe.distribution.jax_engine import JaxEngine
+
+        return JaxEngine
+    if backend == "tensorflow":
+        from keras_moe.distribution.tensorflow_engine import TensorFlowEngine
+
+        return TensorFlowEngine
+    raise ValueError(
+        "`ExpertParallel` must be used on JAX or TensorFlow, whose engines share weights among "
+        f"devices. Received: the backend {backend}; start with KERAS_BACKEND=jax, or train "
+        "data-parallel with the backend's own means"
+    )

@@ -1,144 +1,153 @@
-"""Experts over devices on TensorFlow: a DTensor mesh, and what Keras' trainer needs to run on it.
+"""The engine of `ExpertParallel` on TensorFlow: a DTensor mesh, and what `model.fit` needs on it.
 
-G groups, S tokens per group, D width, E experts, C slots per expert and group, K experts per token,
-F hidden, R rows of slots, N assignments per group. P and Q are the sizes of the two mesh axes that
-share the groups, p the one that shares the batch outside of this file.
+DTensor runs a function of whole tensors on parts of them, by a rule for each operation. Where a
+rule is missing or wrong, the functions here say where tensors lie:
+
+* Routers see their logits whole, and route all groups on every device. Gradients of `top_k` and of
+  gathers with batch axes take positions in the whole tensor for positions in a part. What is
+  gathered is `tokens * experts` numbers, little beside the tokens themselves.
+* Tokens go to their slots, and back, within their group and device, by gathers whose gradients are
+  gathers; a layout by groups becomes one by experts, and back, by an all-to-all.
+* No axis of a tensor may lie along two axes of the mesh. So outside of the experts the batch lies
+  along the longer of "data" and "expert", and devices along the other one do the same work.
+
+G groups, S tokens per group, D width, E experts, C slots per expert and group, R rows of slots,
+M = E*C slots per group, N = S*K choices per group. The groups are P*Q*B: P along the batch's axis
+of the mesh, Q along the other one, B on each device.
 """
 
 import contextlib
 import os
-import re
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops, tree
+from keras.src.backend.common.name_scope import current_path
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from tensorflow.dtensor.python import accelerator_util
 from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
+from keras_moe.distribution.active import bank
+from keras_moe.distribution.layouts import AXES, expert_axes, other_axes
 from keras_moe.ops import with_gradient
 
-# Weights' paths and the mesh axes of their axes; the first that fits counts, others are whole.
-PLACEMENTS = (
-    (r"experts/(kernel_in|kernel_gate|kernel)$", ("expert", None, "model")),
-    (r"experts/kernel_out$", ("expert", "model", None)),
-    (r"experts/bias_in$", ("expert", "model")),
-    (r"experts/bias_out$", ("expert", None)),
-    (r"attention/(query|key|value)/kernel$", (None, "model")),
-    (r"attention/output/kernel$", ("model", None)),
-    (r"(hidden|gate)/kernel$", (None, "model")),
-    (r"feed_forward/output/kernel$", ("model", None)),
-)
-
-# DTensor joins independent all-reduces into one and moves only what reads their results behind it,
-# not the reads of variables that are assigned from them: without this the loss of a step is that
-# of the step before, 0.0 at first.
+# DTensor joins all-reduces that do not depend on each other, and what reads their results moves
+# behind, but not what reads a variable that was assigned from them. Without this the loss that a
+# step reports is the one of the step before: 0.0 at first.
 ENVIRONMENT = {"DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION": "0"}
 
 
 class TensorFlowEngine:
-    """A DTensor mesh of the axes `data`, `expert` and `model`."""
+    """Layouts and steps of one `ExpertParallel`."""
 
-    def __init__(self, data, experts, model, devices=None):
-        kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    def __init__(self, parallel):
         if not accelerator_util.is_initialized():
-            dtensor.initialize_accelerator_system(kind)
-            # A step returns when all devices have done it, and raises what went wrong on any.
+            dtensor.initialize_accelerator_system(_kind())
+            # A step returns when every device has done it, and raises what went wrong on any.
             dtensor._reset_dtensor_device(is_async=False)
-        devices = devices or dtensor.local_devices(kind)
-        data = data or len(devices) // (experts * model)
-        sizes = {"data": data, "expert": experts, "model": model}
+        self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
         self.mesh = dtensor.create_mesh(
-            list(sizes.items()), devices=[d if isinstance(d, str) else d.to_string() for d in devices][: data * experts * model]
+            [(axis, self.size[axis]) for axis in AXES], devices=parallel.devices
         )
-        self.sizes = sizes
-        self.batch_axis = "expert" if experts >= data else "data"
-        self.other_axis = "data" if self.batch_axis == "expert" else "expert"
-        self._placed = {}
+        self.batch_axis, self.other_axis = "expert", "data"
+        if parallel.data > parallel.experts:
+            self.batch_axis, self.other_axis = "data", "expert"
+        self.batch_shards = parallel.batch_shards
+        self._axes = {}  # of variables by the names that optimizers make of their paths
 
-    # --- scope
+    @staticmethod
+    def list_devices():
+        return [device.name for device in tf.config.list_logical_devices(_kind())]
 
     @contextlib.contextmanager
-    def scope(self):
-        from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as trainer
+    def scope(self, parallel):
+        """Variables lie on the mesh, and models that are fitted or called step on it."""
 
-        makers = {
-            "make_train_function": lambda m, force=False: self._make(m, "train", force),
-            "make_test_function": lambda m, force=False: self._make(m, "test", force),
-            "make_predict_function": lambda m, force=False: self._make(m, "predict", force),
-        }
-        before = {name: getattr(trainer, name) for name in makers}
-        environment = {name: os.environ.get(name) for name in ENVIRONMENT}
-        os.environ.update(ENVIRONMENT)
-        for name, maker in makers.items():
-            setattr(trainer, name, maker)
-        try:
-            with tf.variable_creator_scope(self._create):
-                yield
-        finally:
-            for name, maker in before.items():
-                setattr(trainer, name, maker)
-            for name, value in environment.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        def maker(what):
+            def make(model, force=False):
+                name = f"{what}_function"
+                if getattr(model, name) is None or force:
+                    setattr(model, name, self._step(model, what))
+                if what == "train":
+                    parallel.assert_sharded(model)
+                return getattr(model, name)
 
-    def _make(self, model, what, force):
-        name = f"{what}_function"
-        if getattr(model, name) is not None and not force:
-            return getattr(model, name)
+            return make
+
+        with contextlib.ExitStack() as stack:
+            for what in ("train", "test", "predict"):
+                name = f"make_{what}_function"
+                stack.callback(setattr, TensorFlowTrainer, name, getattr(TensorFlowTrainer, name))
+                setattr(TensorFlowTrainer, name, maker(what))
+            for name, value in ENVIRONMENT.items():
+                before = os.environ.get(name)
+                undo = (os.environ.pop, name) if before is None else (os.putenv, name, before)
+                stack.callback(*undo)
+                os.environ[name] = value
+            stack.enter_context(tf.variable_creator_scope(self._create))
+            yield
+
+    def _step(self, model, what):
+        """Keras' train, test or predict function, without its `tf.experimental.Optional`."""
         step = getattr(model, f"{what}_step")
         if not model.run_eagerly:
             step = tf.function(step, autograph=False)
 
         def run(data):
-            return step(self._place_batch(data))
+            return tree.map_structure(self.whole, step(self._place_batch(data)))
 
         def function(iterator):
-            for _ in range(model.steps_per_execution):
-                logs = run(next(iterator))
-            return {name: self._whole(value) for name, value in logs.items()}
+            logs = run(next(iterator))
+            for _ in range(model.steps_per_execution - 1):
+                try:
+                    logs = run(next(iterator))
+                except StopIteration:
+                    break
+            return logs
 
         def predict(batches):
-            outputs = [tree.map_structure(self._whole, run(data)) for data in batches]
+            outputs = [run(data) for data in batches]
             return tree.map_structure(lambda *parts: tf.constant(np.concatenate(parts)), *outputs)
 
-        setattr(model, name, predict if what == "predict" else function)
-        return getattr(model, name)
+        return predict if what == "predict" else function
 
-    # --- placement
+    # Where variables and batches lie
 
     def _layout(self, axes):
-        axes = [axis or dtensor.UNSHARDED for axis in axes]
-        return dtensor.Layout(axes, self.mesh)
+        return dtensor.Layout([axis or dtensor.UNSHARDED for axis in axes], self.mesh)
 
-    def _place(self, value, layout):
-        """A NumPy array, each device's part on the device."""
+    def _create(self, next_creator, initial_value, name=None, trainable=None, **unused):
+        """A variable on the mesh; Keras makes metrics and moments within a step."""
+        with tf.init_scope():
+            value = np.asarray(initial_value() if callable(initial_value) else initial_value)
+            path = "/".join(part for part in (current_path(), name) if part)
+            axes = self._axes_of(path, name or "", value.shape)
+            self._axes[path.replace("/", "_") + "_"] = (value.shape, axes)
+            placed = self.placed(value, self._layout(axes))
+            return _Variable(placed, engine=self, name=name, trainable=trainable)
+
+    def _axes_of(self, path, name, shape):
+        if bank() is not None:
+            axes = (*expert_axes(name), None, None)[: len(shape)] if shape else ()
+            if len(shape) > 0 and shape[0] == bank().num_experts:
+                return axes
+        of = [prefix for prefix in self._axes if name.startswith(prefix)]
+        if of:  # an optimizer's moment of a weight
+            weight_shape, axes = self._axes[max(of, key=len)]
+            if weight_shape == shape:
+                return axes
+        return other_axes(path, shape, self.size["model"])
+
+    def placed(self, value, layout):
+        """A NumPy array on the mesh: each device is given its part."""
         value = np.asarray(value)
         places = self.mesh.local_device_locations()
         parts = [tf.constant(value[self._part(layout, value.shape, place)]) for place in places]
         return dtensor.pack(parts, layout)
 
-    def _place_batch(self, data):
-        data = tree.map_structure(
-            lambda x: None if isinstance(x, tf.experimental.Optional) else x, data
-        )
-        leaves = [x for x in tree.flatten(data) if x is not None]
-        even = all(len(x) % self.sizes[self.batch_axis] == 0 for x in leaves)
-
-        def place(x):
-            if x is None:
-                return None
-            x = np.asarray(x)
-            first = self.batch_axis if even else None
-            return self._place(x, self._layout([first] + [None] * (x.ndim - 1)))
-
-        return tree.map_structure(place, data)
-
-    def _whole(self, x):
-        """A NumPy array; where processes are several, gathered by all of them."""
+    def whole(self, x):
+        """A NumPy array; where there are several processes, gathered by all of them."""
         if not dtensor.is_dtensor(x):
             return np.asarray(x)
         layout = dtensor.fetch_layout(x)
@@ -149,192 +158,187 @@ class TensorFlowEngine:
         parts = [part.numpy() for part in dtensor.unpack(x)]
         if layout.is_fully_replicated():
             return parts[0]
-        whole = np.empty(x.shape, parts[0].dtype)
+        result = np.empty(x.shape, parts[0].dtype)
         for place, part in zip(places, parts, strict=True):
-            whole[self._part(layout, whole.shape, place)] = part
-        return whole
+            result[self._part(layout, result.shape, place)] = part
+        return result
 
     def _part(self, layout, shape, place):
         """Which part of an array of this shape lies on the device at `place` in the mesh."""
         index = []
         for axis, size in zip(layout.sharding_specs, shape, strict=True):
-            if axis == dtensor.UNSHARDED:
-                index.append(slice(None))
-            else:
-                length = size // self.sizes[axis]
-                index.append(slice(place[axis] * length, (place[axis] + 1) * length))
+            length = size // self.size.get(axis, 1)
+            start = place[axis] * length if axis in self.size else 0
+            index.append(slice(start, start + length))
         return tuple(index)
 
-    def _create(self, next_creator, **kwargs):
-        with tf.init_scope():
-            value = kwargs["initial_value"]
-            value = value() if callable(value) else value
-            value = np.asarray(value)
-            name = kwargs.get("name") or "variable"
-            layout = self._layout_of(name, value.shape)
-            return _Variable(
-                self._place(value, layout),
-                engine=self,
-                trainable=kwargs.get("trainable"),
-                name=name,
-            )
+    def _place_batch(self, data):
+        """A batch by its first axis; whole on every device where it cannot be shared evenly."""
+        present = [np.asarray(x) for x in tree.flatten(data) if _is_given(x)]
+        even = all(x.ndim and len(x) % self.size[self.batch_axis] == 0 for x in present)
 
-    def _layout_of(self, name, shape):
-        from keras.src.backend.common.name_scope import current_path
+        def place(x):
+            if not _is_given(x):
+                return None
+            x = np.asarray(x)
+            axes = (self.batch_axis if even else None, *[None] * (x.ndim - 1))[: x.ndim]
+            return self.placed(x, self._layout(axes))
 
-        path = "/".join(part for part in (current_path(), name) if part)
-        axes = self._axes_of(path, name, shape)
-        self._placed[path.replace("/", "_")] = (shape, axes)
-        return self._layout(axes)
+        return tree.map_structure(place, data)
 
-    def _axes_of(self, path, name, shape):
-        whole = (None,) * len(shape)
-        for pattern, axes in PLACEMENTS:
-            if re.search(pattern, path) and len(axes) == len(shape):
-                return tuple(
-                    a if a and n % self.sizes[a] == 0 else None
-                    for a, n in zip(axes, shape, strict=True)
-                )
-        of_reference = [k for k in self._placed if name.startswith(k + "_")]
-        if of_reference:
-            of_shape, axes = self._placed[max(of_reference, key=len)]
-            if of_shape == shape:
-                return axes
-        return whole
+    def place(self, experts):
+        """Nothing to remember: a variable has its layout from the start."""
 
-    # --- in a step
+    def local_shape(self, variable):
+        return variable.value.layout.local_shape(variable.value.shape)
+
+    def local_bytes(self, variable):
+        return int(np.prod(self.local_shape(variable))) * variable.value.dtype.size
+
+    def layout(self, variable):
+        """For a reader: the axis of the mesh of each axis of the variable."""
+        axes = [axis if axis in self.size else None for axis in variable.value.layout.sharding_specs]
+        return ", ".join(str(axis) for axis in axes) if any(axes) else "replicated"
+
+    # Within a step
 
     def _relayout(self, x, *axes):
-        axes += (None,) * (len(x.shape) - len(axes))
+        axes = (*axes, *[None] * (len(x.shape) - len(axes)))
         return dtensor.relayout(x, self._layout(axes))
 
     def gathered(self, x):
-        return self._relayout(ops.convert_to_tensor(x))
+        return self._relayout(tf.convert_to_tensor(x))
 
     def seats_for_all(self, tokens):
+        """All tokens of the group: shapes may not depend on the routing."""
         return tokens
 
-    def exchange(self, experts, x_GSD, routing, training=False):
-        groups, tokens, dim = x_GSD.shape
-        routing = type(routing)(
-            *(
-                self.gathered(x) if x is not None and not isinstance(x, tuple) else x
-                for x in routing
-            )
+    def by_groups(self, function, *inputs):
+        whole = [None if x is None else self.gathered(x) for x in inputs]
+        return tree.map_structure(
+            lambda x: None if x is None else self.gathered(x), function(*whole), none_is_leaf=True
         )
-        if groups % (self.sizes["data"] * self.sizes["expert"]) != 0:
-            return self._pooled(experts, x_GSD, routing, training)
 
-        p, q = self.batch_axis, self.other_axis
-        P, Q = self.sizes[p], self.sizes[q]
-        g = groups // (P * Q)
-        num_experts, capacity = routing.token_index.shape[1:]
-        M = num_experts * capacity
+    def exchange(self, experts, inputs, routing, training):
+        inputs = ops.cast(inputs, experts.compute_dtype)
+        whole = {
+            name: self.gathered(getattr(routing, name))
+            for name in ("token_index", "weight", "slot_index")
+            if getattr(routing, name) is not None
+        }
+        routing = routing._replace(**whole)
+        by = self._by_groups if inputs.shape[0] % self.batch_shards == 0 else self._by_all
+        return by(experts, inputs, routing, training)
 
-        def split(x, *shape):
-            x = tf.reshape(self._relayout(x, p), (P, Q, g, *shape))
-            return self._relayout(x, p, q)
-
-        x = split(x_GSD, tokens, dim)
-        token_M = split(routing.token_index, M)
-        weight_M = split(routing.weight, M)
-        if routing.slot_index is None:
-            taken = tf.cast(token_M[..., None] == tf.range(tokens), x.dtype)  # [..., M, S]
-
-            def to_slots(x):
-                return tf.matmul(taken, x)
-
-            def to_tokens(y):
-                return tf.matmul(taken, y, transpose_a=True)
-        else:
-            slot_N = split(routing.slot_index, tokens * routing.slot_index.shape[-1])
-
-            def to_slots(x):
-                return take(x, token_M, slot_N, tokens)
-
-            def to_tokens(y):
-                return give(y, token_M, slot_N, tokens)
-
-        slots_M = to_slots(x)
-        slots_EC = tf.reshape(slots_M, (P, Q, g, num_experts, capacity, dim))
-        slots_EC = self._relayout(slots_EC, p, q)
-        at_home = ["data" if axis == "data" else None for axis in (p, q)] + [None, "expert"]
-        slots_EC = self._relayout(slots_EC, *at_home)
-        order = (3, 0, 1, 2, 4, 5) if p == "data" else (3, 1, 0, 2, 4, 5)
-        back = tuple(int(i) for i in np.argsort(order))
-        slots_RCD = tf.transpose(slots_EC, order)
-        shape = slots_RCD.shape
-        slots_RCD = tf.reshape(slots_RCD, (num_experts, groups * capacity, dim))
-        slots_RCD = self._relayout(slots_RCD, "expert", "data")
-        y_RCD = experts(slots_RCD, training=training)
-        width = y_RCD.shape[-1]
-        y_RCD = self._relayout(y_RCD, "expert", "data")
-        y_EC = tf.transpose(tf.reshape(y_RCD, (*shape[:-1], width)), back)
-        y_EC = self._relayout(y_EC, *at_home)
-        y_EC = self._relayout(y_EC, p, q)
-        y_M = tf.reshape(y_EC, (P, Q, g, M, width))
-        y = to_tokens(y_M * tf.cast(weight_M[..., None], y_M.dtype))
-        y = self._relayout(y, p)
-        return self._relayout(tf.reshape(y, (groups, tokens, width)), p)
-
-    def _pooled(self, experts, x_GSD, routing, training):
+    def _by_all(self, experts, x_GSD, routing, training):
+        """Every device fills all slots, and hands on its own experts'."""
         groups, tokens, _ = x_GSD.shape
         slots_RCD = self.gathered(dispatch(self.gathered(x_GSD), routing))
-        axes = ("expert", "data" if slots_RCD.shape[1] % self.sizes["data"] == 0 else None)
+        shared = slots_RCD.shape[1] % self.size["data"] == 0
+        axes = ("expert", "data" if shared else None)
         y_RCD = experts(self._relayout(slots_RCD, *axes), training=training)
         y_RCD = self.gathered(self._relayout(y_RCD, *axes))
-        y = self.gathered(combine(y_RCD, routing, groups, tokens))
-        return y if groups % self.sizes[self.batch_axis] else self._relayout(y, self.batch_axis)
+        y_GSD = self.gathered(combine(y_RCD, routing, groups, tokens))
+        even = groups % self.size[self.batch_axis] == 0
+        return self._relayout(y_GSD, self.batch_axis) if even else y_GSD
 
-    # --- checks
+    def _by_groups(self, experts, x_GSD, routing, training):
+        """Every device fills the slots of its own groups; an all-to-all takes them to experts."""
+        p, q = self.batch_axis, self.other_axis
+        P, Q = self.size[p], self.size[q]
+        groups, tokens, dim = x_GSD.shape
+        num_experts, capacity = routing.token_index.shape[1:]
+        num_slots = num_experts * capacity
 
-    def assert_sharded(self, model):
-        pass
+        def split(x_G, *shape):  # [G, ...] -> [P, Q, B, ...]
+            x_PQB = tf.reshape(self._relayout(x_G, p), (P, Q, groups // (P * Q), *shape))
+            return self._relayout(x_PQB, p, q)
 
-    def describe(self, model):
-        return ""
+        token_M, weight_M = (split(x, num_slots) for x in (routing.token_index, routing.weight))
+        if routing.slot_index is None:
+            to_slots, to_tokens = _by_products(token_M, tokens, inputs_dtype=x_GSD.dtype)
+        else:
+            k = routing.slot_index.shape[-1]
+            to_slots, to_tokens = _by_gathers(token_M, split(routing.slot_index, tokens * k), k)
+
+        # [P, Q, B, E, C, D] <-> [E, groups * C, D], groups along "data" first
+        of_data = [axis if axis == "data" else None for axis in (p, q)]
+        order = (3, 0, 1, 2, 4, 5) if p == "data" else (3, 1, 0, 2, 4, 5)
+        slots_ECD = tf.reshape(
+            to_slots(split(x_GSD, tokens, dim)), (P, Q, -1, num_experts, capacity, dim)
+        )
+        slots_ECD = self._relayout(self._relayout(slots_ECD, p, q), *of_data, None, "expert")
+        slots_RCD = tf.transpose(slots_ECD, order)
+        moved = slots_RCD.shape[:-1]
+        slots_RCD = tf.reshape(slots_RCD, (num_experts, groups * capacity, dim))
+        y_RCD = experts(self._relayout(slots_RCD, "expert", "data"), training=training)
+        width = y_RCD.shape[-1]
+        y_ECD = tf.reshape(self._relayout(y_RCD, "expert", "data"), (*moved, width))
+        y_ECD = tf.transpose(y_ECD, tuple(np.argsort(order)))
+        y_ECD = self._relayout(self._relayout(y_ECD, *of_data, None, "expert"), p, q)
+
+        y_MD = tf.reshape(y_ECD, (P, Q, -1, num_slots, width))
+        y_SD = to_tokens(y_MD * tf.cast(tf.expand_dims(weight_M, -1), y_MD.dtype))
+        return self._relayout(tf.reshape(self._relayout(y_SD, p), (groups, tokens, width)), p)
+
+
+def _by_gathers(token_M, slot_N, k):
+    """The two linear maps of `dispatch.py` where tokens chose, each the other's gradient."""
+
+    def to_slots(x_SD):
+        return _rows(x_SD, token_M)
+
+    def to_tokens(y_MD):
+        y_ND = _rows(y_MD, slot_N)
+        if k == 1:
+            return y_ND
+        return tf.reduce_sum(tf.reshape(y_ND, (*y_ND.shape[:3], -1, k, y_ND.shape[-1])), axis=-2)
+
+    return (
+        with_gradient(to_slots, lambda upstream, _: [lambda: to_tokens(upstream)]),
+        with_gradient(to_tokens, lambda upstream, _: [lambda: to_slots(upstream)]),
+    )
+
+
+def _by_products(token_M, tokens, inputs_dtype):
+    """The same where experts chose, as products with one-hot matrices, as in GShard.
+
+    A token may then sit in any number of slots, and a sum by token has no rule.
+    """
+    taken_MS = tf.cast(tf.expand_dims(token_M, -1) == tf.range(tokens), inputs_dtype)
+    return (
+        lambda x_SD: tf.matmul(taken_MS, x_SD),
+        lambda y_MD: tf.matmul(taken_MS, y_MD, transpose_a=True),
+    )
 
 
 def _rows(x, index):
-    """`x[..., index, :]` and zeros where the index is past the end."""
+    """Rows of `x` by position, group by group; zeros where the position is past the last."""
     size = x.shape[-2]
     rows = tf.gather(x, tf.minimum(index, size - 1), batch_dims=3, axis=3)
-    return tf.where((index < size)[..., None], rows, tf.zeros((), x.dtype))
+    return tf.where(tf.expand_dims(index < size, -1), rows, tf.zeros((), x.dtype))
 
 
-def _sums(x, index, tokens):
-    rows = _rows(x, index)
-    k = index.shape[-1] // tokens
-    if k == 1:
-        return rows
-    return tf.reduce_sum(tf.reshape(rows, (*index.shape[:-1], tokens, k, x.shape[-1])), axis=-2)
+def _is_given(x):
+    return x is not None and not isinstance(x, tf.experimental.Optional)
 
 
-def take(x, token_M, slot_N, tokens):
-    """Tokens to slots."""
-    return with_gradient(
-        lambda x: _rows(x, token_M), lambda up, x: [lambda: _sums(up, slot_N, tokens)]
-    )(x)
-
-
-def give(y, token_M, slot_N, tokens):
-    """Slots to tokens."""
-    return with_gradient(
-        lambda y: _sums(y, slot_N, tokens), lambda up, y: [lambda: _rows(up, token_M)]
-    )(y)
+def _kind():
+    return "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
 
 
 class _Variable(dtensor.DVariable):
-    """A DVariable that takes host arrays and can be read whole."""
+    """A variable on the mesh that is given, and read as, NumPy arrays."""
 
     def __init__(self, initial_value, engine, **kwargs):
         self._engine = engine
         super().__init__(initial_value, **kwargs)
 
-    def assign(self, value, **kwargs):
+    def assign(self, value, *args, **kwargs):
         if tf.executing_eagerly() and not dtensor.is_dtensor(value):
-            value = self._engine._place(np.asarray(value).astype(self.dtype.as_numpy_dtype), self.layout)
-        return super().assign(value, **kwargs)
+            value = np.asarray(value).astype(self.dtype.as_numpy_dtype)
+            value = self._engine.placed(value, self.layout)
+        return super().assign(value, *args, **kwargs)
 
     def numpy(self):
-        return self._engine._whole(self.read_value())
+        return self._engine.whole(self.read_value())

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_moe.distribution.active import active, by_groups
+
 
 def top_k(x, k):
     """The `k` largest entries of the last axis, and where they stand; equal ones in order.
@@ -16,6 +18,10 @@ def top_k(x, k):
     Returns:
         Tuple of values and int32 positions, both `[..., k]`, in descending order.
     """
+    if active() is not None:  # row by row: the compiler would gather all rows on every device
+        rows = ops.reshape(x, (-1, x.shape[-1]))
+        found = by_groups(lambda rows: top_k(rows, k), rows)
+        return tuple(ops.reshape(part, (*ops.shape(x)[:-1], k)) for part in found)
     if isinstance(k, int) and k == 1:
         index = ops.argmax(x, axis=-1, keepdims=True)
         values = ops.take_along_axis(x, index, axis=-1)
@@ -35,7 +41,9 @@ def top_k(x, k):
             import jax
 
             # Where only some of the k are used, XLA would see a slice of a sort, and sort all of x.
-            values, index = jax.lax.optimization_barrier((values, index))
+            # One by one: XLA takes the two for the sort's own tuple, and fails, in a shard_map.
+            values = jax.lax.optimization_barrier(values)
+            index = jax.lax.optimization_barrier(index)
     return values, ops.cast(index, "int32")
 
 

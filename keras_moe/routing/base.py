@@ -14,7 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.distribution.active import gathered, seats_for_all
+from keras_moe.distribution.active import by_groups, gathered, seats_for_all
 from keras_moe.ops import uniform
 
 
@@ -70,21 +70,27 @@ def seat_choices(
     Returns:
         Tuple `(token_index, weight, slot_index, row_expert)`.
     """
-    groups, tokens, k = ops.shape(expert_index_GSK)
-    expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
+    _, tokens, k = ops.shape(expert_index_GSK)
     capacity = seats_for_all(tokens) if capacity is None else capacity
-    order_GN = None
-    if confidence_GS is not None and capacity is not None:
-        order_GN = slots.by_confidence(confidence_GS, k)
-    if capacity is None or compact:
-        table = slots.by_rows(expert_index_GN, num_experts, capacity, order_GN)
-        weight_GN = ops.reshape(weight_GSK, (1, groups * tokens * k))
-    else:
-        table = slots.by_capacity(expert_index_GN, num_experts, capacity, order_GN)
-        weight_GN = ops.reshape(weight_GSK, (groups, tokens * k))
-    weight_GRC = slots.look_up(weight_GN, table.assignment_index)
-    slot_index_GSK = ops.reshape(table.slot_index, (groups, tokens, k))
-    return table.assignment_index // k, weight_GRC, slot_index_GSK, table.row_expert
+    pooled = capacity is None or compact
+    prioritized = confidence_GS is not None and capacity is not None
+
+    def seat(expert_index_GSK, weight_GSK, confidence_GS):
+        groups = ops.shape(expert_index_GSK)[0]
+        expert_index_GN = ops.reshape(expert_index_GSK, (groups, tokens * k))
+        order_GN = slots.by_confidence(confidence_GS, k) if prioritized else None
+        if pooled:
+            table = slots.by_rows(expert_index_GN, num_experts, capacity, order_GN)
+            weight_GN = ops.reshape(weight_GSK, (1, groups * tokens * k))
+        else:
+            table = slots.by_capacity(expert_index_GN, num_experts, capacity, order_GN)
+            weight_GN = ops.reshape(weight_GSK, (groups, tokens * k))
+        weight_GRC = slots.look_up(weight_GN, table.assignment_index)
+        slot_index_GSK = ops.reshape(table.slot_index, (groups, tokens, k))
+        return table.assignment_index // k, weight_GRC, slot_index_GSK, table.row_expert
+
+    choices = (expert_index_GSK, weight_GSK, confidence_GS)
+    return seat(*choices) if pooled else by_groups(seat, *choices)
 
 
 def positive_integer(name, value, optional=False):

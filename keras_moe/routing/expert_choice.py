@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import slots
+from keras_moe.distribution.active import by_groups
 from keras_moe.ops import top_k
 from keras_moe.routing.base import Router, Routing, positive_integer, seat_choices
 
@@ -160,9 +161,12 @@ class ExpertChoiceRouter(Router):
         capacity = (
             min(tokens, capacity) if isinstance(tokens, int) else ops.minimum(tokens, capacity)
         )
-        seats = slots.by_score(
-            probabilities_GSE, capacity, mask, self.max_experts_per_token, self.linear_programme
-        )
+
+        def choose(score_GSE, mask_GS):
+            cap = (self.max_experts_per_token, self.linear_programme)
+            return slots.by_score(score_GSE, capacity, mask_GS, *cap)
+
+        seats = by_groups(choose, probabilities_GSE, mask)
         return Routing(*seats, None, None, None, logits_GSE, probabilities_GSE, mask)
 
     def route_each_alone(self, taken_GSE, logits_GSE, probabilities_GSE, mask):

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
+from keras_moe.distribution.active import by_groups
 from keras_moe.ops import dropout, top_k, uniform
 from keras_moe.routing.base import (
     Router,
@@ -316,8 +317,12 @@ class SwitchRouter(TopKRouter):
         first_GSE = expert_index_GSK == ops.arange(self.num_experts, dtype="int32")
         _, next_GSK = top_k(ops.where(first_GSE, -1.0, probabilities_GSE), self.reroutes)
         wish_GSK = ops.concatenate([expert_index_GSK, next_GSK], axis=-1)
-        order_GS = None if confidence_GS is None else slots.by_confidence(confidence_GS, 1)
-        expert_GS1 = slots.reroute(wish_GSK, self.num_experts, capacity, order_GS)[..., None]
+
+        def reroute(wish_GSK, confidence_GS):
+            order_GS = None if confidence_GS is None else slots.by_confidence(confidence_GS, 1)
+            return slots.reroute(wish_GSK, self.num_experts, capacity, order_GS)[..., None]
+
+        expert_GS1 = by_groups(reroute, wish_GSK, confidence_GS)
         known_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)
         return expert_GS1, ops.take_along_axis(probabilities_GSE, known_GS1, axis=-1)
 

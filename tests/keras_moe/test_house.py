@@ -8,6 +8,7 @@ import pytest
 import keras_moe
 
 ORDER = (
+    "distribution.active",
     "ops.torch_only",
     "ops.torch_recording",
     "ops.rows",
@@ -35,6 +36,11 @@ ORDER = (
     "dispatch",
     "experts",
     "metrics",
+    "distribution.layouts",
+    "distribution.jax_engine",
+    "distribution.tensorflow_engine",
+    "distribution.parallel",
+    "distribution.__init__",
     "moe",
     "hierarchical",
     "soft",
@@ -80,8 +86,8 @@ def test_imports_only_from_above(name):
 
 
 @FILES
-def test_only_ops_names_a_backend(name):
-    if name.startswith("ops."):
+def test_only_ops_and_distribution_name_a_backend(name):
+    if name.startswith(("ops.", "distribution.")):
         return
     assert BACKENDS.isdisjoint(imported.split(".")[0] for imported in imports(name))
     for node in ast.walk(tree(name)):

@@ -1,0 +1,59 @@
+"""Which axis of a weight lies along which axis of the mesh, on every backend.
+
+The mesh has three axes. The batch is sharded over "data" and "expert" together; the experts over
+"expert"; hidden units, of experts, attention and dense feed-forward layers, over "model", as in
+Megatron-LM (https://arxiv.org/abs/1909.08053), section 3: the first of two products by columns, the
+second by rows. The axes of the mesh and the layout are those of T5X and GShard
+(https://arxiv.org/abs/2006.16668), section 3.3.
+"""
+
+import re
+
+AXES = ("data", "expert", "model")
+BATCH = ("data", "expert")
+
+# Of a bank of experts, by name.
+EXPERTS = {
+    "kernel_in": ("expert", None, "model"),
+    "kernel_gate": ("expert", None, "model"),
+    "bias_in": ("expert", "model"),
+    "kernel_out": ("expert", "model", None),
+    "bias_out": ("expert", None),
+    "kernel": ("expert", "model", None),
+}
+
+# Of everything else, by the end of the path; what no line fits is replicated.
+OTHERS = (
+    (r"attention\w*/(query|key|value)/kernel", (None, "model", None)),
+    (r"attention\w*/(query|key|value)/bias", ("model", None)),
+    (r"attention\w*/(output|attention_output)/kernel", ("model", None, None)),
+    (r"(feed_forward|shared)\w*/(hidden|gate)/kernel", (None, "model")),
+    (r"(feed_forward|shared)\w*/output/kernel", ("model", None)),
+    (r"shared\w*/(kernel_in|kernel_gate)", (None, None, "model")),
+    (r"shared\w*/kernel_out", (None, "model", None)),
+)
+
+
+def expert_axes(name):
+    """Axes of the mesh for a weight of a bank of experts; one of another name goes by experts."""
+    return EXPERTS.get(name, ("expert",))
+
+
+def other_axes(path, shape, model):
+    """Axes of the mesh for any other weight.
+
+    Args:
+        path: of the weight.
+        shape: of the weight.
+        model: devices along the axis "model".
+
+    Returns:
+        Tuple like `shape`: the name of an axis, or `None`.
+    """
+    rank = len(shape)
+    for pattern, axes in OTHERS:
+        if re.search(rf"(^|/){pattern}$", path):
+            axes = (*axes, None, None)[:rank]
+            fits = all(size % model == 0 for size, axis in zip(shape, axes, strict=True) if axis)
+            return axes if fits else (None,) * rank
+    return (None,) * rank

@@ -1,0 +1,146 @@
+"""Eight devices against one. Every group of checks is a process, see `jax_checks.py`."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+if keras.backend.backend() != "jax":
+    pytest.skip("JAX's engine", allow_module_level=True)
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile fast
+)
+MESHES = (
+    {"data": 2, "experts": 4},
+    {"data": 1, "experts": 8},
+    {"data": 2, "experts": 2, "model": 2},
+)
+KINDS = ("switch", "top2", "choice")
+EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
+
+
+@functools.cache
+def checked(*arguments):
+    """What a function of `jax_checks.py` returns."""
+    command = [sys.executable, "-m", "tests.keras_moe.distribution.jax_checks", *arguments]
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": FLAGS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EVERYWHERE
+def test_devices_do_not_change_the_losses(kind, mesh):
+    one, many = checked("curves", kind)["one"], checked("curves", kind)[str(mesh)]
+    assert len(one["losses"]) == 20
+    assert one["losses"][-1] < 0.7 * one["losses"][0]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(many["evaluated"], one["evaluated"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EVERYWHERE
+def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
+    one, many = checked("curves", kind)["one"], checked("curves", kind)[str(mesh)]
+    assert one["figures"].keys() == many["figures"].keys()
+    assert len(one["figures"]) > 10
+    for name, value in one["figures"].items():
+        np.testing.assert_allclose(many["figures"][name], value, rtol=0, atol=1e-5, err_msg=name)
+    assert one["auxiliary"] > 0
+    np.testing.assert_allclose(many["auxiliary"], one["auxiliary"], rtol=0, atol=1e-5)
+
+
+@EVERYWHERE
+def test_each_device_has_its_share_of_experts_and_moments(mesh):
+    shards = checked("curves", "switch")[str(mesh)]["shards"]
+    assert len(shards) == 3 * (
+        4 + 5 + 4
+    )  # kernels and biases of 3 layers, one gated, and 2 moments
+    for path, (total, least, most) in shards.items():
+        share = mesh["experts"] * (1 if "bias_out" in path else mesh.get("model", 1))
+        assert least == most == total // share, path
+
+
+def test_only_slots_travel():
+    """Of a train step on data 1 x expert 8, whatever grows with the tokens.
+
+    16 sequences more are 16 * 32 / 8 = 64 tokens more per device, of 64 numbers of 4 bytes. Three
+    mixtures send them to 1 * 1.25, 2 * 1.25 and 2 experts each (groups of 32 tokens: 5, 10 and 8
+    slots in each of 8 experts, nothing rounded), there and back, forward and backward.
+    """
+    few, many = (checked("traffic")[batch] for batch in ("16", "32"))
+    growth = {name: many[name] - few[name] for name in few}
+    ideal = 4 * 64 * (1.25 + 2.5 + 2.0) * 64 * 4
+    assert growth.pop("all-to-all") == ideal
+    assert set(growth.values()) == {0}
+    assert sum(many.values()) > 0
+
+
+def test_the_rest_of_an_epoch():
+    one, many = checked("rest_of_an_epoch")
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(many["evaluated"], one["evaluated"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(many["predicted"], one["predicted"], rtol=0, atol=1e-4)
+    assert len(many["predicted"]) == 10
+
+
+def test_weights_made_late_and_moments_in_factors():
+    late = checked("late")
+    assert late["losses"][-1] < late["losses"][0]
+    assert len(late["shards"]) == 2 + 4
+    for path, (total, least, most) in late["shards"].items():
+        assert least == most == total // 4, path
+    # 8 * 16 * 32 numbers of 4 bytes on 4 devices; rows 8 * 16.
+    lines = {line.split()[0]: line.split()[-1] for line in late["table"].splitlines()}
+    assert lines["late/mixture_of_experts/experts/kernel_in"] == "4,096"
+    assert lines["adafactor/late_mixture_of_experts_experts_kernel_in_rows"] == "128"
+    assert lines["late/dense/kernel"] == "256"
+    assert late["table"].splitlines()[0].split() == "weight shape layout bytes per device".split()
+
+
+def test_devices_drop_different_hidden_units():
+    """Kernels of ones: a token is 16 in, and out 16 / (1 - 0.5) times the hidden units kept."""
+    kept = np.array(checked("dropped_units")) / 32
+    np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
+    assert len(set(kept.round())) > 4  # of 8 tokens
+    assert 24 < kept.mean() < 40  # of 64 units
+
+
+def test_a_language_model_of_the_zoo():
+    checks = checked("language_model")
+    one, many = checks["one"], checks["many"]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-4)
+    assert many["losses"][-1] < 0.8 * many["losses"][0]
+    assert many["written"] == one["written"]
+    assert max(checks["reloaded"]) < 1e-4
+    lines = {line.split()[0]: line for line in checks["table"].splitlines()}
+    assert "None, model" in lines["block_1/attention/query/kernel"]
+    assert "model, None" in lines["block_1/attention/output/kernel"]
+    assert "replicated" in lines["block_1/attention_norm/scale"]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("mesh", "`data * experts * model` must be at most the number of devices, 8.*a mesh of 16"),
+        ("experts", "`experts` of `ExpertParallel` must divide.*6 experts of the layer 'moe'"),
+        ("hidden", "`model` of `ExpertParallel` must divide.*hidden_dim=9 in the layer 'moe'"),
+        ("layers", "`experts` must have all kernels.*LayerExperts in the layer 'moe'"),
+        ("outside", "must be shared by the devices.*'moe_0/experts/kernel_in'.*not 1/8"),
+    ],
+)
+def test_refusals(name, said):
+    assert re.search(said, checked("refusals")[name])
+
+
+def test_the_data_axis_takes_what_is_left():
+    assert checked("refusals")["devices"] == [2, 3]
