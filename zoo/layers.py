@@ -71,7 +71,9 @@ class RelativePositionBias(keras.layers.Layer):
         length = ops.shape(inputs)[1]
         query_Q = ops.arange(length, dtype="int32") + first
         key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
-        bias_QSH = ops.take(self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)), axis=0)
+        bias_QSH = ops.take(
+            self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)), axis=0
+        )
         return ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0)
 
     def _bucket(self, distance):

@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras import ops, tree
 from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-from tensorflow.dtensor.python import accelerator_util
+from tensorflow.dtensor.python import accelerator_util, api
 from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
@@ -32,20 +32,14 @@ from keras_moe.distribution.active import bank
 from keras_moe.distribution.layouts import AXES, expert_axes, other_axes
 from keras_moe.ops import with_gradient
 
-# DTensor joins all-reduces that do not depend on each other, and what reads their results moves
-# behind, but not what reads a variable that was assigned from them. Without this the loss that a
-# step reports is the one of the step before: 0.0 at first.
-ENVIRONMENT = {"DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION": "0"}
+COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
 
 
 class TensorFlowEngine:
     """Layouts and steps of one `ExpertParallel`."""
 
     def __init__(self, parallel):
-        if not accelerator_util.is_initialized():
-            dtensor.initialize_accelerator_system(_kind())
-            # A step returns when every device has done it, and raises what went wrong on any.
-            dtensor._reset_dtensor_device(is_async=False)
+        _start()
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
         self.mesh = dtensor.create_mesh(
             [(axis, self.size[axis]) for axis in AXES], devices=parallel.devices
@@ -58,6 +52,7 @@ class TensorFlowEngine:
 
     @staticmethod
     def list_devices():
+        _start()
         return [device.name for device in tf.config.list_logical_devices(_kind())]
 
     @contextlib.contextmanager
@@ -70,6 +65,8 @@ class TensorFlowEngine:
                 if getattr(model, name) is None or force:
                     setattr(model, name, self._step(model, what))
                 if what == "train":
+                    if model.built and model.optimizer is not None and not model.optimizer.built:
+                        model.optimizer.build(model.trainable_variables)
                     parallel.assert_sharded(model)
                 return getattr(model, name)
 
@@ -80,11 +77,6 @@ class TensorFlowEngine:
                 name = f"make_{what}_function"
                 stack.callback(setattr, TensorFlowTrainer, name, getattr(TensorFlowTrainer, name))
                 setattr(TensorFlowTrainer, name, maker(what))
-            for name, value in ENVIRONMENT.items():
-                before = os.environ.get(name)
-                undo = (os.environ.pop, name) if before is None else (os.putenv, name, before)
-                stack.callback(*undo)
-                os.environ[name] = value
             stack.enter_context(tf.variable_creator_scope(self._create))
             yield
 
@@ -120,7 +112,9 @@ class TensorFlowEngine:
     def _create(self, next_creator, initial_value, name=None, trainable=None, **unused):
         """A variable on the mesh; Keras makes metrics and moments within a step."""
         with tf.init_scope():
-            value = np.asarray(initial_value() if callable(initial_value) else initial_value)
+            value = initial_value() if callable(initial_value) else initial_value
+            constant = tf.get_static_value(value)  # of the step that makes the variable
+            value = np.asarray(value if constant is None else constant)
             path = "/".join(part for part in (current_path(), name) if part)
             axes = self._axes_of(path, name or "", value.shape)
             self._axes[path.replace("/", "_") + "_"] = (value.shape, axes)
@@ -128,15 +122,17 @@ class TensorFlowEngine:
             return _Variable(placed, engine=self, name=name, trainable=trainable)
 
     def _axes_of(self, path, name, shape):
-        if bank() is not None:
-            axes = (*expert_axes(name), None, None)[: len(shape)] if shape else ()
-            if len(shape) > 0 and shape[0] == bank().num_experts:
-                return axes
+        if bank() is not None and len(shape) > 0 and shape[0] == bank().num_experts:
+            return (*expert_axes(name), None, None)[: len(shape)]
         of = [prefix for prefix in self._axes if name.startswith(prefix)]
         if of:  # an optimizer's moment of a weight
             weight_shape, axes = self._axes[max(of, key=len)]
             if weight_shape == shape:
                 return axes
+            if (
+                "expert" in axes and shape[:1] == weight_shape[:1]
+            ):  # Adafactor's, of all but one axis
+                return ("expert", *[None] * (len(shape) - 1))
         return other_axes(path, shape, self.size["model"])
 
     def placed(self, value, layout):
@@ -190,14 +186,18 @@ class TensorFlowEngine:
         """Nothing to remember: a variable has its layout from the start."""
 
     def local_shape(self, variable):
-        return variable.value.layout.local_shape(variable.value.shape)
+        if not isinstance(variable.value, _Variable):  # made outside of the scope
+            return tuple(variable.shape)
+        return tuple(dtensor.unpack(variable.value.read_value())[0].shape)
 
     def local_bytes(self, variable):
         return int(np.prod(self.local_shape(variable))) * variable.value.dtype.size
 
     def layout(self, variable):
         """For a reader: the axis of the mesh of each axis of the variable."""
-        axes = [axis if axis in self.size else None for axis in variable.value.layout.sharding_specs]
+        layout = getattr(variable.value, "layout", None)
+        specs = () if layout is None else layout.sharding_specs
+        axes = [axis if axis in self.size else None for axis in specs]
         return ", ".join(str(axis) for axis in axes) if any(axes) else "replicated"
 
     # Within a step
@@ -321,6 +321,41 @@ def _rows(x, index):
 
 def _is_given(x):
     return x is not None and not isinstance(x, tf.experimental.Optional)
+
+
+def _start():
+    """Begins DTensor, once for all meshes of the process.
+
+    Raises:
+        ValueError: if it is too late.
+    """
+    device = api._dtensor_singleton
+    if device is not None and getattr(device, "of_expert_parallel", False):
+        return
+    try:
+        if device is not None:
+            raise ValueError("DTensor has a device already")
+        if not accelerator_util.is_initialized():
+            dtensor.initialize_accelerator_system(_kind())
+    except ValueError as error:
+        raise ValueError(
+            "`ExpertParallel` must be made before the program's first tensor and first DTensor. "
+            f"Received: {error}"
+        ) from error
+    # DTensor joins all-reduces that do not depend on each other, and what reads their results moves
+    # behind, but not what reads a variable that was assigned from them: the loss that a step
+    # reports would be the one of the step before, 0.0 at first. The device reads this once.
+    before = os.environ.get(COMBINE)
+    os.environ[COMBINE] = "0"
+    try:
+        # Not asynchronous: a step raises what went wrong on any device.
+        dtensor._reset_dtensor_device(is_async=False)
+    finally:
+        if before is None:
+            del os.environ[COMBINE]
+        else:
+            os.environ[COMBINE] = before
+    api._dtensor_singleton.of_expert_parallel = True
 
 
 def _kind():
