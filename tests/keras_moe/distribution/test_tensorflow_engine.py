@@ -51,7 +51,7 @@ def compare(many, one):
 
 @EVERYWHERE
 def test_each_device_has_its_share_of_experts_and_moments(mesh):
-    shards = checked("curves", "switch")[str(mesh)]["shards"]
+    shards = checked("curves", "top2")[str(mesh)]["shards"]
     assert len(shards) == 3 * 4  # two kernels, two biases, and two moments of each
     for path, (total, least, most) in shards.items():
         share = mesh["experts"] * (1 if "bias_out" in path else mesh.get("model", 1))
