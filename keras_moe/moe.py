@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe import metrics
 from keras_moe.dispatch import combine, dispatch
-from keras_moe.distribution.active import active, sharding
+from keras_moe.distribution.active import active, gathered, sharding
 from keras_moe.routing import Router
 from keras_moe.routing.base import dropping_nothing
 
@@ -137,14 +137,15 @@ class MixtureOfExperts(keras.layers.Layer):
         if self.shared is not None:
             self._build_shared(input_shape)
         self.statistics = [
-            self.add_weight(
-                name=name,
-                shape=shape,
-                initializer="zeros",
-                dtype="float32",
+            keras.Variable(  # `add_weight` has no synchronization
+                "zeros",
+                shape,
+                "float32",
                 trainable=False,
                 autocast=False,
+                synchronization="on_read",  # each replica of tf.distribute adds up its own
                 aggregation="sum",
+                name=name,
             )
             for name, shape in metrics.statistics_shapes(self.router.num_experts).items()
         ]
@@ -190,6 +191,7 @@ class MixtureOfExperts(keras.layers.Layer):
         """
         inputs = ops.cast(inputs, self.compute_dtype)
         x_GSD, mask_GS = self._split(inputs, mask)
+        mask_GS = gathered(mask_GS)
         groups, tokens, _ = ops.shape(x_GSD)
         parallel = active()
         # Rows of one expert each go to that expert's device; rows as needed may go anywhere.
@@ -226,7 +228,8 @@ class MixtureOfExperts(keras.layers.Layer):
         x_TD = ops.reshape(inputs, (-1, dim))
         mask_T = None if mask is None else ops.reshape(mask, (-1,))
         if isinstance(self.group, str):
-            return x_TD[None], None if mask is None else mask_T[None]
+            mask_GS = None if mask is None else ops.expand_dims(mask_T, 0)
+            return ops.expand_dims(x_TD, 0), mask_GS
 
         num_tokens = ops.shape(x_TD)[0]
         padding = -num_tokens % self.group
@@ -252,7 +255,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"Received: token_ids=None, router={self.router!r}"
             )
         check_shape("token_ids", token_ids, inputs)
-        ids_GS1, _ = self._split(ops.cast(token_ids, "int32")[..., None], None)
+        ids_GS1, _ = self._split(ops.expand_dims(ops.cast(token_ids, "int32"), -1), None)
         return {"token_ids": ids_GS1[..., 0]}
 
     def _join(self, y_GSD, inputs):
@@ -265,7 +268,7 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def _shared_outputs(self, inputs, mask, training):
         if mask is not None:
-            valid = ops.cast(mask, "bool")[..., None]
+            valid = ops.expand_dims(ops.cast(mask, "bool"), -1)
             inputs = ops.where(valid, inputs, 0.0)
         if hasattr(self.shared, "num_experts"):
             x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))

@@ -71,8 +71,10 @@ class RelativePositionBias(keras.layers.Layer):
         length = ops.shape(inputs)[1]
         query_Q = ops.arange(length, dtype="int32") + first
         key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
-        bias_QSH = ops.take(self.embedding, self._bucket(key_S - query_Q[:, None]), axis=0)
-        return ops.transpose(bias_QSH, (2, 0, 1))[None]
+        bias_QSH = ops.take(
+            self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)), axis=0
+        )
+        return ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0)
 
     def _bucket(self, distance):
         if self.bidirectional:
@@ -218,7 +220,7 @@ class SelfAttention(Attention):
         self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
     ):
         heads = self.project_heads(inputs, padding_mask, training, token_ids, counts=counts)
-        return self.attend(*heads, padding_mask[:, None, None, :], position_bias, training)
+        return self.attend(*heads, ops.expand_dims(padding_mask, (1, 2)), position_bias, training)
 
     def project_heads(self, inputs, padding_mask, training, token_ids, first=0, **of_mixture):
         """Queries, keys and values, `[batch, heads, length, key_dim]` each; see `call_mixture`.

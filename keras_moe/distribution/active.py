@@ -54,6 +54,16 @@ def by_groups(function, *inputs):
     return active().by_groups(outside(function), *inputs)
 
 
+def gathered(x):
+    """`x` whole on every device, where the engine cannot compute on parts of it what follows."""
+    return x if active() is None or x is None else active().gathered(x)
+
+
+def seats_for_all(tokens):
+    """Slots per expert that seat all tokens of a group; `None`: experts have what they need."""
+    return None if active() is None else active().seats_for_all(tokens)
+
+
 def outside(function):
     """A function that is called outside of any scope."""
 

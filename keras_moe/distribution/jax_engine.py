@@ -132,6 +132,12 @@ class JaxEngine:
             function, mesh=self.mesh, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False
         )(*inputs)
 
+    def gathered(self, x):
+        return x
+
+    def seats_for_all(self, tokens):
+        return None
+
     def _local(self, experts, weights, seed):
         """A device's experts: a function from slots to slots, `[rows, slots, ...]` each."""
         model = self.size["model"]

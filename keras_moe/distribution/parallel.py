@@ -145,6 +145,14 @@ class ExpertParallel:
         """See `active.by_groups`."""
         return self._engine.by_groups(function, *inputs)
 
+    def gathered(self, x):
+        """See `active.gathered`."""
+        return self._engine.gathered(x)
+
+    def seats_for_all(self, tokens):
+        """See `active.seats_for_all`."""
+        return self._engine.seats_for_all(tokens)
+
     def assert_sharded(self, model):
         """Raises a ValueError if a device has more than its share of an expert kernel.
 
@@ -223,8 +231,12 @@ def _engine():
         from keras_moe.distribution.jax_engine import JaxEngine
 
         return JaxEngine
+    if backend == "tensorflow":
+        from keras_moe.distribution.tensorflow_engine import TensorFlowEngine
+
+        return TensorFlowEngine
     raise ValueError(
-        "`ExpertParallel` must be used on JAX, where Keras shares weights among devices. "
-        f"Received: the backend {backend}; start with KERAS_BACKEND=jax, or train data-parallel "
-        "with the backend's own means"
+        "`ExpertParallel` must be used on JAX or TensorFlow, whose engines share weights among "
+        f"devices. Received: the backend {backend}; start with KERAS_BACKEND=jax, or train "
+        "data-parallel with the backend's own means"
     )

@@ -14,7 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.distribution.active import by_groups
+from keras_moe.distribution.active import by_groups, gathered, seats_for_all
 from keras_moe.ops import uniform
 
 
@@ -71,6 +71,7 @@ def seat_choices(
         Tuple `(token_index, weight, slot_index, row_expert)`.
     """
     _, tokens, k = ops.shape(expert_index_GSK)
+    capacity = seats_for_all(tokens) if capacity is None else capacity
     pooled = capacity is None or compact
     prioritized = confidence_GS is not None and capacity is not None
 
@@ -220,14 +221,14 @@ class Router(keras.layers.Layer):
 
     def score(self, inputs, mask=None, training=False):
         """Logits and their softmax over experts, `[groups, tokens, experts]` float32 each."""
-        logits = ops.matmul(self.prepare(inputs, mask, training), self.kernel)
+        logits = gathered(ops.matmul(self.prepare(inputs, mask, training), self.kernel))
         return logits, ops.softmax(logits, axis=-1)
 
     def prepare(self, inputs, mask=None, training=False):
         """The inputs as the router sees them: float32, zeros for padding, with jitter."""
         inputs = ops.cast(inputs, "float32")
         if mask is not None:  # whatever stands there, or its gradient would be NaN where it is
-            inputs = ops.where(mask[..., None], inputs, 0.0)
+            inputs = ops.where(ops.expand_dims(mask, -1), inputs, 0.0)
         if training and self.jitter > 0:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
             inputs = inputs * uniform(ops.shape(inputs), low, high, self.seed_generator)

@@ -38,6 +38,7 @@ ORDER = (
     "metrics",
     "distribution.layouts",
     "distribution.jax_engine",
+    "distribution.tensorflow_engine",
     "distribution.parallel",
     "distribution.__init__",
     "moe",

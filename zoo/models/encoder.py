@@ -366,7 +366,7 @@ class MaskedMean(keras.layers.Layer):
     """Mean over the tokens of each sequence that are not padding, `[batch, dim]`."""
 
     def call(self, inputs, padding_mask):
-        mask = ops.cast(padding_mask, inputs.dtype)[:, :, None]
+        mask = ops.expand_dims(ops.cast(padding_mask, inputs.dtype), 2)
         return ops.sum(inputs * mask, axis=1) / ops.maximum(ops.sum(mask, axis=1), 1.0)
 
     def compute_output_shape(self, input_shape, *args):

@@ -1,0 +1,200 @@
+"""What needs several devices: `python -m tests.keras_moe.distribution.tensorflow_checks NAME`.
+
+It prints JSON. TensorFlow counts its devices when it starts, so a process of its own has eight
+that share one CPU.
+"""
+
+import json
+import os
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_moe
+from keras_moe.distribution import ExpertParallel
+
+MESHES = (
+    {"data": 2, "experts": 4},
+    {"data": 1, "experts": 8},
+    {"data": 2, "experts": 2, "model": 2},
+)
+DIM, LENGTH, EXPERTS, HIDDEN = 8, 8, 8, 16
+ROUTERS = {
+    "switch": lambda: keras_moe.SwitchRouter(exploration="argmax", min_capacity=1),
+    "top2": lambda: keras_moe.TopKRouter(
+        2, capacity_factor=1.0, eval_capacity_factor=2.0, min_capacity=1, router_z_weight=0.1
+    ),
+    "dropless": lambda: keras_moe.TopKRouter(2),
+    "choice": lambda: keras_moe.ExpertChoiceRouter(inference="threshold"),
+}
+
+
+def model_of(kind, group="sequence", optimizer=None):
+    """Two dense layers and a mixture between them."""
+    keras.utils.set_random_seed(0)
+    router = ROUTERS[kind]()
+    inputs = keras.Input((LENGTH, DIM))
+    x = keras.layers.Dense(DIM, activation="relu")(inputs)
+    # Where one device has rows as needed, Keras' Adam squares a bias' gradient slice by slice.
+    use_bias = kind in ("top2", "choice")
+    experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=use_bias, seed=1)
+    x = x + keras_moe.MixtureOfExperts(experts, router, group=group, name="mixture")(x)
+    model = keras.Model(inputs, keras.layers.Dense(DIM)(x))
+    # With Adam's own epsilon a gradient of rounding errors alone would make a whole step.
+    model.compile(optimizer or keras.optimizers.Adam(1e-2, epsilon=1e-3), "mse")
+    return model
+
+
+def data(batches, batch=16):
+    x = np.random.default_rng(0).normal(size=(batches * batch, LENGTH, DIM)).astype("float32")
+    return x, np.roll(x, 1, axis=-1)
+
+
+class Losses(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append(float(logs["loss"]))
+
+
+def trained(model, batches=20, rest=0):
+    losses = Losses()
+    x, y = data(batches)
+    x, y = x[: len(x) - rest], y[: len(y) - rest]
+    model.fit(x, y, 16, shuffle=False, verbose=0, callbacks=[losses])
+    mixture = model.get_layer("mixture")
+    figures = keras_moe.metrics.read(mixture)
+    return {
+        "losses": losses.values,
+        "figures": figures,
+        "evaluated": model.evaluate(x[:24], y[:24], 16, verbose=0),
+        "predicted": model.predict(x[:24], 16, verbose=0)[:, 0, 0].tolist(),
+    }
+
+
+def curves(kind):
+    """20 steps on one device and on every mesh, and where the experts' weights then are."""
+    meshes = {str(mesh): ExpertParallel(**mesh) for mesh in MESHES}
+    result = {"one": trained(model_of(kind))}
+    for mesh, parallel in meshes.items():
+        with parallel.scope():
+            model = model_of(kind)
+            result[mesh] = trained(model)
+            result[mesh]["shards"] = shards(model)
+    return result
+
+
+def shards(model):
+    variables = [v for v in [*model.weights, *model.optimizer.variables] if "experts_" in v.path]
+    variables += [v for v in model.weights if "/experts/" in v.path]
+    result = {}
+    for variable in variables:
+        parts = tf.experimental.dtensor.unpack(variable.value.read_value())
+        sizes = [int(np.prod(part.shape)) for part in parts]
+        result[variable.path] = [int(np.prod(variable.shape)), min(sizes), max(sizes)]
+    return result
+
+
+def details():
+    """One mesh and several questions, each with what one device answers."""
+    parallel = ExpertParallel(data=1, experts=4)
+    result = {}
+
+    def both(name, function):
+        one = function()
+        with parallel.scope():
+            result[name] = [one, function()]
+
+    both("batch", lambda: trained(model_of("choice", "batch"), 4))
+    both("rest", lambda: trained(model_of("switch"), 3, rest=3))
+
+    def masked():
+        x, y = data(3)
+        x[:, 5:] = 0
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((LENGTH, DIM))
+        h = keras.layers.Masking()(inputs)
+        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=1)
+        h = keras_moe.MixtureOfExperts(experts, ROUTERS["top2"]())(h)
+        model = keras.Model(inputs, keras.layers.Dense(DIM)(h))
+        model.compile("sgd", "mse")
+        return model.fit(x, y, 16, shuffle=False, verbose=0, epochs=2).history["loss"]
+
+    both("masked", masked)
+    with parallel.scope():
+        model = model_of("top2", optimizer=keras_moe.optimizers.Adafactor(1e-2))
+        trained(model, 2)
+        result["adafactor"] = shards(model)
+        result["table"] = parallel.describe(model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.keras")
+            model.save(path)
+            loaded = keras.models.load_model(path)
+            result["loaded"] = shards(loaded)
+            same = zip(model.trainable_weights, loaded.trainable_weights, strict=True)
+            result["saved"] = max(float(np.abs(a.numpy() - b.numpy()).max()) for a, b in same)
+    result["environment"] = [name for name in os.environ if name.startswith("DTENSOR_")]
+    result["trainer"] = keras.Model.make_train_function.__qualname__
+    return result
+
+
+class Fails(keras.layers.Layer):
+    def call(self, inputs):
+        return tf.debugging.check_numerics(inputs, "fails on purpose")
+
+
+def failure():
+    """A layer that fails in the third step, on the last device alone."""
+    seen = []
+    x, y = data(4)
+    x[3 * 16 - 1] = np.nan
+    with ExpertParallel(experts=4).scope():
+        inputs = keras.Input((LENGTH, DIM))
+        model = keras.Model(inputs, keras.layers.Dense(DIM)(Fails()(inputs)))
+        model.compile("sgd", "mse")
+        losses = Losses()
+        try:
+            model.fit(x, y, 16, shuffle=False, verbose=0, callbacks=[losses])
+        except tf.errors.InvalidArgumentError as error:
+            seen.append(str(error))
+    return {"errors": seen, "losses": losses.values}
+
+
+def refusals():
+    """Messages of what cannot be."""
+    result = {}
+
+    def refused(name, function):
+        try:
+            function()
+        except ValueError as error:
+            result[name] = str(error)
+
+    parallel = ExpertParallel(experts=4)
+    refused("mesh", lambda: ExpertParallel(data=3, experts=4))
+
+    def uneven():
+        with ExpertParallel(data=1, experts=3).scope():
+            model_of("switch")
+
+    refused("experts", uneven)
+
+    def outside():
+        model = model_of("switch")
+        with parallel.scope():
+            model.fit(*data(1), 16, verbose=0)
+
+    refused("outside", outside)
+    return result
+
+
+if __name__ == "__main__":
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 8)
+    tf.config.threading.set_inter_op_parallelism_threads(16)  # each device waits for the others
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(globals()[name](*arguments)))

@@ -1,0 +1,114 @@
+"""Eight devices against one. Every group of checks is a process, see `tensorflow_checks.py`."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("TensorFlow's engine", allow_module_level=True)
+
+MESHES = (
+    {"data": 2, "experts": 4},
+    {"data": 1, "experts": 8},
+    {"data": 2, "experts": 2, "model": 2},
+)
+KINDS = ("switch", "top2", "dropless", "choice")
+EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
+
+
+@functools.cache
+def checked(*arguments):
+    """What a function of `tensorflow_checks.py` returns."""
+    command = [sys.executable, "-m", "tests.keras_moe.distribution.tensorflow_checks", *arguments]
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EVERYWHERE
+def test_devices_change_nothing(kind, mesh):
+    one, many = checked("curves", kind)["one"], checked("curves", kind)[str(mesh)]
+    assert len(one["losses"]) == 20
+    assert one["losses"][-1] < 0.95 * one["losses"][0]
+    compare(many, one)
+
+
+def compare(many, one):
+    for name in ("losses", "evaluated", "predicted"):
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=1e-4, err_msg=name)
+    assert one["figures"].keys() == many["figures"].keys()
+    for name, value in one["figures"].items():
+        np.testing.assert_allclose(many["figures"][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+@EVERYWHERE
+def test_each_device_has_its_share_of_experts_and_moments(mesh):
+    shards = checked("curves", "top2")[str(mesh)]["shards"]
+    assert len(shards) == 3 * 4  # two kernels, two biases, and two moments of each
+    for path, (total, least, most) in shards.items():
+        share = mesh["experts"] * (1 if "bias_out" in path else mesh.get("model", 1))
+        assert least == most == total // share, path
+
+
+@pytest.mark.parametrize("case", ["batch", "rest"])
+def test_groups_and_batches_that_devices_cannot_share(case):
+    """One group of the whole batch; a last batch of 13 sequences, and one of 8, for 4 devices."""
+    compare(*reversed(checked("details")[case]))
+
+
+def test_padding():
+    one, many = checked("details")["masked"]
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+
+
+def test_adafactor_keeps_its_factors_with_their_experts():
+    shards = checked("details")["adafactor"]
+    factors = {path: sizes for path, sizes in shards.items() if "experts_kernel" in path}
+    assert len(factors) > 2
+    for path, (total, least, most) in factors.items():
+        assert total == 1 or least == most == total // 4, path
+
+
+def test_a_saved_model_comes_back_on_the_mesh():
+    details = checked("details")
+    assert details["saved"] == 0
+    kernels = [path for path in details["loaded"] if path.endswith("experts/kernel_in")]
+    assert kernels
+    for path, (total, least, most) in details["loaded"].items():
+        assert least == most == total // 4, path
+
+
+def test_the_table_shows_layouts_and_bytes_per_device():
+    lines = checked("details")["table"].splitlines()
+    line = next(line for line in lines if line.startswith("mixture/experts/kernel_in"))
+    # 8 experts of 8 x 16 numbers of 4 bytes, a fourth of them here
+    assert " ".join(line.split()[1:]) == "(8, 8, 16) expert, None, model 1,024"
+
+
+def test_nothing_outlives_the_scope():
+    details = checked("details")
+    assert details["environment"] == []
+    assert details["trainer"] == "TensorFlowTrainer.make_train_function"
+
+
+def test_a_failure_on_one_device_is_an_error_of_its_step():
+    failure = checked("failure")
+    assert len(failure["losses"]) == 2
+    assert min(failure["losses"]) > 0.1
+    assert len(failure["errors"]) == 1
+    assert "fails on purpose" in failure["errors"][0]
+
+
+def test_refusals():
+    messages = checked("refusals")
+    assert messages["mesh"].startswith("`data * experts * model` must be at most the number of")
+    assert messages["experts"].startswith("`experts` of `ExpertParallel` must divide the number")
+    assert "made within `scope()`. Received: 'mixture/experts/kernel_in'" in messages["outside"]
