@@ -9,10 +9,12 @@ attention logits, shared by all blocks.
 import math
 
 import keras
+import keras_hub
 from keras import ops
 
 from keras_moe import MixtureOfExperts, SoftMoE
 from keras_moe.ops import dropout as fast_dropout
+from keras_moe.ops import look_up
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -29,6 +31,23 @@ class Dropout(keras.layers.Dropout):
         if training and self.rate > 0:
             return fast_dropout(inputs, self.rate, self.seed_generator)
         return inputs
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class Embedding(keras.layers.Embedding):
+    """Keras' embedding with the same gradient on every backend, see `keras_moe.ops.look_up`."""
+
+    def call(self, inputs):
+        rows = look_up(self.embeddings, ops.cast(inputs, "int32"))
+        return ops.cast(rows, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class ReversibleEmbedding(keras_hub.layers.ReversibleEmbedding):
+    """KerasHub's, which also makes logits, with the same gradient on every backend."""
+
+    def call(self, inputs, reverse=False):
+        return super().call(inputs, reverse=True) if reverse else Embedding.call(self, inputs)
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -71,9 +90,7 @@ class RelativePositionBias(keras.layers.Layer):
         length = ops.shape(inputs)[1]
         query_Q = ops.arange(length, dtype="int32") + first
         key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
-        bias_QSH = ops.take(
-            self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)), axis=0
-        )
+        bias_QSH = look_up(self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)))
         return ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0)
 
     def _bucket(self, distance):

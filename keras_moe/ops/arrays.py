@@ -32,18 +32,44 @@ def empty(shape, dtype):
 def adopt(array):
     """A tensor of a NumPy array that is not used otherwise.
 
-    PyTorch takes the array's memory over, and JAX on a CPU if it begins as `empty` makes it;
-    elsewhere it is copied.
+    On a CPU it has the array's memory, on TensorFlow and JAX if that begins as `empty` makes it.
     """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
         return jax.device_put(array, may_alias=True)
+    is_bfloat16 = array.dtype.name == "bfloat16"  # which neither of the others knows as NumPy's
     if backend == "tensorflow":
-        return ops.convert_to_tensor(array)
+        import tensorflow as tf
+
+        if array.size == 0 or array.ctypes.data % ALIGNMENT:
+            return ops.convert_to_tensor(array)
+        bits = array.view(np.int16) if is_bfloat16 else array
+        tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+        return tf.bitcast(tensor, tf.bfloat16) if is_bfloat16 else tensor
     import torch
 
-    if array.dtype.name == "bfloat16":  # which PyTorch does not know as NumPy's
+    if is_bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return ops.convert_to_tensor(torch.from_numpy(array))
+
+
+def transposed(array):
+    """A tensor of a NumPy array's transpose, by the backend, which is faster at it than NumPy.
+
+    Args:
+        array: of two axes at least, the last two of which change places.
+
+    Returns:
+        Tuple of the tensor and whether it has memory of its own, so that the array is free again.
+    """
+    tensor = ops.swapaxes(adopt(array), -1, -2)
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return tensor.block_until_ready(), True
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tensor, not tf.config.list_physical_devices("GPU")  # which may still be copying
+    return tensor, False

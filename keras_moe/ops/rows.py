@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.distribution.active import active, by_groups
+from keras_moe.ops.gradients import with_gradient
 
 
 def top_k(x, k):
@@ -67,6 +68,36 @@ def take_rows(x_MD, index):
         return taken.masked_fill_(past[..., None], 0.0)
     taken.view(-1, taken.shape[-1]).index_fill_(0, past.flatten().nonzero()[:, 0], 0.0)
     return taken
+
+
+def look_up(table_MD, index):
+    """Rows of a weight by position, of which many may be the same.
+
+    The gradient is one tensor, on every backend. TensorFlow's own is a list of rows, which Keras'
+    optimizers square one by one: a row that was taken twice would get another second moment than
+    elsewhere, and an Adam step several times as long.
+
+    Args:
+        table_MD: `[M, D]` tensor or variable.
+        index: integers of any shape, in `[0, M)`.
+
+    Returns:
+        Tensor of shape `index.shape + [D]`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.take(table_MD, index, axis=0)
+    import tensorflow as tf
+
+    def forward(table_MD):
+        return ops.take(table_MD, index, axis=0)
+
+    def backward(upstream, table_MD):
+        num_rows, dim = table_MD.shape
+        rows = ops.reshape(upstream, (-1, dim)), ops.reshape(index, (-1,))
+        return [lambda: add_rows(*rows, num_rows)]
+
+    table_MD = tf.convert_to_tensor(ops.convert_to_tensor(table_MD))  # the value, no variable
+    return with_gradient(forward, backward)(table_MD)
 
 
 def sum_rows(x_MD, index_TK, weight_M=None):

@@ -6,7 +6,14 @@ from keras import ops
 from keras_moe import FeedForwardExperts, LinearExperts, MixtureOfExperts, SoftMoE, SwitchRouter
 from tests import oracle
 from tests.backend import numpy, run
-from zoo.layers import SelfAttention, SwitchAttention, TransformerBlock
+from zoo.layers import (
+    Embedding,
+    RelativePositionBias,
+    ReversibleEmbedding,
+    SelfAttention,
+    SwitchAttention,
+    TransformerBlock,
+)
 
 HEADS, K, D, E, L = 2, 3, 4, 3, 5
 MASK = np.array([[True] * 5, [True, True, True, False, False]])
@@ -116,3 +123,43 @@ def test_a_block_keeps_padding_out_of_soft_moe():
     changed = np.where(MASK[..., None], x, 9.0).astype("float32")
     after = numpy(block(changed, bias, MASK))
     np.testing.assert_allclose(after[MASK], before[MASK], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reversible", "positions", "bias"])
+def test_rows_of_a_weight_that_are_used_often_move_like_others(kind):
+    """Adam's first step is as long as its rate, whatever the gradient; rows not used stay."""
+    ids = np.array([[1, 4, 1, 1], [4, 2, 1, 1]], "int32")
+    zeros, experts = np.zeros((5, 1, 3), "float32"), np.array([1, 1, 1, 4, 4], "int32")
+    layer, name, inputs, used = {
+        "embedding": (Embedding(6, 3), "embeddings", ids, [1, 2, 4]),
+        "reversible": (ReversibleEmbedding(6, 3), "embeddings", ids, [1, 2, 4]),
+        # Distances 0 to 2 either way; those to the right have the second half of the buckets.
+        "positions": (
+            RelativePositionBias(3, 8, 20),
+            "embedding",
+            zeros[None, :3, 0],
+            [0, 1, 2, 5, 6],
+        ),
+        "bias": (FeedForwardExperts(6, 4, use_bias=True), "bias_out", zeros, [1, 4]),
+    }[kind]
+    options = {"row_expert": ops.convert_to_tensor(experts)} if kind == "bias" else {}
+    layer.build(inputs.shape)
+    table = getattr(layer, name)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def call(self, x):
+            return self.layer(x, **options)
+
+        def compute_loss(self, x, y, y_pred, *others, **more):
+            return ops.sum(y_pred * ops.cumsum(ops.ones_like(y_pred), axis=0))
+
+    before, model = numpy(table), Model()
+    model.compile(keras.optimizers.Adam(0.1, epsilon=1e-12))
+    model.fit(inputs, batch_size=len(inputs), verbose=0)
+    moved = before - numpy(table)
+    np.testing.assert_allclose(moved[used], 0.1, rtol=1e-4)
+    np.testing.assert_array_equal(np.delete(moved, used, axis=0), 0)

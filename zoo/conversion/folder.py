@@ -4,12 +4,13 @@ import collections
 import contextlib
 import functools
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from keras import ops
 
-from keras_moe.ops import adopt, empty
+from keras_moe.ops import adopt, empty, transposed
 from keras_moe.routing.base import positive_integer
 from zoo.conversion import decoders, t5
 from zoo.conversion.config import choice
@@ -156,19 +157,34 @@ def _check_shape(folder, weight, name, shape):
 def _values(tensors, weights):
     """Pairs of a variable and a function that returns its value; what is next is read meanwhile."""
 
+    free = []  # memory that has been used: to fill it anew is faster than to get more
+
+    def memory(size):
+        fits = [place for place, buffer in enumerate(free) if buffer.size >= size]
+        if fits:
+            return free.pop(fits[0])
+        del free[:1]
+        return empty((size,), "uint8")
+
     def read(weight):
         first, *others = weight.names
-        if not others:
-            return tensors.read(first)
-        array = empty((len(weight.names), *tensors.shape(first)), tensors.dtype(first))
+        shape = (len(weight.names), *tensors.shape(first))
+        dtype = tensors.dtype(first)
+        size = math.prod(shape) * dtype.itemsize
+        buffer = memory(size) if weight.transposed else empty((size,), "uint8")
+        array = buffer[:size].view(dtype).reshape(shape)
         for part, name in zip(array, weight.names, strict=True):
             tensors.read(name, part)
-        return array
+        return buffer, array if others else array[0]
 
     def value(weight, waiting):
-        tensor = adopt(waiting.pop().result())  # and nobody keeps the array
-        if weight.transposed:  # by the backend, which is faster at it than NumPy
-            tensor = ops.swapaxes(tensor, -1, -2)
+        buffer, array = waiting.pop().result()  # and nobody else keeps them
+        if weight.transposed:
+            tensor, is_free = transposed(array)
+            if is_free:
+                free.append(buffer)
+        else:
+            tensor = adopt(array)
         return ops.cast(tensor, weight.variable.dtype)
 
     with ThreadPoolExecutor(1) as reader:

@@ -15,7 +15,7 @@ from zoo.decoder_layers import (
     RotarySelfAttention,
     causal_mask,
 )
-from zoo.layers import Dropout, RelativePositionBias
+from zoo.layers import Dropout, RelativePositionBias, ReversibleEmbedding
 from zoo.models.blocks import Configured, check_arguments, check_parts, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
@@ -138,7 +138,7 @@ class DecoderBackbone(Configured, keras_hub.models.Backbone):
             )
 
         # === Layers ===
-        token_embedding = keras_hub.layers.ReversibleEmbedding(
+        token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_embeddings,

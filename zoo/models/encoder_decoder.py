@@ -11,7 +11,13 @@ from keras import ops
 
 from keras_moe import MixtureOfExperts
 from zoo.decoder_layers import CausalSelfAttention, CrossAttention, DecoderBlock, causal_mask
-from zoo.layers import Dropout, RelativePositionBias, SelfAttention, TransformerBlock
+from zoo.layers import (
+    Dropout,
+    RelativePositionBias,
+    ReversibleEmbedding,
+    SelfAttention,
+    TransformerBlock,
+)
 from zoo.models.blocks import Configured, check_arguments, check_parts, feed_forward, sparse_numbers
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
@@ -122,7 +128,7 @@ class EncoderDecoderBackbone(Configured, keras_hub.models.Backbone):
             )
 
         # === Layers ===
-        token_embedding = keras_hub.layers.ReversibleEmbedding(
+        token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_embeddings,

@@ -16,7 +16,7 @@ from keras_moe import (
     NoisyTopKRouter,
 )
 from keras_moe.ops import put_rows
-from zoo.layers import Dropout
+from zoo.layers import Dropout, Embedding
 from zoo.models.blocks import Configured, check_parts, mixture
 from zoo.models.generation import Writer
 from zoo.tokenizer import ZooTokenizer
@@ -175,7 +175,7 @@ class LstmBackbone(Configured, keras_hub.models.Backbone):
             Dropout(dropout, dtype=dtype, name=f"dropout_{number}")
             for number in range(len(stack) + 1)
         ]
-        self.token_embedding = keras.layers.Embedding(
+        self.token_embedding = Embedding(
             vocabulary_size,
             hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=0.1),

@@ -395,7 +395,9 @@ def test_name_and_trainable(tmp_path):
 
 
 def test_sparse_blocks_are_there():
-    with pytest.raises(ValueError, match="`sparse_blocks` must be numbers from 1 to 2. Received"):
+    with pytest.raises(
+        ValueError, match="`sparse_blocks` must be numbers from 1 to 2, in a list. R"
+    ):
         encoder(sparse_blocks=(3,))
 
 
