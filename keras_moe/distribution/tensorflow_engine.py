@@ -230,6 +230,21 @@ class TensorFlowEngine:
         by = self._by_groups if inputs.shape[0] % self.batch_shards == 0 else self._by_all
         return by(experts, inputs, routing, training)
 
+    def spread(self, experts, inputs, training):
+        groups, num_experts, slots, dim = inputs.shape
+        x_GECD = self.gathered(ops.cast(inputs, experts.compute_dtype))
+        x_ECD = tf.reshape(tf.transpose(x_GECD, (1, 0, 2, 3)), (num_experts, -1, dim))
+        axes = ("expert", "data" if groups * slots % self.size["data"] == 0 else None)
+        y_ECD = experts(self._relayout(x_ECD, *axes), training=training)
+        y_ECD = self.gathered(self._relayout(y_ECD, *axes))
+        y_EGCD = tf.reshape(y_ECD, (num_experts, groups, slots, y_ECD.shape[-1]))
+        return self._by_batch(tf.transpose(y_EGCD, (1, 0, 2, 3)))
+
+    def _by_batch(self, y_G):
+        """Groups along the batch's axis of the mesh, where it can share them evenly."""
+        even = y_G.shape[0] % self.size[self.batch_axis] == 0
+        return self._relayout(y_G, self.batch_axis) if even else y_G
+
     def _by_all(self, experts, x_GSD, routing, training):
         """Every device fills all slots, and hands on its own experts'."""
         groups, tokens, _ = x_GSD.shape
@@ -238,9 +253,7 @@ class TensorFlowEngine:
         axes = ("expert", "data" if shared else None)
         y_RCD = experts(self._relayout(slots_RCD, *axes), training=training)
         y_RCD = self.gathered(self._relayout(y_RCD, *axes))
-        y_GSD = self.gathered(combine(y_RCD, routing, groups, tokens))
-        even = groups % self.size[self.batch_axis] == 0
-        return self._relayout(y_GSD, self.batch_axis) if even else y_GSD
+        return self._by_batch(self.gathered(combine(y_RCD, routing, groups, tokens)))
 
     def _by_groups(self, experts, x_GSD, routing, training):
         """Every device fills the slots of its own groups; an all-to-all takes them to experts."""

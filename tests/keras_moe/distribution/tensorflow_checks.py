@@ -38,9 +38,7 @@ def model_of(kind, group="sequence", optimizer=None):
     router = ROUTERS[kind]()
     inputs = keras.Input((LENGTH, DIM))
     x = keras.layers.Dense(DIM, activation="relu")(inputs)
-    # Where one device has rows as needed, Keras' Adam squares a bias' gradient slice by slice.
-    use_bias = kind in ("top2", "choice")
-    experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=use_bias, seed=1)
+    experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=True, seed=1)
     x = x + keras_moe.MixtureOfExperts(experts, router, group=group, name="mixture")(x)
     model = keras.Model(inputs, keras.layers.Dense(DIM)(x))
     # With Adam's own epsilon a gradient of rounding errors alone would make a whole step.
@@ -125,6 +123,18 @@ def details():
         return model.fit(x, y, 16, shuffle=False, verbose=0, epochs=2).history["loss"]
 
     both("masked", masked)
+
+    def soft():
+        x, y = data(3)
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((LENGTH, DIM))
+        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=True, seed=1)
+        h = inputs + keras_moe.SoftMoE(experts, slots_per_expert=2)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(DIM)(h))
+        model.compile("sgd", "mse")
+        return model.fit(x, y, 16, shuffle=False, verbose=0, epochs=2).history["loss"]
+
+    both("soft", soft)
     with parallel.scope():
         model = model_of("top2", optimizer=keras_moe.optimizers.Adafactor(1e-2))
         trained(model, 2)

@@ -64,8 +64,9 @@ def test_groups_and_batches_that_devices_cannot_share(case):
     compare(*reversed(checked("details")[case]))
 
 
-def test_padding():
-    one, many = checked("details")["masked"]
+@pytest.mark.parametrize("case", ["masked", "soft"])
+def test_padding_and_soft_routing(case):
+    one, many = checked("details")[case]
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
