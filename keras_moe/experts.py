@@ -8,7 +8,14 @@ then gets as few rows as its tokens need, none if it has none.
 import keras
 from keras import ops
 
-from keras_moe.ops import IMPLEMENTATIONS, call_by_row, drop, expert_product, look_up, uniform
+from keras_moe.ops import (
+    IMPLEMENTATIONS,
+    call_by_row,
+    drop,
+    embedding_lookup,
+    expert_product,
+    uniform,
+)
 from keras_moe.routing.base import positive_integer, positive_number
 
 
@@ -178,7 +185,7 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def _of_rows(self, bias_ED, row_expert):
         if row_expert is not None:
-            bias_ED = look_up(bias_ED, ops.minimum(row_expert, bias_ED.shape[0] - 1))
+            bias_ED = embedding_lookup(bias_ED, ops.minimum(row_expert, bias_ED.shape[0] - 1))
         return ops.expand_dims(bias_ED, axis=1)
 
     def compute_output_shape(self, input_shape, row_expert=None):

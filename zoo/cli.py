@@ -93,6 +93,12 @@ def _parser():
     add("--max-length", type=int, metavar="N", help="tokens per example; default: 64, at most 512")
     add("--max-examples", type=int, metavar="N", help="only so many training examples")
     add("--seed", type=int, metavar="N", help="of weights, dropout and order; default: 0")
+    add(
+        "--mesh",
+        type=_mesh,
+        metavar="data=N,expert=N,model=N",
+        help="devices that share batch, experts, hidden units; default: one device",
+    )
     add = command.add_argument_group(
         "models built from scratch (a preset brings its own)"
     ).add_argument
@@ -134,6 +140,20 @@ def _parser():
     command = commands.add_parser("presets", help="published models that have a name here")
     command.set_defaults(run=_presets, interrupted="nothing is kept")
     return parser
+
+
+def _mesh(text):
+    """The arguments of an `ExpertParallel`."""
+    names = {"data": "data", "expert": "experts", "experts": "experts", "model": "model"}
+    mesh = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in names or names[name] in mesh or not size.isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"must be numbers of devices, such as data=2,expert=4. Received: {text}"
+            )
+        mesh[names[name]] = int(size)
+    return mesh
 
 
 def _recipes():

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_moe import MixtureOfExperts, SoftMoE
 from keras_moe.ops import dropout as fast_dropout
-from keras_moe.ops import look_up
+from keras_moe.ops import embedding_lookup
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -35,11 +35,10 @@ class Dropout(keras.layers.Dropout):
 
 @keras.saving.register_keras_serializable(package="zoo")
 class Embedding(keras.layers.Embedding):
-    """Keras' embedding with the same gradient on every backend, see `keras_moe.ops.look_up`."""
+    """Keras' embedding with one gradient on every backend, see `keras_moe.ops.embedding_lookup`."""
 
     def call(self, inputs):
-        rows = look_up(self.embeddings, ops.cast(inputs, "int32"))
-        return ops.cast(rows, self.compute_dtype)
+        return _embedded(self, inputs)
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -47,7 +46,12 @@ class ReversibleEmbedding(keras_hub.layers.ReversibleEmbedding):
     """KerasHub's, which also makes logits, with the same gradient on every backend."""
 
     def call(self, inputs, reverse=False):
-        return super().call(inputs, reverse=True) if reverse else Embedding.call(self, inputs)
+        return super().call(inputs, reverse=True) if reverse else _embedded(self, inputs)
+
+
+def _embedded(layer, token_ids):
+    rows = embedding_lookup(layer.embeddings, ops.cast(token_ids, "int32"))
+    return ops.cast(rows, layer.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -90,7 +94,8 @@ class RelativePositionBias(keras.layers.Layer):
         length = ops.shape(inputs)[1]
         query_Q = ops.arange(length, dtype="int32") + first
         key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
-        bias_QSH = look_up(self.embedding, self._bucket(key_S - ops.expand_dims(query_Q, 1)))
+        bucket_QS = self._bucket(key_S - ops.expand_dims(query_Q, 1))
+        bias_QSH = embedding_lookup(self.embedding, bucket_QS)
         return ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0)
 
     def _bucket(self, distance):
@@ -240,15 +245,15 @@ class SelfAttention(Attention):
         return self.attend(*heads, ops.expand_dims(padding_mask, (1, 2)), position_bias, training)
 
     def project_heads(self, inputs, padding_mask, training, token_ids, first=0, **of_mixture):
-        """Queries, keys and values, `[batch, heads, length, key_dim]` each; see `call_mixture`.
+        """Queries, keys and values, `[batch, heads, length, key_dim]` each; see `project`.
 
         `first` is the position of the first of the inputs.
         """
         projected = self.project(inputs, padding_mask, training, token_ids, **of_mixture)
         return [self.heads(x_BLD) for x_BLD in projected]
 
-    def project(self, inputs, padding_mask, training, token_ids, **of_mixture):
-        """Queries, keys and values, `[batch, length, heads * key_dim]` each."""
+    def project(self, inputs, padding_mask, training, token_ids, counts=True, drops=True):
+        """Queries, keys and values, `[batch, length, heads * key_dim]` each; see `call_mixture`."""
         return self.query(inputs), self.key(inputs), self.value(inputs)
 
 
@@ -283,10 +288,10 @@ class SwitchAttention(SelfAttention):
             if not mixture.built:
                 mixture.build(input_shape)
 
-    def project(self, inputs, padding_mask, training, token_ids, **of_mixture):
+    def project(self, inputs, padding_mask, training, token_ids, counts=True, drops=True):
         query, key_value = (
             ops.cast(
-                call_mixture(layer, inputs, padding_mask, training, token_ids, **of_mixture),
+                call_mixture(layer, inputs, padding_mask, training, token_ids, counts, drops),
                 self.compute_dtype,
             )
             for layer in (self.query, self.key_value)

@@ -42,8 +42,9 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
             classifiers only.
         load_weights: `False` leaves all weights as they are initialized.
-        dtype: dtype or dtype policy of the backbone's layers; "auto" for that of the saved weights;
-            `None` for Keras' own.
+        dtype: dtype or dtype policy of the backbone's layers; "auto" for the policy that it was
+            saved with, or of a checkpoint of transformers the dtype of its files; `None` for Keras'
+            own.
 
     Returns:
         A `zoo.EncoderTextClassifier`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or `zoo.LstmCausalLM`.

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 import keras_moe
+from keras_moe.distribution import ExpertParallel
 from zoo.batches import TokenBatches
 from zoo.extras import require
 from zoo.models import builders
@@ -55,6 +56,7 @@ def finetune(
     max_examples=None,
     seed=0,
     restart=False,
+    mesh=None,
     verbose="auto",
 ):
     """Fine-tunes one model on one task, and resumes where an interrupted run of the same stopped.
@@ -82,6 +84,9 @@ def finetune(
         max_examples: only so many training examples, for a quick look.
         seed: of weights, dropout and the order of the examples.
         restart: throws an earlier run in `output` away.
+        mesh: dictionary of the arguments of `keras_moe.distribution.ExpertParallel`, whose devices
+            share experts and batch, `{"data": 2, "experts": 4}`, say; `None`: one device. A run may
+            go on with another mesh than it began with.
         verbose: as in `keras.Model.fit`.
 
     Returns:
@@ -92,6 +97,7 @@ def finetune(
             with other settings.
         FileNotFoundError: if the data is not there.
     """
+    parallel = ExpertParallel(**mesh) if mesh else None  # TensorFlow wants it first
     task = get(task)
     given = {
         "size": size,
@@ -124,6 +130,13 @@ def finetune(
     for module in ("sklearn", "scipy"):  # of the metrics: better missed now than after an epoch
         require(module)
 
+    with contextlib.nullcontext() if parallel is None else parallel.scope():
+        _train(run, task, model, settings, data_dir, verbose)
+    return run.results
+
+
+def _train(run, task, model, settings, data_dir, verbose):
+    seed = settings["seed"]
     keras.utils.set_random_seed(seed)
     classifier = _build(task, model, settings)
     train, *validation = (
@@ -154,7 +167,6 @@ def finetune(
         ],
     )
     run.finish(network, classifier)
-    return run.results
 
 
 def _chosen(given, model, task):

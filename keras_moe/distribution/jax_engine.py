@@ -22,7 +22,7 @@ from keras.src.backend.jax.trainer import JAXTrainer
 
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import bank, outside
-from keras_moe.distribution.layouts import AXES, BATCH, expert_axes, other_axes
+from keras_moe.distribution.layouts import AXES, BATCH, bank_axes, expert_axes, other_axes
 from keras_moe.ops import take_rows, uniform
 from keras_moe.routing.base import Routing, seat_choices
 from keras_moe.slots import by_rows, look_up
@@ -49,6 +49,8 @@ class JaxEngine:
 
         def place_batch(batch, layout, batch_dim_name):
             """Each batch by its own size: Keras takes the first one's layout for all."""
+            if batch is None:
+                return None
             return place(batch, self.distribution.get_data_layout(batch.shape), batch_dim_name)
 
         def make_train_function(model, force=False):
@@ -164,7 +166,10 @@ class JaxEngine:
             # As it is, unless the bank was made in a `keras.RematScope`.
             compute = keras.Layer.rematerialized_call(experts, compute, slots_RCD, own)
             y_RCD = compute(slots_RCD, own)
-            return lax.psum(y_RCD, "model") if model > 1 else y_RCD
+            if model == 1:
+                return y_RCD
+            wide_RCD = ops.cast(y_RCD, keras.backend.result_type(y_RCD.dtype, "float32"))
+            return ops.cast(lax.psum(wide_RCD, "model"), y_RCD.dtype)
 
         return apply
 
@@ -341,8 +346,8 @@ class _Sharded(ModelParallel):
         axes = [None] * len(data_shape)
         shards = self.num_model_replicas
         if self.num_processes > 1:
-            shards //= self.num_processes
-            if data_shape[0] % max(shards, 1):
+            shards = max(shards // self.num_processes, 1)
+            if data_shape and data_shape[0] % shards:
                 raise ValueError(
                     "The batch of a process must be a multiple of the devices that share it, "
                     f"{shards}. Received: a batch of {data_shape[0]}; drop the rest of an epoch"
@@ -361,7 +366,8 @@ class _Sharded(ModelParallel):
         if bank() is not None:
             if rank and variable.shape[0] == bank().num_experts:
                 self._expert_names.add(variable.path.replace("/", "_") + "_")
-                return (*expert_axes(variable.name), None, None)[:rank]
+                sizes = dict(zip(AXES, self.device_mesh.shape, strict=True))
+                return bank_axes(variable.path, variable.shape, sizes)
             return (None,) * rank
         name = variable.path.rpartition("/")[2]
         if rank and any(name.startswith(of_expert) for of_expert in self._expert_names):

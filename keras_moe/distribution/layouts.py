@@ -39,6 +39,30 @@ def expert_axes(name):
     return EXPERTS.get(name, ("expert",))
 
 
+def bank_axes(path, shape, sizes):
+    """Axes of the mesh for a weight of a bank of experts.
+
+    Args:
+        path: of the weight.
+        shape: of the weight, the experts first.
+        sizes: name of an axis of the mesh -> devices along it.
+
+    Returns:
+        Tuple like `shape`: the name of an axis, or `None`.
+
+    Raises:
+        ValueError: if the devices cannot share it evenly.
+    """
+    axes = (*expert_axes(path.rpartition("/")[2]), None, None)[: len(shape)]
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and size % sizes[axis]:
+            raise ValueError(
+                f"The devices along {axis!r} must divide the weights of all experts. "
+                f"Received: {sizes[axis]} devices for {path!r} of shape {tuple(shape)}"
+            )
+    return axes
+
+
 def other_axes(path, shape, model):
     """Axes of the mesh for any other weight.
 

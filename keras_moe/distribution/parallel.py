@@ -6,7 +6,7 @@ import math
 import keras
 
 from keras_moe.distribution.active import activated
-from keras_moe.distribution.layouts import EXPERTS
+from keras_moe.distribution.layouts import expert_axes
 
 
 class ExpertParallel:
@@ -24,7 +24,8 @@ class ExpertParallel:
     ```python
     parallel = keras_moe.distribution.ExpertParallel(experts=8)
     with parallel.scope():
-        model = zoo.switch_transformer("tiny", num_experts=32)
+        backbone = zoo.switch_transformer("mini", num_experts=32, architecture="encoder")
+        model = zoo.EncoderTextClassifier(backbone, num_classes=2)
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.fit(dataset)
         model.save_weights("switch.weights.h5")
@@ -38,6 +39,12 @@ class ExpertParallel:
     devices of its row of the mesh, and adds up what its own experts make of them (an all-gather and
     a reduce-scatter), `experts / (k * capacity_factor)` times the bytes.
 
+    On TensorFlow shapes are static and no axis lies along two of the mesh: a router without a
+    capacity has every expert compute a slot for every token, and outside of the experts the batch
+    lies along the longer of the axes "data" and "expert", while devices along the other one do the
+    same work. There the mesh must be made before the program's first tensor, and models must be
+    fitted and called within its scope. Switch, top-k and expert choice routers are tested on it.
+
     Args:
         data: devices along the axis that shares the batch only; `None`: as many as there are for
             the other two.
@@ -45,10 +52,12 @@ class ExpertParallel:
             number of experts of every layer.
         model: devices along the axis that shares hidden units; must divide the experts' hidden
             width.
-        devices: list of names, as `keras.distribution.list_devices()` returns them; `None`: all.
+        devices: list of names, on JAX as `keras.distribution.list_devices()` returns them, on
+            TensorFlow "CPU:0" and so on; `None`: all.
 
     Raises:
-        ValueError: if an argument is out of range, or if the mesh is larger than the devices.
+        ValueError: if an argument is out of range, if the mesh is larger than the devices, on
+            PyTorch, or on TensorFlow once it has made a tensor.
     """
 
     def __init__(self, data=None, experts=1, model=1, devices=None):
@@ -179,7 +188,8 @@ class ExpertParallel:
             if not (hasattr(getattr(layer, "experts", None), "num_experts") and layer.built):
                 continue
             for weight in layer.experts.weights:
-                axes = EXPERTS.get(weight.name, ())
+                by_experts = weight.shape[:1] == (layer.experts.num_experts,)
+                axes = expert_axes(weight.name) if by_experts else ()
                 share = math.prod(getattr(self, _ATTRIBUTE[axis]) for axis in axes if axis)
                 yield weight, share
                 name = weight.path.replace("/", "_") + "_"

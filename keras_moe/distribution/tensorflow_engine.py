@@ -19,6 +19,7 @@ of the mesh, Q along the other one, B on each device.
 import contextlib
 import os
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops, tree
@@ -28,8 +29,8 @@ from tensorflow.dtensor.python import accelerator_util, api
 from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
-from keras_moe.distribution.active import bank
-from keras_moe.distribution.layouts import AXES, expert_axes, other_axes
+from keras_moe.distribution.active import active, bank
+from keras_moe.distribution.layouts import AXES, bank_axes, other_axes
 from keras_moe.ops import with_gradient
 
 COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
@@ -62,8 +63,9 @@ class TensorFlowEngine:
         def maker(what):
             def make(model, force=False):
                 name = f"{what}_function"
-                if getattr(model, name) is None or force:
-                    setattr(model, name, self._step(model, what))
+                made = getattr(model, name)
+                if getattr(made, "parallel", None) is not parallel or force:
+                    setattr(model, name, self._step(model, what, parallel))
                 if what == "train":
                     if model.built and model.optimizer is not None and not model.optimizer.built:
                         model.optimizer.build(model.trainable_variables)
@@ -80,13 +82,18 @@ class TensorFlowEngine:
             stack.enter_context(tf.variable_creator_scope(self._create))
             yield
 
-    def _step(self, model, what):
+    def _step(self, model, what, parallel):
         """Keras' train, test or predict function, without its `tf.experimental.Optional`."""
         step = getattr(model, f"{what}_step")
         if not model.run_eagerly:
             step = tf.function(step, autograph=False)
 
         def run(data):
+            if active() is not parallel:
+                raise ValueError(
+                    "A model that was fitted or called within `ExpertParallel.scope()` must be so "
+                    f"again. Received: `{what}` of the model {model.name!r} outside of it"
+                )
             return tree.map_structure(self.whole, step(self._place_batch(data)))
 
         def function(iterator):
@@ -102,19 +109,22 @@ class TensorFlowEngine:
             outputs = [run(data) for data in batches]
             return tree.map_structure(lambda *parts: tf.constant(np.concatenate(parts)), *outputs)
 
-        return predict if what == "predict" else function
+        made = predict if what == "predict" else function
+        made.parallel = parallel
+        return made
 
     # Where variables and batches lie
 
     def _layout(self, axes):
         return dtensor.Layout([axis or dtensor.UNSHARDED for axis in axes], self.mesh)
 
-    def _create(self, next_creator, initial_value, name=None, trainable=None, **unused):
+    def _create(self, next_creator, initial_value, name=None, trainable=None, dtype=None, **unused):
         """A variable on the mesh; Keras makes metrics and moments within a step."""
         with tf.init_scope():
             value = initial_value() if callable(initial_value) else initial_value
             constant = tf.get_static_value(value)  # of the step that makes the variable
-            value = np.asarray(value if constant is None else constant)
+            dtype = None if dtype is None else tf.as_dtype(dtype).as_numpy_dtype
+            value = np.asarray(value if constant is None else constant, dtype)
             path = "/".join(part for part in (current_path(), name) if part)
             axes = self._axes_of(path, name or "", value.shape)
             self._axes[path.replace("/", "_") + "_"] = (value.shape, axes)
@@ -123,7 +133,7 @@ class TensorFlowEngine:
 
     def _axes_of(self, path, name, shape):
         if bank() is not None and len(shape) > 0 and shape[0] == bank().num_experts:
-            return (*expert_axes(name), None, None)[: len(shape)]
+            return bank_axes(path, shape, self.size)
         of = [prefix for prefix in self._axes if name.startswith(prefix)]
         if of:  # an optimizer's moment of a weight
             weight_shape, axes = self._axes[max(of, key=len)]
@@ -231,14 +241,10 @@ class TensorFlowEngine:
         return by(experts, inputs, routing, training)
 
     def spread(self, experts, inputs, training):
-        groups, num_experts, slots, dim = inputs.shape
-        x_GECD = self.gathered(ops.cast(inputs, experts.compute_dtype))
-        x_ECD = tf.reshape(tf.transpose(x_GECD, (1, 0, 2, 3)), (num_experts, -1, dim))
-        axes = ("expert", "data" if groups * slots % self.size["data"] == 0 else None)
-        y_ECD = experts(self._relayout(x_ECD, *axes), training=training)
-        y_ECD = self.gathered(self._relayout(y_ECD, *axes))
-        y_EGCD = tf.reshape(y_ECD, (num_experts, groups, slots, y_ECD.shape[-1]))
-        return self._by_batch(tf.transpose(y_EGCD, (1, 0, 2, 3)))
+        raise ValueError(
+            "`SoftMoE` must be on one device on TensorFlow, whose DTensor has no rule for its "
+            f"gradient. Received: {experts.num_experts} experts within `ExpertParallel.scope()`"
+        )
 
     def _by_batch(self, y_G):
         """Groups along the batch's axis of the mesh, where it can share them evenly."""
@@ -269,7 +275,7 @@ class TensorFlowEngine:
 
         token_M, weight_M = (split(x, num_slots) for x in (routing.token_index, routing.weight))
         if routing.slot_index is None:
-            to_slots, to_tokens = _by_products(token_M, tokens, inputs_dtype=x_GSD.dtype)
+            to_slots, to_tokens = _by_products(token_M, tokens)
         else:
             k = routing.slot_index.shape[-1]
             to_slots, to_tokens = _by_gathers(token_M, split(routing.slot_index, tokens * k), k)
@@ -291,8 +297,10 @@ class TensorFlowEngine:
         y_ECD = self._relayout(self._relayout(y_ECD, *of_data, None, "expert"), p, q)
 
         y_MD = tf.reshape(y_ECD, (P, Q, -1, num_slots, width))
-        y_SD = to_tokens(y_MD * tf.cast(tf.expand_dims(weight_M, -1), y_MD.dtype))
-        return self._relayout(tf.reshape(self._relayout(y_SD, p), (groups, tokens, width)), p)
+        wide = keras.backend.result_type(y_MD.dtype.name, "float32")
+        y_SD = to_tokens(tf.cast(y_MD, wide) * tf.cast(tf.expand_dims(weight_M, -1), wide))
+        y_SD = tf.cast(self._relayout(y_SD, p), y_MD.dtype)
+        return self._relayout(tf.reshape(y_SD, (groups, tokens, width)), p)
 
 
 def _by_gathers(token_M, slot_N, k):
@@ -313,15 +321,15 @@ def _by_gathers(token_M, slot_N, k):
     )
 
 
-def _by_products(token_M, tokens, inputs_dtype):
+def _by_products(token_M, tokens):
     """The same where experts chose, as products with one-hot matrices, as in GShard.
 
     A token may then sit in any number of slots, and a sum by token has no rule.
     """
-    taken_MS = tf.cast(tf.expand_dims(token_M, -1) == tf.range(tokens), inputs_dtype)
+    taken_MS = tf.expand_dims(token_M, -1) == tf.range(tokens)
     return (
-        lambda x_SD: tf.matmul(taken_MS, x_SD),
-        lambda y_MD: tf.matmul(taken_MS, y_MD, transpose_a=True),
+        lambda x_SD: tf.matmul(tf.cast(taken_MS, x_SD.dtype), x_SD),
+        lambda y_MD: tf.matmul(tf.cast(taken_MS, y_MD.dtype), y_MD, transpose_a=True),
     )
 
 
@@ -372,7 +380,8 @@ def _start():
 
 
 def _kind():
-    return "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    there = (kind for kind in ("TPU", "GPU") if tf.config.list_physical_devices(kind))
+    return next(there, "CPU")
 
 
 class _Variable(dtensor.DVariable):

@@ -1,4 +1,4 @@
-"""What `keras.ops` lacks, or does slowly. The only folder that names a backend."""
+"""What `keras.ops` lacks, or does slowly. Only this folder and `distribution` name a backend."""
 
 from keras_moe.ops.arrays import adopt, empty, transposed
 from keras_moe.ops.calls import call_by_row
@@ -6,7 +6,7 @@ from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.noise import drop, dropout, normal, uniform
 from keras_moe.ops.products import IMPLEMENTATIONS, expert_product, row_size
 from keras_moe.ops.recorded import recorded
-from keras_moe.ops.rows import add_rows, look_up, put_rows, sum_rows, take_rows, top_k
+from keras_moe.ops.rows import add_rows, embedding_lookup, put_rows, sum_rows, take_rows, top_k
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -18,7 +18,7 @@ __all__ = [
     "empty",
     "expert_product",
     "normal",
-    "look_up",
+    "embedding_lookup",
     "put_rows",
     "recorded",
     "row_size",

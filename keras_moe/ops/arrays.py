@@ -71,5 +71,6 @@ def transposed(array):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tensor, not tf.config.list_physical_devices("GPU")  # which may still be copying
+        # A GPU may still be copying; and nothing moves where an axis has length 1.
+        return tensor, 1 not in array.shape[-2:] and not tf.config.list_physical_devices("GPU")
     return tensor, False

@@ -70,7 +70,7 @@ def take_rows(x_MD, index):
     return taken
 
 
-def look_up(table_MD, index):
+def embedding_lookup(table_MD, index):
     """Rows of a weight by position, of which many may be the same.
 
     The gradient is one tensor, on every backend. TensorFlow's own is a list of rows, which Keras'
@@ -84,7 +84,7 @@ def look_up(table_MD, index):
     Returns:
         Tensor of shape `index.shape + [D]`.
     """
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow" or active() is not None:  # DTensor's is one tensor
         return ops.take(table_MD, index, axis=0)
     import tensorflow as tf
 

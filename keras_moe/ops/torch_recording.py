@@ -17,7 +17,7 @@ MOST = 16  # recordings of one function
 CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 
 
-RECORDING = threading.RLock()  # PyTorch has one stack of its modes for all threads
+RECORDING = threading.RLock()  # one thread at a time, which others' operations do not disturb
 
 
 class Recorded:

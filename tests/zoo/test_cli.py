@@ -79,6 +79,25 @@ def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
     assert "python -m zoo prepare" in capsys.readouterr().err
 
 
+def test_a_mesh_of_more_devices_than_there_are(tmp_path):
+    backend = os.environ["KERAS_BACKEND"]
+    command = [sys.executable, "-m", "zoo", "finetune", "--backend", backend]
+    command += ["--output", str(tmp_path), "--mesh", "data=2,expert=4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    what = (
+        "must be used on JAX or TensorFlow" if backend == "torch" else "data=2, experts=4, model=1"
+    )
+    assert what in done.stderr
+
+
+@pytest.mark.parametrize("mesh", ["data", "data=2,data=4", "experts=-1", "rows=2", ""])
+def test_what_is_no_mesh(mesh, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--mesh", mesh])
+    assert "must be numbers of devices, such as data=2,expert=4. Rec" in capsys.readouterr().err
+
+
 def test_missing_backend(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["finetune"]) == 2

@@ -7,7 +7,7 @@ import keras
 import keras_moe
 from zoo.conversion.config import choice, flag, integer, real
 from zoo.conversion.tensors import Weight
-from zoo.conversion.tokenizers import TransformersTokenizer, load_tokenizer
+from zoo.conversion.tokenizers import TransformersTokenizer, UnusableError, load_tokenizer
 from zoo.models.decoder import CausalLM, CausalLMPreprocessor, DecoderBackbone
 
 FAMILIES = ("mixtral", "olmoe")
@@ -123,10 +123,13 @@ def preprocessor(folder, config):
     """Texts to tokens and back, if the folder has a tokenizer that can be used; else `None`.
 
     Warns if there is one that cannot be.
+
+    Raises:
+        ValueError: if it has more ids than the model has rows.
     """
     try:
         tokenizer = load_tokenizer(folder, config)
-    except ValueError as error:
+    except UnusableError as error:
         warnings.warn(f"{error}; the model is loaded without it", stacklevel=3)
         return None
     if tokenizer is None:

@@ -5,6 +5,7 @@ tokens, and split words in other ways; the package that wrote the file, `tokeniz
 as in transformers. KerasHub needs that package, too.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from zoo.conversion.config import integer
 VOCABULARY, SETTINGS, LEGACY = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 FILES = (VOCABULARY, SETTINGS, LEGACY, "tokenizer.model", "chat_template.jinja")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class UnusableError(ValueError):
+    """A tokenizer that is there would not give the ids that it gives in transformers."""
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -69,6 +74,8 @@ class TransformersTokenizer(keras_hub.tokenizers.Tokenizer):
 
     def vocabulary_size(self):
         """One more than the largest id."""
+        if self._tokenizer is None:
+            raise ValueError("The tokenizer must have its files. Received: files=None")
         return self._size
 
     def get_vocabulary(self):
@@ -99,7 +106,8 @@ class TransformersTokenizer(keras_hub.tokenizers.Tokenizer):
 
         def flat(texts):
             rows = self._ids(_texts(texts))
-            return np.array(sum(rows, []), "int32"), np.array([len(row) for row in rows], "int64")
+            ids, lengths = [*itertools.chain(*rows)], [len(row) for row in rows]
+            return np.array(ids, "int32"), np.array(lengths, "int64")
 
         inputs = tf.convert_to_tensor(inputs)
         ids, lengths = tf.numpy_function(flat, [tf.reshape(inputs, [-1])], ("int32", "int64"))
@@ -153,12 +161,12 @@ def load_tokenizer(folder, config):
         A `TransformersTokenizer`; `None` if the folder has no files of one.
 
     Raises:
-        ValueError: if there is a tokenizer that would not give the ids that it gives there, or more
-            of them than the model has rows.
+        UnusableError: if there is a tokenizer that would not give the ids that it gives there.
+        ValueError: if it has more ids than the model has rows.
     """
 
     def unusable(reason):
-        return ValueError(f"The tokenizer of {str(folder)!r} cannot be used: {reason}")
+        return UnusableError(f"The tokenizer of {str(folder)!r} cannot be used: {reason}")
 
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if VOCABULARY not in files:
@@ -174,7 +182,10 @@ def load_tokenizer(folder, config):
         raise unusable(f"its files cannot be read ({error})") from error
     ids, rows = pipeline.get_vocab().values(), integer(config, "vocab_size")
     if max(ids, default=0) >= rows:
-        raise unusable(f"it has ids up to {max(ids)}, and the model has {rows} rows")
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit: its tokenizer has ids up to {max(ids)}, "
+            f"and the model has {rows} rows"
+        )
 
     def token(name):
         if settings.get(name) is not None:

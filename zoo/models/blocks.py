@@ -98,7 +98,7 @@ def check_parts(task, backbone, preprocessor):
         )
     try:
         pieces = preprocessor.tokenizer.vocabulary_size() if preprocessor else 0
-    except (ValueError, AttributeError):  # Keras loads a tokenizer's files after the model
+    except ValueError:  # Keras loads a tokenizer's files after the model
         return
     if pieces > backbone.vocabulary_size:
         raise ValueError(

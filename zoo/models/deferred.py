@@ -1,6 +1,6 @@
 """Models whose variables get their values later, or never.
 
-The only place that reaches into Keras for what it has no public door to: variables that are made in
+Keras has no public door to this: variables that are made in
 a `keras.StatelessScope` wait for their values in a list.
 """
 

@@ -42,10 +42,11 @@ class Writer:
             ValueError: if there is no text, or `max_length` is no positive integer; if a
                 text-to-text model, whose prompts are apart from its texts, is to strip them.
         """
-        has_none = isinstance(inputs, (list, tuple)) and not inputs
+        has_none = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 0
         if inputs is None or isinstance(inputs, (int, float)) or has_none:
             raise ValueError(
-                f"`inputs` must be a text or a list of one or more texts. Received: {inputs!r}"
+                "`inputs` must be one or more texts, or tokens as the model takes them. "
+                f"Received: inputs={inputs!r}"
             )
         positive_integer("max_length", max_length, optional=True)
         if strip_prompt and self.side:

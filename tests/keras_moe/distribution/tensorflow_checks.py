@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_moe
+import zoo
 from keras_moe.distribution import ExpertParallel
 
 MESHES = (
@@ -124,17 +125,30 @@ def details():
 
     both("masked", masked)
 
-    def soft():
-        x, y = data(3)
+    def zoo_encoder():
         keras.utils.set_random_seed(0)
-        inputs = keras.Input((LENGTH, DIM))
-        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=True, seed=1)
-        h = inputs + keras_moe.SoftMoE(experts, slots_per_expert=2)(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(DIM)(h))
-        model.compile("sgd", "mse")
-        return model.fit(x, y, 16, shuffle=False, verbose=0, epochs=2).history["loss"]
+        router = keras_moe.SwitchRouter(exploration="argmax")
+        backbone = zoo.EncoderBackbone(
+            20,
+            2,
+            2,
+            DIM,
+            4,
+            HIDDEN,
+            router=router,
+            num_experts=EXPERTS,
+            dropout=0.0,
+            expert_dropout=0.0,
+        )
+        ids = np.random.default_rng(0).integers(1, 20, (48, LENGTH))
+        tokens = {"token_ids": ids, "padding_mask": np.arange(LENGTH) < ids[:, :1] % 8 + 1}
+        tokens["padding_mask"] = tokens["padding_mask"].astype("int32")
+        model = zoo.EncoderTextClassifier(backbone, 2, dropout=0.0)
+        model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3))
+        y = ids[:, 1] % 2
+        return model.fit(tokens, y, 16, shuffle=False, verbose=0, epochs=3).history["loss"]
 
-    both("soft", soft)
+    both("zoo", zoo_encoder)
     with parallel.scope():
         model = model_of("top2", optimizer=keras_moe.optimizers.Adafactor(1e-2))
         trained(model, 2)
@@ -199,6 +213,24 @@ def refusals():
             model.fit(*data(1), 16, verbose=0)
 
     refused("outside", outside)
+
+    def afterwards():
+        with parallel.scope():
+            model = model_of("switch")
+            model.fit(*data(1), 16, verbose=0)
+        model.fit(*data(1), 16, verbose=0)
+
+    refused("afterwards", afterwards)
+
+    def soft():
+        with parallel.scope():
+            inputs = keras.Input((LENGTH, DIM))
+            experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN)
+            model = keras.Model(inputs, keras_moe.SoftMoE(experts, slots_per_expert=2)(inputs))
+            model.compile("sgd", "mse")
+            model.fit(*data(1), 16, verbose=0)
+
+    refused("soft", soft)
     return result
 
 

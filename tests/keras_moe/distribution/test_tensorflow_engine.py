@@ -64,8 +64,8 @@ def test_groups_and_batches_that_devices_cannot_share(case):
     compare(*reversed(checked("details")[case]))
 
 
-@pytest.mark.parametrize("case", ["masked", "soft"])
-def test_padding_and_soft_routing(case):
+@pytest.mark.parametrize("case", ["masked", "zoo"])
+def test_padding_and_the_zoo(case):
     one, many = checked("details")[case]
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
@@ -112,4 +112,6 @@ def test_refusals():
     messages = checked("refusals")
     assert messages["mesh"].startswith("`data * experts * model` must be at most the number of")
     assert messages["experts"].startswith("`experts` of `ExpertParallel` must divide the number")
+    assert messages["afterwards"].startswith("A model that was fitted or called within")
+    assert "`SoftMoE` must be on one device on TensorFlow" in messages["soft"]
     assert "made within `scope()`. Received: 'mixture/experts/kernel_in'" in messages["outside"]

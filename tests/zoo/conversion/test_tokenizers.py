@@ -292,7 +292,6 @@ class TestSettings:
         ("name", "entries", "reason"),
         [
             ("tokenizer.json", {"model": {"type": "Magic"}}, "its files cannot be read .*"),
-            ("config.json", {"vocab_size": 300}, "ids up to 3.., and the model has 300 rows"),
             ("tokenizer_config.json", {"eos_token": None}, "it names no token that ends a text"),
             (
                 "tokenizer.json",
@@ -311,6 +310,13 @@ class TestSettings:
             assert load_transformers(copy, load_weights=False).preprocessor is None
         with pytest.raises(ValueError, match=unusable):
             require_generation(copy)
+
+    def test_more_ids_than_rows(self, copy):
+        edit(copy / "config.json", vocab_size=300)
+        message = "does not fit: its tokenizer has ids up to 3.., and the model has 300 rows"
+        for load in (load_transformers, require_generation):
+            with pytest.raises(ValueError, match=message):
+                load(copy)
 
     def test_a_sentencepiece_model_alone(self, family, copy):
         (copy / "tokenizer.json").unlink()

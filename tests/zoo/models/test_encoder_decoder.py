@@ -325,9 +325,9 @@ def test_what_no_task_can_be_made_of(lm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": []}, r"`inputs` must be a text or a list of one or more texts. Received: \[]"),
-        ({"inputs": 3}, "`inputs` must be a text or a list of one or more texts. Received: 3"),
-        ({"inputs": None}, "`inputs` must be a text or a list of one or more texts. Received: N"),
+        ({"inputs": []}, r"`inputs` must be one or more texts, or .*: inputs=\[]"),
+        ({"inputs": 3}, "`inputs` must be one or more texts, or tokens as .*: inputs=3"),
+        ({"inputs": None}, "`inputs` must be one or more texts, or tokens as .*: inputs=None"),
         ({"inputs": "a", "max_length": 0}, "`max_length` must be a positive integer or None. Rec"),
         ({"inputs": "a", "strip_prompt": True}, "`strip_prompt` must be False for a text-to-text"),
     ],
