@@ -314,9 +314,10 @@ class TestSettings:
     def test_more_ids_than_rows(self, copy):
         edit(copy / "config.json", vocab_size=300)
         message = "does not fit: its tokenizer has ids up to 3.., and the model has 300 rows"
-        for load in (load_transformers, require_generation):
-            with pytest.raises(ValueError, match=message):
-                load(copy)
+        with pytest.raises(ValueError, match=message):
+            load_transformers(copy, load_weights=False)
+        with pytest.raises(ValueError, match=message):
+            require_generation(copy)
 
     def test_a_sentencepiece_model_alone(self, family, copy):
         (copy / "tokenizer.json").unlink()
