@@ -13,6 +13,7 @@ import keras_hub
 from keras import ops
 
 from keras_moe import MixtureOfExperts, SoftMoE
+from keras_moe.distribution.active import gathered
 from keras_moe.ops import dropout as fast_dropout
 from keras_moe.ops import embedding_lookup
 
@@ -96,7 +97,7 @@ class RelativePositionBias(keras.layers.Layer):
         key_S = ops.arange(length if num_keys is None else num_keys, dtype="int32")
         bucket_QS = self._bucket(key_S - ops.expand_dims(query_Q, 1))
         bias_QSH = embedding_lookup(self.embedding, bucket_QS)
-        return ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0)
+        return gathered(ops.expand_dims(ops.transpose(bias_QSH, (2, 0, 1)), 0))
 
     def _bucket(self, distance):
         if self.bidirectional:

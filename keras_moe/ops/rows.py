@@ -84,7 +84,7 @@ def embedding_lookup(table_MD, index):
     Returns:
         Tensor of shape `index.shape + [D]`.
     """
-    if keras.backend.backend() != "tensorflow" or active() is not None:  # DTensor's is one tensor
+    if keras.backend.backend() != "tensorflow":
         return ops.take(table_MD, index, axis=0)
     import tensorflow as tf
 

@@ -57,8 +57,8 @@ def model_of(routers, groups=GROUPS, dim=DIM, length=LENGTH, **options):
     x = keras.layers.Dense(dim)(inputs)
     x = x + keras.layers.MultiHeadAttention(2, 8, name="attention")(x, x)
     for number, (router, group) in enumerate(zip(routers, groups, strict=True)):
-        options = {"use_bias": True, "gated": number == 1, **options}
-        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=number, **options)
+        kind = {"use_bias": True, "gated": number == 1, **options}
+        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=number, **kind)
         layer = keras_moe.MixtureOfExperts(experts, router(), group, name=f"moe_{number}")
         x = x + layer(x)
     return keras.Model(inputs, keras.layers.Dense(4)(x))

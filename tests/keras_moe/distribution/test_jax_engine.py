@@ -62,9 +62,8 @@ def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
 @EVERYWHERE
 def test_each_device_has_its_share_of_experts_and_moments(mesh):
     shards = checked("curves", "switch")[str(mesh)]["shards"]
-    assert len(shards) == 3 * (
-        4 + 5 + 4
-    )  # kernels and biases of 3 layers, one gated, and 2 moments
+    # Kernels and biases of three layers, one of them gated, and two moments of each.
+    assert len(shards) == 3 * (4 + 5 + 4)
     for path, (total, least, most) in shards.items():
         share = mesh["experts"] * (1 if "bias_out" in path else mesh.get("model", 1))
         assert least == most == total // share, path
