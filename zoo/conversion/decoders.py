@@ -148,12 +148,16 @@ def write_tokenizer(model, folder):
         tokenizer.save_assets(folder)
 
 
-def _special_ids(preprocessor):
-    """Ids that the tokenizer has, by their names in `config.json`."""
+def _special_ids(facts, preprocessor):
+    """Ids that the tokenizer has, as in `config.json`; lists of several where one is among them."""
     tokenizer = preprocessor and preprocessor.tokenizer
     names = ("start_token_id", "end_token_id", "pad_token_id")
     ids = (getattr(tokenizer, name, None) for name in names)
-    return {name: id for name, id in zip(SPECIAL, ids, strict=True) if id is not None}
+    of_tokenizer = {name: id for name, id in zip(SPECIAL, ids, strict=True) if id is not None}
+    for name, id in of_tokenizer.items():
+        if isinstance(facts.get(name), list) and id in facts[name]:
+            of_tokenizer[name] = facts[name]
+    return of_tokenizer
 
 
 def config(model):
@@ -162,7 +166,7 @@ def config(model):
     Raises:
         ValueError: if the backbone has something that transformers has not.
     """
-    backbone = model.backbone
+    backbone, facts = model.backbone, model.backbone.facts or {}
     routers = [
         block.feed_forward.router
         for block in backbone.blocks
@@ -208,8 +212,8 @@ def config(model):
         "rope_parameters": {"rope_theta": backbone.max_wavelength, "rope_type": "default"},
         "tie_word_embeddings": backbone.tie_embeddings,
         **dict.fromkeys(SPECIAL),  # or transformers would have its own
-        **(backbone.facts or {}),
-        **_special_ids(model.preprocessor),
+        **facts,
+        **_special_ids(facts, model.preprocessor),
         "dtype": keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype),
     }
     if olmoe:

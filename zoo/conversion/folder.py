@@ -34,7 +34,7 @@ def load_transformers(folder, dtype=None, load_weights=True):
         folder: with a `config.json`, and weights as safetensors or as PyTorch's pickles, in one
             file or in shards. The family is T5, T5 1.1, mT5, Switch Transformers, Mixtral or OLMoE.
         dtype: dtype or dtype policy of the layers; "auto" for the dtype that the embedding table
-            has in the files; `None` for Keras' own.
+            has in the files (without weights: that the config names); `None` for Keras' own.
         load_weights: `False` leaves all weights as they are initialized, and needs no files of
             them.
 
@@ -42,7 +42,8 @@ def load_transformers(folder, dtype=None, load_weights=True):
     all blocks add up, as in transformers, which pools the blocks' tokens (those of the encoder and
     of the decoder apart) to make one, when the experts are used equally. Of a Switch Transformer's
     encoder or decoder whose blocks are all sparse transformers has no such loss, and neither has
-    what is loaded. Routers compute in float32, whatever the config's `router_dtype`.
+    what is loaded. Routers compute in float32, whatever the config's `router_dtype`. Where the
+    config has several ids that end a text, texts end at the first of them, or the tokenizer's.
 
     Returns:
         A `zoo.Seq2SeqLM`, or a `zoo.CausalLM` for Mixtral and OLMoE; without a preprocessor if

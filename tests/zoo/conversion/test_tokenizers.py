@@ -285,8 +285,12 @@ class TestSettings:
         """As GPT-NeoX's class knows it there."""
         edit(copy / "tokenizer_config.json", eos_token=None)
         edit(copy / "config.json", eos_token_id=[2, 3], pad_token_id=3)
-        tokenizer = load_transformers(copy, load_weights=False).preprocessor.tokenizer
+        model = load_transformers(copy, load_weights=False)
+        tokenizer = model.preprocessor.tokenizer
         assert tokenizer.end_token_id == 2 and tokenizer.special_token_ids.count(2) == 1
+        save_transformers(model, copy / "ours")
+        written = json.loads((copy / "ours" / "config.json").read_text())
+        assert written["eos_token_id"] == [2, 3]
 
     @pytest.mark.parametrize(
         ("name", "entries", "reason"),
