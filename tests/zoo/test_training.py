@@ -1,5 +1,9 @@
 import json
+import os
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -271,3 +275,32 @@ def test_bad_input(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+ON_DEVICES = """
+import json, sys
+from tests.zoo.test_training import TINY
+from zoo import training
+from zoo.models import builders
+
+builders.SIZES["mini"] = {**builders.SIZES["mini"], **TINY}
+options = {"epochs": 1, "max_examples": 32, "max_length": 8, "batch_size": 8, "dropout": 0.0}
+one, four = (
+    training.finetune(**options, mesh=mesh, output=f"{sys.argv[1]}/{mesh}", verbose=0)["history"][0]
+    for mesh in (None, {"data": 2, "experts": 2})
+)
+print(json.dumps([one, four]))
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX has devices for the asking")
+def test_devices_do_not_change_a_run(tmp_path):
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", ON_DEVICES, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, four = json.loads(done.stdout.splitlines()[-1])
+    assert "val_moe_1/dropped" in one
+    for name in set(one) - {"seconds"}:
+        np.testing.assert_allclose(four[name], one[name], rtol=0, atol=1e-4, err_msg=name)
