@@ -15,12 +15,8 @@ import numpy as np
 
 import keras_moe
 from keras_moe.distribution import ExpertParallel
+from tests.keras_moe.distribution.several import MESHES
 
-MESHES = (
-    {"data": 2, "experts": 4},
-    {"data": 1, "experts": 8},
-    {"data": 2, "experts": 2, "model": 2},
-)
 DIM, LENGTH, EXPERTS, HIDDEN = 16, 8, 8, 32
 ROUTERS = {
     "switch": [

@@ -16,12 +16,8 @@ import tensorflow as tf
 import keras_moe
 import zoo
 from keras_moe.distribution import ExpertParallel
+from tests.keras_moe.distribution.several import MESHES
 
-MESHES = (
-    {"data": 2, "experts": 4},
-    {"data": 1, "experts": 8},
-    {"data": 2, "experts": 2, "model": 2},
-)
 DIM, LENGTH, EXPERTS, HIDDEN = 8, 8, 8, 16
 ROUTERS = {
     "switch": lambda: keras_moe.SwitchRouter(exploration="argmax", min_capacity=1),

@@ -1,40 +1,18 @@
 """Eight devices against one. Every group of checks is a process, see `jax_checks.py`."""
 
-import functools
-import json
-import os
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 
+from tests.keras_moe.distribution.several import MESHES, checked
+
 if keras.backend.backend() != "jax":
     pytest.skip("JAX's engine", allow_module_level=True)
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile fast
-)
-MESHES = (
-    {"data": 2, "experts": 4},
-    {"data": 1, "experts": 8},
-    {"data": 2, "experts": 2, "model": 2},
-)
 KINDS = ("switch", "top2", "choice")
 EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
-
-
-@functools.cache
-def checked(*arguments):
-    """What a function of `jax_checks.py` returns."""
-    command = [sys.executable, "-m", "tests.keras_moe.distribution.jax_checks", *arguments]
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": FLAGS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,35 +1,16 @@
 """Eight devices against one. Every group of checks is a process, see `tensorflow_checks.py`."""
 
-import functools
-import json
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
+from tests.keras_moe.distribution.several import MESHES, checked
+
 if keras.backend.backend() != "tensorflow":
     pytest.skip("TensorFlow's engine", allow_module_level=True)
 
-MESHES = (
-    {"data": 2, "experts": 4},
-    {"data": 1, "experts": 8},
-    {"data": 2, "experts": 2, "model": 2},
-)
 KINDS = ("switch", "top2", "dropless", "choice")
 EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
-
-
-@functools.cache
-def checked(*arguments):
-    """What a function of `tensorflow_checks.py` returns."""
-    command = [sys.executable, "-m", "tests.keras_moe.distribution.tensorflow_checks", *arguments]
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

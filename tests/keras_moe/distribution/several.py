@@ -1,0 +1,34 @@
+"""Checks of several devices: a backend counts them when it starts, so each has a process."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import keras
+
+MESHES = (
+    {"data": 2, "experts": 4},
+    {"data": 1, "experts": 8},
+    {"data": 2, "experts": 2, "model": 2},
+)
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile fast
+)
+
+
+@functools.cache
+def checked(*arguments):
+    """What a function of `jax_checks.py` or `tensorflow_checks.py`, by the backend, returns.
+
+    Args:
+        *arguments: its name, and strings for it.
+    """
+    backend = keras.backend.backend()
+    command = [sys.executable, "-m", f"tests.keras_moe.distribution.{backend}_checks", *arguments]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": FLAGS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
