@@ -132,7 +132,7 @@ class MixtureOfExperts(keras.layers.Layer):
         if not self.router.built:
             self.router.build((None, None, input_shape[-1]))
         if not self.experts.built:
-            with sharding(self.experts, self.path):
+            with sharding(self.experts, self.path, self.router):
                 self.experts.build((None, None, input_shape[-1]))
         if self.shared is not None:
             self._build_shared(input_shape)

@@ -18,18 +18,19 @@ def activated(parallel):
 
 
 @contextlib.contextmanager
-def sharding(experts, path):
+def sharding(experts, path, router=None):
     """Within, the weights that are made are those of a bank of experts, to be sharded.
 
     Args:
         experts: the bank.
         path: of the layer that it is made for.
+        router: which sends it tokens; `None`: none does.
 
     Raises:
         ValueError: if there are devices to share the experts and they cannot.
     """
     if active() is not None:
-        active().check(experts, path)
+        active().check(experts, path, router)
     with _within(_bank, experts):
         yield
         if active() is not None:

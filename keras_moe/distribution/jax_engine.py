@@ -31,6 +31,8 @@ from keras_moe.slots import by_rows, look_up
 class JaxEngine:
     """Layouts and collectives of one `ExpertParallel`."""
 
+    ROUTERS = ()  # any
+
     def __init__(self, parallel):
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
         shape = tuple(self.size.values())

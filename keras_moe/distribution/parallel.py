@@ -43,7 +43,8 @@ class ExpertParallel:
     capacity has every expert compute a slot for every token, and outside of the experts the batch
     lies along the longer of the axes "data" and "expert", while devices along the other one do the
     same work. There the mesh must be made before the program's first tensor, and models must be
-    fitted and called within its scope. Switch, top-k and expert choice routers are tested on it.
+    fitted and called within its scope. Routers other than Switch, top-k and expert choice are
+    refused, and so is `SoftMoE`.
 
     Args:
         data: devices along the axis that shares the batch only; `None`: as many as there are for
@@ -92,13 +93,20 @@ class ExpertParallel:
         with activated(self), self._engine.scope(self):
             yield self
 
-    def check(self, experts, path):
-        """Raises a ValueError if the mesh cannot share a bank of experts.
+    def check(self, experts, path, router=None):
+        """Raises a ValueError if the mesh cannot share a bank of experts, or run its router.
 
         Args:
             experts: the bank.
             path: of its layer, for the message.
+            router: the layer's; `None`: it has none.
         """
+        routes = self._engine.ROUTERS
+        if router is not None and routes and type(router).__name__ not in routes:
+            raise ValueError(
+                f"`router` must be a {', '.join(routes)} on a mesh of this backend's devices. "
+                f"Received: a {type(router).__name__} in the layer {path!r}"
+            )
         if not hasattr(experts, "compute"):
             raise ValueError(
                 "`experts` must have all kernels of a kind in one tensor to be shared by devices, "

@@ -39,6 +39,9 @@ COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
 class TensorFlowEngine:
     """Layouts and steps of one `ExpertParallel`."""
 
+    # The others select by tensors of their own, whose gradients on shards nobody has checked.
+    ROUTERS = ("SwitchRouter", "TopKRouter", "ExpertChoiceRouter")
+
     def __init__(self, parallel):
         _start()
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}

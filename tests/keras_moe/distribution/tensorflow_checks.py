@@ -210,6 +210,13 @@ def refusals():
 
     refused("outside", outside)
 
+    def router():
+        with parallel.scope():
+            experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN)
+            keras_moe.MixtureOfExperts(experts, keras_moe.LossFreeRouter(2)).build((4, 8, DIM))
+
+    refused("router", router)
+
     def afterwards():
         with parallel.scope():
             model = model_of("switch")

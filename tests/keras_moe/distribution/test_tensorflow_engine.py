@@ -93,6 +93,7 @@ def test_refusals():
     messages = checked("refusals")
     assert messages["mesh"].startswith("`data * experts * model` must be at most the number of")
     assert messages["experts"].startswith("`experts` of `ExpertParallel` must divide the number")
+    assert messages["router"].startswith("`router` must be a SwitchRouter, TopKRouter, ExpertCh")
     assert messages["afterwards"].startswith("A model that was fitted or called within")
     assert "`SoftMoE` must be on one device on TensorFlow" in messages["soft"]
     assert "made within `scope()`. Received: 'mixture/experts/kernel_in'" in messages["outside"]
