@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import zoo
-from tests.zoo.conversion.test_t5 import pickled
+from tests.zoo.conversion.small_t5 import pickled
 from zoo.hub import ADDRESS, WEIGHTS, _is_whole
 from zoo.train_tokenizer import train
 
