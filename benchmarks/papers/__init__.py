@@ -1,0 +1,1 @@
+"""What the four papers claim, tried out; see README.md."""

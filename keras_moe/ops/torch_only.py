@@ -11,6 +11,11 @@ import torch
 NAMESPACE = "keras_moe"  # of the operators, torch.ops.keras_moe
 
 
+def _operator(name):
+    """A decorator: an operator of its own, which changes none of its arguments."""
+    return torch.library.custom_op("::".join((NAMESPACE, name)), mutates_args=())
+
+
 class WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
@@ -38,7 +43,7 @@ def uniform(shape, minval, maxval, seed):
     return noise.uniform_(minval, maxval, generator=generator)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::times_kernel", mutates_args=())
+@_operator("times_kernel")
 def times_kernel(
     x_RCD: torch.Tensor,
     kernel_EDF: torch.Tensor,
@@ -67,7 +72,7 @@ def _(x_RCD, kernel_EDF, spans, transposed=False):
     return x_RCD.new_empty((*x_RCD.shape[:2], kernel_EDF.shape[1 if transposed else 2]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::times_rows", mutates_args=())
+@_operator("times_rows")
 def times_rows(
     x_RCD: torch.Tensor, y_RCF: torch.Tensor, spans: Sequence[torch.Tensor]
 ) -> torch.Tensor:

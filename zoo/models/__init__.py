@@ -1,0 +1,1 @@
+"""The models: backbones, the tasks on them, and their builders."""
