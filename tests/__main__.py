@@ -1,4 +1,4 @@
-"""Runs the whole suite once per backend, each in a process of its own, two at once.
+"""Runs the whole suite once per backend, a folder of `tests/` to a process, two at once.
 
 python -m tests                             all three backends
 python -m tests jax torch                   only these
@@ -14,49 +14,61 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
+import pytest
+
 BACKENDS = ("tensorflow", "jax", "torch")
 AT_ONCE = 2
-# Compiling and small shapes gain nothing by threads, and processes that run at once lose by them.
-ONE_THREAD = {
+# Compiling and small shapes gain nothing by threads, and processes that run at once lose by them;
+# programs that run for milliseconds gain nothing by a compiler that takes its time.
+QUICK = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
 }
+NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
+FIGURES = ("tests", "failures", "errors", "skipped", "time")
 
 
 def run(backend, pytest_arguments, alone):
-    """Runs pytest on one backend; returns `(passed, summary)`.
+    """Runs pytest on one backend, and shows its output at the end, unless it runs alone.
 
-    Its output is shown at the end, unless it runs alone.
+    Returns:
+        Tuple of its exit code and its figures; `None` if it has none.
     """
     with tempfile.TemporaryDirectory() as folder:
         report, output = pathlib.Path(folder, "report.xml"), pathlib.Path(folder, "output")
         command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *pytest_arguments]
-        quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": backend}
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **QUICK, **os.environ, "KERAS_BACKEND": backend}
+        title = f"\n=== {backend} {' '.join(pytest_arguments)} ==="
         if alone:
-            print(f"\n=== {backend} ===", flush=True)
-            code = subprocess.run(command, env={**os.environ, **quiet}).returncode
+            print(title, flush=True)
+            code = subprocess.run(command, env=environment).returncode
         else:
             with output.open("w") as file:
                 code = subprocess.run(
-                    command,
-                    env={**ONE_THREAD, **os.environ, **quiet},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
+                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
                 ).returncode
-            print(f"\n=== {backend} ===\n{output.read_text(errors='replace')}", flush=True)
+            print(f"{title}\n{output.read_text(errors='replace')}", flush=True)
         if not report.exists():
-            return False, f"pytest stopped with exit code {code}"
+            return code, None
         suite = ElementTree.parse(report).find("testsuite")
-    tests, failures, errors, skipped = (
-        int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")
+    return code, {name: float(suite.get(name)) for name in FIGURES}
+
+
+def summary(parts):
+    """Whether a backend's parts passed, and a line that says so; a part may have had no test."""
+    stopped = [code for code, figures in parts if figures is None]
+    if stopped:
+        return False, f"pytest stopped with exit code {stopped[0]}"
+    total = {name: sum(figures[name] for _, figures in parts) for name in FIGURES}
+    failed = total["failures"] + total["errors"]
+    passed = total["tests"] - total["skipped"] - failed
+    line = (
+        f"{passed:.0f} passed, {total['failures']:.0f} failed, {total['errors']:.0f} errors, "
+        f"{total['skipped']:.0f} skipped in {total['time']:.0f} s"
     )
-    ran = tests - skipped
-    summary = (
-        f"{ran - failures - errors} passed, {failures} failed, {errors} errors, "
-        f"{skipped} skipped in {float(suite.get('time')):.0f} s"
-    )
-    return code == 0 and ran > 0, summary
+    return passed > 0 and all(code in (0, NO_TESTS) for code, _ in parts), line
 
 
 def main():
@@ -71,21 +83,29 @@ def main():
         if backend not in BACKENDS:
             parser.error(f"`backend` must be one of {', '.join(BACKENDS)}. Received: {backend}")
 
-    at_once = min(AT_ONCE, len(backends), os.cpu_count() or 1)
+    folders = (file.parent.name for file in pathlib.Path(__file__).parent.glob("*/__init__.py"))
+    parts = [[f"tests/{folder}"] for folder in sorted(folders, reverse=True)]  # the longest first
+    if arguments[split + 1 :]:
+        parts = [arguments[split + 1 :]]
+    at_once = min(AT_ONCE, len(backends) * len(parts), os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
-        running = {
-            backend: pool.submit(run, backend, arguments[split + 1 :], at_once == 1)
+        running = [
+            (backend, pool.submit(run, backend, part, at_once == 1))
+            for part in parts
             for backend in backends
-        }
+        ]
         try:
-            results = {backend: result.result() for backend, result in running.items()}
+            results = {backend: [] for backend in backends}
+            for backend, part in running:
+                results[backend].append(part.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     print()
-    for backend, (passed, summary) in results.items():
-        print(f"{backend:<12}{'ok' if passed else 'FAILED':<8}{summary}")
-    return 0 if all(passed for passed, _ in results.values()) else 1
+    verdicts = {backend: summary(parts) for backend, parts in results.items()}
+    for backend, (passed, line) in verdicts.items():
+        print(f"{backend:<12}{'ok' if passed else 'FAILED':<8}{line}")
+    return 0 if all(passed for passed, _ in verdicts.values()) else 1
 
 
 if __name__ == "__main__":

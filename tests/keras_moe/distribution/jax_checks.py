@@ -84,16 +84,16 @@ def run(model, x, y, steps=20, batch_size=16, predicts=False):
     }
 
 
-def curves(kind):
-    """The same run on one device and on every mesh, and the shards on the last."""
+def curves():
+    """Of every kind the same run on one device and on every mesh, and where the shards then are."""
     x, y = examples()
-    result = {"one": run(model_of(ROUTERS[kind]), x, y)}
-    for mesh in MESHES:
-        parallel = ExpertParallel(**mesh)
-        with parallel.scope():
-            model = model_of(ROUTERS[kind])
-            result[str(mesh)] = run(model, x, y)
-            result[str(mesh)]["shards"] = shards(model)
+    result = {}
+    for kind, routers in ROUTERS.items():
+        result[kind] = {"one": run(model_of(routers), x, y)}
+        for mesh in MESHES:
+            with ExpertParallel(**mesh).scope():
+                model = model_of(routers)
+                result[kind][str(mesh)] = {**run(model, x, y), "shards": shards(model)}
     return result
 
 
@@ -349,6 +349,12 @@ def refusals():
         "fitted": said(fit),
         "devices": [ExpertParallel(experts=2, model=2).data, len(ExpertParallel(1, 3).devices)],
     }
+
+
+def details():
+    """All that is small."""
+    checks = (rest_of_an_epoch, other_banks, in_bfloat16, late, dropped_units, refusals)
+    return {check.__name__: check() for check in checks}
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ ROUTERS = {
 }
 
 
-def model_of(kind, group="sequence", optimizer=None):
-    """Two dense layers and a mixture between them."""
+def model_of(*kinds, group="sequence", optimizer=None):
+    """Two dense layers, and a mixture of every kind between them."""
     keras.utils.set_random_seed(0)
-    router = ROUTERS[kind]()
     inputs = keras.Input((LENGTH, DIM))
     x = keras.layers.Dense(DIM, activation="relu")(inputs)
-    experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=True, seed=1)
-    x = x + keras_moe.MixtureOfExperts(experts, router, group=group, name="mixture")(x)
+    for kind in kinds:
+        experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, use_bias=True, seed=1)
+        x = x + keras_moe.MixtureOfExperts(experts, ROUTERS[kind](), group=group, name=kind)(x)
     model = keras.Model(inputs, keras.layers.Dense(DIM)(x))
     # With Adam's own epsilon a gradient of rounding errors alone would make a whole step.
     model.compile(optimizer or keras.optimizers.Adam(1e-2, epsilon=1e-3), "mse")
@@ -61,8 +61,12 @@ def trained(model, batches=20, rest=0):
     x, y = data(batches)
     x, y = x[: len(x) - rest], y[: len(y) - rest]
     model.fit(x, y, 16, shuffle=False, verbose=0, callbacks=[losses])
-    mixture = model.get_layer("mixture")
-    figures = keras_moe.metrics.read(mixture)
+    figures = {
+        f"{layer.name}/{name}": value
+        for layer in model.layers
+        if isinstance(layer, keras_moe.MixtureOfExperts)
+        for name, value in keras_moe.metrics.read(layer).items()
+    }
     return {
         "losses": losses.values,
         "figures": figures,
@@ -71,13 +75,13 @@ def trained(model, batches=20, rest=0):
     }
 
 
-def curves(kind):
+def curves():
     """20 steps on one device and on every mesh, and where the experts' weights then are."""
     meshes = {str(mesh): ExpertParallel(**mesh) for mesh in MESHES}
-    result = {"one": trained(model_of(kind))}
+    result = {"one": trained(model_of(*ROUTERS))}
     for mesh, parallel in meshes.items():
         with parallel.scope():
-            model = model_of(kind)
+            model = model_of(*ROUTERS)
             result[mesh] = trained(model)
             result[mesh]["shards"] = shards(model)
     return result
@@ -104,7 +108,7 @@ def details():
         with parallel.scope():
             result[name] = [one, function()]
 
-    both("batch", lambda: trained(model_of("choice", "batch"), 4))
+    both("batch", lambda: trained(model_of("choice", group="batch"), 4))
     both("rest", lambda: trained(model_of("switch"), 3, rest=3))
 
     def masked():

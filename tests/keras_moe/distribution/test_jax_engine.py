@@ -18,7 +18,7 @@ EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @EVERYWHERE
 def test_devices_do_not_change_the_losses(kind, mesh):
-    one, many = checked("curves", kind)["one"], checked("curves", kind)[str(mesh)]
+    one, many = checked("curves")[kind]["one"], checked("curves")[kind][str(mesh)]
     assert len(one["losses"]) == 20
     assert one["losses"][-1] < 0.7 * one["losses"][0]
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-4)
@@ -28,7 +28,7 @@ def test_devices_do_not_change_the_losses(kind, mesh):
 @pytest.mark.parametrize("kind", KINDS)
 @EVERYWHERE
 def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
-    one, many = checked("curves", kind)["one"], checked("curves", kind)[str(mesh)]
+    one, many = checked("curves")[kind]["one"], checked("curves")[kind][str(mesh)]
     assert one["figures"].keys() == many["figures"].keys()
     assert len(one["figures"]) > 10
     for name, value in one["figures"].items():
@@ -39,7 +39,7 @@ def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
 
 @EVERYWHERE
 def test_each_device_has_its_share_of_experts_and_moments(mesh):
-    shards = checked("curves", "switch")[str(mesh)]["shards"]
+    shards = checked("curves")["switch"][str(mesh)]["shards"]
     # Kernels and biases of three layers, one of them gated, and two moments of each.
     assert len(shards) == 3 * (4 + 5 + 4)
     for path, (total, least, most) in shards.items():
@@ -63,7 +63,7 @@ def test_only_slots_travel():
 
 
 def test_the_rest_of_an_epoch():
-    one, many = checked("rest_of_an_epoch")
+    one, many = checked("details")["rest_of_an_epoch"]
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(many["evaluated"], one["evaluated"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(many["predicted"], one["predicted"], rtol=0, atol=1e-4)
@@ -71,7 +71,7 @@ def test_the_rest_of_an_epoch():
 
 
 def test_other_banks_of_experts():
-    checks = checked("other_banks")
+    checks = checked("details")["other_banks"]
     one, many = checks["losses"]
     np.testing.assert_allclose(many, one, rtol=0, atol=1e-4)
     assert len(checks["shards"]) == 3 * (1 + 2 + 2)
@@ -80,13 +80,13 @@ def test_other_banks_of_experts():
 
 
 def test_bfloat16():
-    checks = checked("in_bfloat16")
+    checks = checked("details")["in_bfloat16"]
     assert max(checks["differences"]) < 2**-7
     assert checks["dtype"] == "bfloat16"
 
 
 def test_weights_made_late_and_moments_in_factors():
-    late = checked("late")
+    late = checked("details")["late"]
     assert late["losses"][-1] < late["losses"][0]
     assert len(late["shards"]) == 2 + 4
     for path, (total, least, most) in late["shards"].items():
@@ -101,7 +101,7 @@ def test_weights_made_late_and_moments_in_factors():
 
 def test_devices_drop_different_hidden_units():
     """Kernels of ones: a token is 16 in, and half of 16 / (1 - 0.5) out for each unit kept."""
-    kept = np.array(checked("dropped_units")) / 16
+    kept = np.array(checked("details")["dropped_units"]) / 16
     np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
     assert len(set(kept.round())) > 3  # of 8 tokens
     assert 48 < kept.mean() < 80  # of 64 units of either expert
@@ -132,8 +132,8 @@ def test_a_language_model_of_the_zoo():
     ],
 )
 def test_refusals(name, said):
-    assert re.search(said, checked("refusals")[name])
+    assert re.search(said, checked("details")["refusals"][name])
 
 
 def test_the_data_axis_takes_what_is_left():
-    assert checked("refusals")["devices"] == [2, 3]
+    assert checked("details")["refusals"]["devices"] == [2, 3]
