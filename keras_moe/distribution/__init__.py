@@ -1,5 +1,6 @@
-"""Experts on several devices."""
+"""Experts on several devices, of one process or of many."""
 
+from keras_moe.distribution.cluster import initialize, process_id
 from keras_moe.distribution.parallel import ExpertParallel
 
-__all__ = ["ExpertParallel"]
+__all__ = ["ExpertParallel", "initialize", "process_id"]

@@ -14,9 +14,11 @@ import jax
 import keras
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
-from keras import ops
+from keras import ops, tree
 from keras.distribution import DeviceMesh, LayoutMap, ModelParallel, TensorLayout
+from keras.src import backend as keras_backend
 from keras.src.backend.jax import distribution_lib as keras_lib
 from keras.src.backend.jax.trainer import JAXTrainer
 
@@ -26,6 +28,8 @@ from keras_moe.distribution.layouts import AXES, BATCH, bank_axes, expert_axes, 
 from keras_moe.ops import take_rows, uniform
 from keras_moe.routing.base import Routing, seat_choices
 from keras_moe.slots import by_rows, look_up
+
+_convert_to_numpy = keras_backend.convert_to_numpy
 
 
 class JaxEngine:
@@ -46,27 +50,53 @@ class JaxEngine:
 
     @contextlib.contextmanager
     def scope(self, parallel):
-        """Keras' own scope, with two functions of its trainer that know of the experts."""
-        place, make = keras_lib.distribute_data_input, JAXTrainer.make_train_function
+        """Keras' own scope, with functions of its trainer that know of experts and processes."""
+        make_train, make_predict = JAXTrainer.make_train_function, JAXTrainer.make_predict_function
 
         def place_batch(batch, layout, batch_dim_name):
             """Each batch by its own size: Keras takes the first one's layout for all."""
             if batch is None:
                 return None
-            return place(batch, self.distribution.get_data_layout(batch.shape), batch_dim_name)
+            layout = self.distribution.get_data_layout(batch.shape).backend_layout
+            return jax.make_array_from_process_local_data(layout, batch, batch.shape)
 
         def make_train_function(model, force=False):
-            make(model, force)
+            make_train(model, force)
             parallel.assert_sharded(model)
 
-        with self.distribution.scope():
-            keras_lib.distribute_data_input = place_batch
-            JAXTrainer.make_train_function = make_train_function
-            try:
-                yield
-            finally:
-                keras_lib.distribute_data_input = place
-                JAXTrainer.make_train_function = make
+        def make_predict_function(model, force=False):
+            before = model.predict_function
+            make_predict(model, force)
+            predict = model.predict_function
+
+            def whole(state, data):
+                outputs, state = predict(state, data)
+                return tree.map_structure(self.whole, outputs), state
+
+            if predict is not before:
+                model.predict_function = whole
+
+        patches = {(keras_lib, "distribute_data_input"): place_batch}
+        patches[JAXTrainer, "make_train_function"] = make_train_function
+        if jax.process_count() > 1:
+            patches[JAXTrainer, "make_predict_function"] = make_predict_function
+            patches[keras_backend, "convert_to_numpy"] = self.whole  # what is saved
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.distribution.scope())
+            for (owner, name), function in patches.items():
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, function)
+            yield
+
+    @staticmethod
+    def whole(x):
+        """A NumPy array; where other processes have parts of it, all of them must ask."""
+        value = getattr(x, "value", x)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            if not value.is_fully_replicated:
+                return multihost_utils.process_allgather(value, tiled=True)
+            value = value.addressable_data(0)
+        return _convert_to_numpy(value)
 
     def local_shape(self, variable):
         value = variable.value
@@ -332,7 +362,10 @@ class _Sharded(ModelParallel):
     """Keras' `ModelParallel` with the layouts of `layouts.py`."""
 
     def __init__(self, device_mesh):
-        super().__init__(layout_map=LayoutMap(device_mesh), batch_dim_name="data")
+        # Every process reads all batches, of datasets too.
+        super().__init__(
+            layout_map=LayoutMap(device_mesh), batch_dim_name="data", auto_shard_dataset=False
+        )
         self._expert_names = set()
 
     @property
@@ -347,13 +380,6 @@ class _Sharded(ModelParallel):
         """
         axes = [None] * len(data_shape)
         shards = self.num_model_replicas
-        if self.num_processes > 1:
-            shards = max(shards // self.num_processes, 1)
-            if data_shape and data_shape[0] % shards:
-                raise ValueError(
-                    "The batch of a process must be a multiple of the devices that share it, "
-                    f"{shards}. Received: a batch of {data_shape[0]}; drop the rest of an epoch"
-                )
         if data_shape and data_shape[0] % shards == 0:
             axes[0] = BATCH
         return _BatchLayout(axes, self.device_mesh)

@@ -45,9 +45,11 @@ class TensorFlowEngine:
     def __init__(self, parallel):
         _start()
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
-        self.mesh = dtensor.create_mesh(
-            [(axis, self.size[axis]) for axis in AXES], devices=parallel.devices
-        )
+        axes = [(axis, self.size[axis]) for axis in AXES]
+        if dtensor.num_clients() == 1:
+            self.mesh = dtensor.create_mesh(axes, devices=parallel.devices)
+        else:
+            self.mesh = dtensor.create_distributed_mesh(axes, device_type=_kind())
         self.batch_axis, self.other_axis = "expert", "data"
         if parallel.data > parallel.experts:
             self.batch_axis, self.other_axis = "data", "expert"
