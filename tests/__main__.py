@@ -24,7 +24,8 @@ QUICK = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
 }
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 FIGURES = ("tests", "failures", "errors", "skipped", "time")

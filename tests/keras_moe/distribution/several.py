@@ -8,15 +8,14 @@ import sys
 
 import keras
 
+from tests.__main__ import QUICK
+
 MESHES = (
     {"data": 2, "experts": 4},
     {"data": 1, "experts": 8},
     {"data": 2, "experts": 2, "model": 2},
 )
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile fast
-)
+FLAGS = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
 def checked(*arguments):

@@ -116,27 +116,14 @@ class TestGenerate:
         ],
         ids=["contrastive", "beam"],
     )
-    def test_a_batch_says_what_each_says_alone_whatever_the_sampler(self, lm, sampler):
-        x = self.prompts()
+    def test_a_batch_says_what_each_says_alone_whatever_the_sampler(self, sampler):
+        lm, x = model("rotary, top-2"), self.prompts()
         together = self.generated(lm, x, sampler)
         assert (together != self.generated(lm, x)).any()
         for row in range(2):
             alone = {name: value[row : row + 1] for name, value in x.items()}
             ours = self.generated(lm, alone, sampler)
             np.testing.assert_array_equal(ours, together[row : row + 1])
-
-    @pytest.mark.parametrize(
-        "sampler",
-        [
-            keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0),
-            keras_hub.samplers.BeamSampler(num_beams=1),
-            keras_hub.samplers.TopPSampler(p=1e-6),
-        ],
-        ids=["contrastive", "beam", "top p"],
-    )
-    def test_samplers_that_choose_the_best_are_greedy(self, lm, sampler):
-        x = self.prompts()
-        np.testing.assert_array_equal(self.generated(lm, x, sampler), self.generated(lm, x))
 
 
 def test_a_text_does_not_depend_on_the_length_it_is_filled_up_to():
@@ -205,9 +192,8 @@ def test_compiling_anew_and_eagerly_forgets_what_was_recorded():
         assert len(steps) >= (1 if keras.backend.backend() == "jax" else 6)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
-def test_generates_in_lower_precision(dtype):
-    lm = model("rotary, top-2", dtype=dtype)
+def test_generates_in_lower_precision():
+    lm = model("rotary, top-2", dtype="bfloat16")
     x = TestGenerate().prompts()
     ours, given = TestGenerate().generated(lm, x), x["padding_mask"] == 1
     np.testing.assert_array_equal(ours[given], x["token_ids"][given])

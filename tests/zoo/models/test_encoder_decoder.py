@@ -103,20 +103,6 @@ class TestGenerate:
             ours = self.generated(lm, alone)["decoder_token_ids"]
             np.testing.assert_array_equal(ours, together[row : row + 1])
 
-    @pytest.mark.parametrize(
-        "sampler",
-        [
-            keras_hub.samplers.BeamSampler(num_beams=1),
-            keras_hub.samplers.TopKSampler(k=1),
-            keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0),
-        ],
-        ids=["beam", "top k", "contrastive"],
-    )
-    def test_samplers_that_choose_the_best_are_greedy(self, lm, sampler):
-        greedy = self.generated(lm, self.prompts())["decoder_token_ids"]
-        ours = self.generated(lm, self.prompts(), sampler)["decoder_token_ids"]
-        np.testing.assert_array_equal(ours, greedy)
-
     def test_several_beams_are_at_least_as_probable(self, lm):
         x = self.prompts()
 
@@ -172,7 +158,7 @@ class TestGenerate:
         np.testing.assert_array_equal(numpy(ours["decoder_padding_mask"])[0], np.arange(8) <= first)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
 def test_generates_with_hashes_and_in_lower_precision(dtype):
     lm = model(keras_moe.HashRouter(), dtype=dtype)
     lm.compile(sampler="greedy")

@@ -1,0 +1,30 @@
+"""Values of variables on disk, on TensorFlow: `tf.train.Checkpoint`, each device its shards."""
+
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe.distribution.active import active
+
+
+def write(folder, variables):
+    _checkpoint(variables).write(_prefix(folder))
+
+
+def read(folder, variables):
+    """Each device gets its part, wherever the file's parts were."""
+    _checkpoint(variables).read(_prefix(folder)).assert_consumed()
+
+
+def wait():
+    """Until all processes are here."""
+    if dtensor.num_clients() > 1:
+        dtensor.barrier(active()._engine.mesh, "keras_moe.ShardedBackup")
+
+
+def _checkpoint(variables):
+    return tf.train.Checkpoint(**{name: variable.value for name, variable in variables.items()})
+
+
+def _prefix(folder):
+    folder.mkdir(exist_ok=True)
+    return str(folder / "part")
