@@ -135,7 +135,7 @@ def _variables(model):
 
 
 def _shapes(variables):
-    """Path, shape and dtype of every variable; Keras numbers the layers of a process in its path."""
+    """Path, shape and dtype of each, less the numbers that Keras gives the layers of a process."""
     return [
         [re.sub(r"_\d+(?=/|_|$)", "", v.path), list(v.shape), str(v.dtype)]
         for v in variables.values()

@@ -5,6 +5,7 @@ backend waits long for a process that never comes, and does not say for which; a
 to know the addresses of all.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -56,10 +57,7 @@ def initialize(coordinator=None, num_processes=None, process_id=None, timeout=30
     meet = _gather if settings["process_id"] == 0 else _join
     addresses, seed = meet(host, port, settings["num_processes"], settings["process_id"], timeout)
     keras.utils.set_random_seed(seed)
-    if backend == "jax":
-        keras.distribution.initialize(*settings.values())
-    else:
-        _tell_tensorflow(addresses, settings["process_id"])
+    _connect(addresses, **settings)
 
 
 def process_id():
@@ -195,10 +193,8 @@ def _read(connection, timeout=_PATIENCE):
 
 
 def _write(connection, message):
-    try:
+    with contextlib.suppress(OSError):  # it is gone, and has said why
         connection.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:  # it is gone, and has said why
-        pass
 
 
 def _address(host, port):
@@ -209,14 +205,17 @@ def _numbers(numbers):
     return "process " + ", ".join(str(number) for number in sorted(numbers))
 
 
-def _tell_tensorflow(addresses, process_id):
-    """What DTensor and `MultiWorkerMirroredStrategy` read when they begin."""
+def _connect(addresses, coordinator, num_processes, process_id):
+    """Has the backend connect the processes: JAX now, TensorFlow when a mesh is made."""
+    if keras.backend.backend() == "jax":
+        keras.distribution.initialize(coordinator, num_processes, process_id)
+        return
+    task = {"type": "worker", "index": process_id}
     os.environ |= {
         "DTENSOR_JOB_NAME": "worker",
         "DTENSOR_JOBS": ",".join(addresses),
-        "DTENSOR_NUM_CLIENTS": str(len(addresses)),
+        "DTENSOR_NUM_CLIENTS": str(num_processes),
         "DTENSOR_CLIENT_ID": str(process_id),
-        "TF_CONFIG": json.dumps(
-            {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": process_id}}
-        ),
+        # for `tf.distribute.MultiWorkerMirroredStrategy`
+        "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
     }

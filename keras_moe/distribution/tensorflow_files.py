@@ -1,9 +1,9 @@
 """Values of variables on disk, on TensorFlow: `tf.train.Checkpoint`, each device its shards."""
 
+import functools
+
 import tensorflow as tf
 from tensorflow.experimental import dtensor
-
-from keras_moe.distribution.active import active
 
 
 def write(folder, variables):
@@ -18,7 +18,14 @@ def read(folder, variables):
 def wait():
     """Until all processes are here."""
     if dtensor.num_clients() > 1:
-        dtensor.barrier(active()._engine.mesh, "keras_moe.ShardedBackup")
+        dtensor.barrier(_everywhere(), "keras_moe.ShardedBackup")
+
+
+@functools.cache
+def _everywhere():
+    kind = dtensor.preferred_device_type()
+    devices = ("all", dtensor.num_global_devices(kind))
+    return dtensor.create_distributed_mesh([devices], device_type=kind)
 
 
 def _checkpoint(variables):

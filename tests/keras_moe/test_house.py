@@ -40,6 +40,10 @@ ORDER = (
     "distribution.jax_engine",
     "distribution.tensorflow_engine",
     "distribution.parallel",
+    "distribution.cluster",
+    "distribution.jax_files",
+    "distribution.tensorflow_files",
+    "distribution.backup",
     "distribution.__init__",
     "moe",
     "hierarchical",
@@ -48,6 +52,7 @@ ORDER = (
     "optimizers",
     "surgery.distil",
     "surgery.__init__",
+    "launch",
     "__init__",
 )
 FOLDER = pathlib.Path(keras_moe.__file__).parent

@@ -1,0 +1,114 @@
+"""Two processes of four devices against one process of eight, and runs that change devices."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from tests.__main__ import QUICK
+from tests.keras_moe.distribution import runs
+
+if keras.backend.backend() == "torch":
+    pytest.skip("no engine joins processes", allow_module_level=True)
+
+PROGRAM = ("-m", "keras_moe.launch", "--timeout", "120")
+RUN = ("-m", "tests.keras_moe.distribution.runs")
+
+
+def launched(devices, *arguments, processes=1):
+    """What each of the processes prints."""
+    flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend(), "XLA_FLAGS": flags}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    where = ("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id")
+    started = [
+        subprocess.Popen(
+            [sys.executable, *PROGRAM, *where, str(i), *RUN, str(devices), *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    try:
+        ended = [process.communicate(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, ended, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return launched(8, folder / "one")[0]
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    (folder / "weights").mkdir()
+    return launched(4, folder / "two", folder / "weights", processes=2)
+
+
+def test_processes_change_nothing(one, two):
+    assert len(one["losses"]) == runs.EPOCHS
+    assert one["losses"][-1] < 0.8 * one["losses"][0]
+    for process in two:
+        assert process["devices"] == one["devices"] == 8
+        for name in ("losses", "evaluated", "predicted"):
+            np.testing.assert_allclose(process[name], one[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def values_in(path):
+    values = {}
+
+    def take(name, item):
+        if isinstance(item, h5py.Dataset):
+            values[name] = item[()]
+
+    with h5py.File(path) as file:
+        file.visititems(take)
+    return values
+
+
+def test_each_process_saves_whole_weights(folder, two):
+    first, second = (values_in(folder / "weights" / f"{i}.weights.h5") for i in range(2))
+    assert first.keys() == second.keys()
+    assert any(value.shape == (runs.EXPERTS, runs.DIM, 16) for value in first.values())
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value)
+
+
+def taken_up(folder, run):
+    """A copy of a run as it was after two epochs, stopped while it wrote the third."""
+    shutil.copytree(folder / run / "epoch-2", folder / f"{run}-again" / "epoch-2")
+    shutil.copytree(folder / run / "epoch-3", folder / f"{run}-again" / "new-epoch-3")
+    return folder / f"{run}-again"
+
+
+def test_two_processes_saved_and_four_devices_go_on(folder, one, two):
+    (resumed,) = launched(4, taken_up(folder, "two"))
+    assert resumed["devices"] == 4
+    np.testing.assert_allclose(resumed["losses"], one["losses"][2:], rtol=0, atol=1e-5)
+
+
+def test_eight_devices_saved_and_one_goes_on(folder, one):
+    again = taken_up(folder, "one")
+    losses = runs.trained(runs.model_of(), again, keep=None)
+    np.testing.assert_allclose(losses, one["losses"][2:], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in again.iterdir()) == ["epoch-2", "epoch-3", "epoch-4"]
