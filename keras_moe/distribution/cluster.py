@@ -210,6 +210,9 @@ def _connect(addresses, coordinator, num_processes, process_id):
     if keras.backend.backend() == "jax":
         keras.distribution.initialize(coordinator, num_processes, process_id)
         return
+    from keras_moe.distribution import tensorflow_replicas
+
+    tensorflow_replicas.mend()
     task = {"type": "worker", "index": process_id}
     os.environ |= {
         "DTENSOR_JOB_NAME": "worker",

@@ -40,6 +40,7 @@ ORDER = (
     "distribution.jax_engine",
     "distribution.tensorflow_engine",
     "distribution.parallel",
+    "distribution.tensorflow_replicas",
     "distribution.cluster",
     "distribution.jax_files",
     "distribution.tensorflow_files",

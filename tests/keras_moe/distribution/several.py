@@ -1,8 +1,9 @@
-"""Checks of several devices: a backend counts them when it starts, so each has a process."""
+"""Checks of several devices and processes: a backend counts them when it starts."""
 
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -15,7 +16,6 @@ MESHES = (
     {"data": 1, "experts": 8},
     {"data": 2, "experts": 2, "model": 2},
 )
-FLAGS = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
 def checked(*arguments):
@@ -33,5 +33,36 @@ def checked(*arguments):
 def _run(arguments):
     backend = keras.backend.backend()
     command = [sys.executable, "-m", f"tests.keras_moe.distribution.{backend}_checks", *arguments]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "XLA_FLAGS": FLAGS}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=500)
+
+
+def environment(devices):
+    """Of a process with so many devices on JAX; on TensorFlow it makes them itself."""
+    flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "KERAS_BACKEND": keras.backend.backend(), "XLA_FLAGS": flags}
+
+
+def launched(*program, processes=1, devices=1):
+    """What each of several processes, joined by `keras_moe.launch`, prints last: JSON."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "keras_moe.launch", "--timeout", "120"]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, "--process-id", str(number), *map(str, program)],
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    try:
+        ended = [process.communicate(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, ended, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(output.splitlines()[-1]) for output, _ in ended]

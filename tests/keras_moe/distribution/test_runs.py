@@ -1,52 +1,23 @@
 """Two processes of four devices against one process of eight, and runs that change devices."""
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import h5py
 import keras
 import numpy as np
 import pytest
 
-from tests.__main__ import QUICK
-from tests.keras_moe.distribution import runs
+from tests.keras_moe.distribution import runs, several
 
 if keras.backend.backend() == "torch":
     pytest.skip("no engine joins processes", allow_module_level=True)
 
-PROGRAM = ("-m", "keras_moe.launch", "--timeout", "120")
 RUN = ("-m", "tests.keras_moe.distribution.runs")
 
 
 def launched(devices, *arguments, processes=1):
     """What each of the processes prints."""
-    flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend(), "XLA_FLAGS": flags}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    where = ("--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id")
-    started = [
-        subprocess.Popen(
-            [sys.executable, *PROGRAM, *where, str(i), *RUN, str(devices), *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    try:
-        ended = [process.communicate(timeout=400) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, ended, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+    return several.launched(*RUN, devices, *arguments, processes=processes, devices=devices)
 
 
 @pytest.fixture(scope="module")
