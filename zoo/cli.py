@@ -230,6 +230,7 @@ def _choose_backend(options):
 def _finetune(options):
     _choose_backend(options)
     with _without_remarks():
+        from keras_moe.distribution import process_id
         from zoo.training import finetune
 
     settings = {
@@ -237,9 +238,11 @@ def _finetune(options):
         for name, value in vars(options).items()
         if name not in ("run", "interrupted", "backend") and value is not None
     }
-    if options.task == "acceptability":
+    if options.task == "acceptability" and process_id() == 0:
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")
     results = finetune(**settings, verbose=1 if sys.stdout.isatty() else 2)
+    if process_id() > 0:
+        return
     best = results["best"]
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in results["metrics"])
     print(f"best epoch {best['epoch']} of {len(results['history'])}: {scores}")

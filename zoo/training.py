@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import keras
 import numpy as np
 
 import keras_moe
-from keras_moe.distribution import ExpertParallel
+from keras_moe.distribution import ExpertParallel, barrier, num_processes, process_id
 from zoo.batches import TokenBatches
 from zoo.extras import require
 from zoo.models import builders
@@ -86,8 +87,9 @@ def finetune(
         restart: throws an earlier run in `output` away.
         mesh: dictionary of the arguments of `keras_moe.distribution.ExpertParallel`, whose devices
             share experts and batch, `{"data": 2, "experts": 4}`, say; `None`: one device. A run may
-            go on with another mesh than it began with.
-        verbose: as in `keras.Model.fit`.
+            go on with another mesh than it began with. It may lie over several processes, see
+            `python -m keras_moe.launch`, that see the same `data_dir` and `output`.
+        verbose: as in `keras.Model.fit`; of several processes the first one speaks.
 
     Returns:
         The content of `results.json`.
@@ -98,6 +100,12 @@ def finetune(
         FileNotFoundError: if the data is not there.
     """
     parallel = ExpertParallel(**mesh) if mesh else None  # TensorFlow wants it first
+    if num_processes() > 1 and parallel is None:
+        raise ValueError(
+            "`mesh` must be the devices of all processes. "
+            f"Received: mesh=None, and {num_processes()} processes"
+        )
+    verbose = verbose if process_id() == 0 else 0
     task = get(task)
     given = {
         "size": size,
@@ -446,9 +454,10 @@ class Run:
 
     def open(self, model):
         """Makes the folder, deletes the run to be thrown away, or loads the one to go on with."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.restart:
-            self._delete(*self.FILES)
+        if process_id() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.restart:
+                self._delete(*self.FILES)
         if self.epoch:
             model.optimizer.build(model.trainable_variables)
             path = self._weights(self.epoch)
@@ -469,9 +478,10 @@ class Run:
         self.results["history"].append(entry)
         self.results |= {"best": best, "parameters": model.count_params()}
         self._write()
-        for path in self.folder.glob("epoch-*.weights.h5"):
-            if path not in (self._weights(epoch), self._weights(best["epoch"])):
-                path.unlink()
+        if process_id() == 0:
+            for path in self.folder.glob("epoch-*.weights.h5"):
+                if path not in (self._weights(epoch), self._weights(best["epoch"])):
+                    path.unlink()
 
     def finish(self, model, classifier):
         """Saves the best epoch as a preset; the weights of single epochs are no longer needed."""
@@ -482,7 +492,8 @@ class Run:
             classifier.save_to_preset(str(path))
         self.results |= {"finished": True, "preset": str(self.folder / "preset")}
         self._write()
-        self._delete("epoch-*.weights.h5")
+        if process_id() == 0:
+            self._delete("epoch-*.weights.h5")
 
     def _delete(self, *patterns):
         for pattern in patterns:
@@ -514,9 +525,17 @@ class Run:
 
 @contextlib.contextmanager
 def _replacing(path):
-    """A path to write to; what was written takes the place of `path` only when all went well."""
-    beside = path.with_name(f"new-{path.name}")
-    yield beside
-    if beside.is_dir() and path.is_dir():
-        shutil.rmtree(path)
-    os.replace(beside, path)
+    """A path to write to; what was written takes the place of `path` only when all went well.
+
+    Of several processes, which write the same, it is what the first one wrote.
+    """
+    if process_id() == 0:
+        beside = path.with_name(f"new-{path.name}")
+        yield beside
+        if beside.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+    barrier()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import keras
 
-from keras_moe.distribution.cluster import process_id
+from keras_moe.distribution.cluster import barrier, process_id
 
 _SAVED = re.compile(r"epoch-(\d+)")
 
@@ -82,15 +82,15 @@ class ShardedBackup(keras.callbacks.Callback):
                 shutil.rmtree(left)
             beside.mkdir(parents=True)
             (beside / "variables.json").write_text(json.dumps(_shapes(variables)))
-        self._files.wait()
+        barrier()
         self._files.write(beside / "state", variables)
-        self._files.wait()
+        barrier()
         if first:
             shutil.rmtree(done, ignore_errors=True)
             beside.rename(done)
             for old in self._saved()[: -self.keep if self.keep else 0]:
                 shutil.rmtree(self.folder / f"epoch-{old}")
-        self._files.wait()
+        barrier()
 
     def restore(self, model):
         """Reads the last checkpoint; all processes must call it.

@@ -6,6 +6,7 @@ to know the addresses of all.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -67,6 +68,36 @@ def process_id():
 
         return jax.process_index()
     return int(os.environ.get("DTENSOR_CLIENT_ID", 0))
+
+
+def num_processes():
+    """How many processes were joined; 1: this one is alone."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_count()
+    return int(os.environ.get("DTENSOR_NUM_CLIENTS", 1))
+
+
+def barrier():
+    """Returns once every process has called it; the first one's files are there then, say."""
+    if keras.backend.backend() == "jax":
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("keras_moe")
+    elif num_processes() > 1:
+        from tensorflow.experimental import dtensor
+
+        dtensor.barrier(_all_devices(), "keras_moe")
+
+
+@functools.cache
+def _all_devices():
+    from tensorflow.experimental import dtensor
+
+    kind = dtensor.preferred_device_type()
+    devices = ("all", dtensor.num_global_devices(kind))
+    return dtensor.create_distributed_mesh([devices], device_type=kind)
 
 
 def _environment():

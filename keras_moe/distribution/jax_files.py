@@ -1,7 +1,6 @@
 """Values of variables on disk, on JAX: Orbax, each process writing and reading its shards."""
 
 import jax
-from jax.experimental import multihost_utils
 
 try:
     import orbax.checkpoint as orbax
@@ -27,8 +26,3 @@ def read(folder, variables):
         values = checkpointer.restore(folder, targets)
     for name, variable in variables.items():
         variable.assign(values[name])
-
-
-def wait():
-    """Until all processes are here."""
-    multihost_utils.sync_global_devices("keras_moe.ShardedBackup")

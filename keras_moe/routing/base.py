@@ -231,7 +231,9 @@ class Router(keras.layers.Layer):
             inputs = ops.where(ops.expand_dims(mask, -1), inputs, 0.0)
         if training and self.jitter > 0:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
-            inputs = inputs * uniform(ops.shape(inputs), low, high, self.seed_generator)
+            # Drawn whole, the noise does not depend on the devices.
+            noise = gathered(uniform(ops.shape(inputs), low, high, self.seed_generator))
+            inputs = inputs * noise
         return inputs
 
     @property

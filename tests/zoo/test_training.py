@@ -1,13 +1,11 @@
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 
 import zoo
+from tests.keras_moe.distribution.several import launched
 from zoo import training
 from zoo.models import builders
 from zoo.tasks.data import Examples
@@ -277,30 +275,27 @@ def test_bad_input(tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
-ON_DEVICES = """
-import json, sys
-from tests.zoo.test_training import TINY
-from zoo import training
-from zoo.models import builders
-
-builders.SIZES["mini"] = {**builders.SIZES["mini"], **TINY}
-options = {"epochs": 1, "max_examples": 32, "max_length": 8, "batch_size": 8, "dropout": 0.0}
-one, four = (
-    training.finetune(**options, mesh=mesh, output=f"{sys.argv[1]}/{mesh}", verbose=0)["history"][0]
-    for mesh in (None, {"data": 2, "experts": 2})
-)
-print(json.dumps([one, four]))
-"""
-
-
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX has devices for the asking")
-def test_devices_do_not_change_a_run(tmp_path):
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", ON_DEVICES, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, four = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
+def test_neither_devices_nor_processes_change_a_run(tmp_path):
+    """Two processes; on JAX each has two devices."""
+    program = ("-m", "tests.zoo.finetuning")
+    mesh = {"data": 2, "experts": 2} if keras.backend.backend() == "jax" else {"experts": 2}
+    (one,) = launched(*program, tmp_path / "one", "null")
+    many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)
     assert "val_moe_1/dropped" in one
-    for name in set(one) - {"seconds"}:
-        np.testing.assert_allclose(four[name], one[name], rtol=0, atol=1e-4, err_msg=name)
+    for process in many:
+        assert process.keys() == one.keys()
+        for name in set(one) - {"seconds"}:
+            np.testing.assert_allclose(process[name], one[name], rtol=0, atol=1e-4, err_msg=name)
+    kept = {path.name for path in (tmp_path / "one").iterdir()}
+    assert (
+        {path.name for path in (tmp_path / "many").iterdir()} == kept == {"preset", "results.json"}
+    )
+
+
+def test_several_processes_need_a_mesh(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "num_processes", lambda: 2)
+    with pytest.raises(
+        ValueError, match="`mesh` must be the devices of all processes.*2 processes"
+    ):
+        run(tmp_path / "run")

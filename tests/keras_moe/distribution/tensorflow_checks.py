@@ -20,7 +20,7 @@ from tests.keras_moe.distribution.several import MESHES
 
 DIM, LENGTH, EXPERTS, HIDDEN = 8, 8, 8, 16
 ROUTERS = {
-    "switch": lambda: keras_moe.SwitchRouter(exploration="argmax", min_capacity=1),
+    "switch": lambda: keras_moe.SwitchRouter(jitter=0.1, min_capacity=1, seed=1),
     "top2": lambda: keras_moe.TopKRouter(
         2, capacity_factor=1.0, eval_capacity_factor=2.0, min_capacity=1, router_z_weight=0.1
     ),
