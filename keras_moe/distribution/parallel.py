@@ -39,16 +39,18 @@ class ExpertParallel:
     devices of its row of the mesh, and adds up what its own experts make of them (an all-gather and
     a reduce-scatter), `experts / (k * capacity_factor)` times the bytes.
 
-    A mesh lies over the devices of all processes that `keras_moe.launch` joined. Each of them runs the
-    same program and reads the same batches, and gives its devices their parts of them; `predict` and
-    `save` put together what the processes have, so that all must call them. `ShardedBackup` does not.
+    A mesh lies over the devices of all processes that `keras_moe.launch` joined. Each of them runs
+    the same program and reads the same batches, and gives its devices their parts of them;
+    `predict` and `save` put together what the processes have, so that all must call them.
+    `ShardedBackup` saves parts.
 
     On TensorFlow shapes are static and no axis lies along two of the mesh: a router without a
     capacity has every expert compute a slot for every token, and outside of the experts the batch
     lies along the longer of the axes "data" and "expert", while devices along the other one do the
     same work. There the mesh must be made before the program's first tensor, and models must be
     fitted and called within its scope. Routers other than Switch, top-k and expert choice are
-    refused, and so is `SoftMoE`. The noise of dropout depends on the mesh, that of routers does not.
+    refused, and so is `SoftMoE`. The noise of dropout depends on the mesh, that of routers does
+    not.
 
     Args:
         data: devices along the axis that shares the batch only; `None`: as many as there are for
