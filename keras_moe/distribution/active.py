@@ -65,6 +65,12 @@ def seats_for_all(tokens):
     return None if active() is None else active().seats_for_all(tokens)
 
 
+def check_generation():
+    """Raises a ValueError where the engine cannot write texts on its mesh."""
+    if active() is not None:
+        active().check_generation()
+
+
 def outside(function):
     """A function that is called outside of any scope."""
 

@@ -24,7 +24,15 @@ from keras.src.backend.jax.trainer import JAXTrainer
 
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import bank, outside
-from keras_moe.distribution.layouts import AXES, BATCH, bank_axes, expert_axes, other_axes
+from keras_moe.distribution.layouts import (
+    AXES,
+    BATCH,
+    bank_axes,
+    expert_axes,
+    moment_axes,
+    other_axes,
+    prefix,
+)
 from keras_moe.ops import take_rows, uniform
 from keras_moe.routing.base import Routing, seat_choices
 from keras_moe.slots import by_rows, look_up
@@ -36,6 +44,7 @@ class JaxEngine:
     """Layouts and collectives of one `ExpertParallel`."""
 
     ROUTERS = ()  # any
+    GENERATES = True
 
     def __init__(self, parallel):
         self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
@@ -111,6 +120,12 @@ class JaxEngine:
         return ", ".join(str(axis) for axis in axes) if any(axes) else "replicated"
 
     def place(self, experts):
+        if experts.activity_regularizer is not None:
+            raise ValueError(
+                "`activity_regularizer` of experts must be None on a mesh of JAX's devices, which "
+                f"compute a part of their outputs each. Received: {experts.activity_regularizer!r} "
+                f"of {experts.name!r}"
+            )
         for variable in experts.weights:
             variable._layout = self.distribution.get_variable_layout(variable)
 
@@ -366,7 +381,7 @@ class _Sharded(ModelParallel):
         super().__init__(
             layout_map=LayoutMap(device_mesh), batch_dim_name="data", auto_shard_dataset=False
         )
-        self._expert_names = set()
+        self._of_experts = {}
 
     @property
     def num_model_replicas(self):
@@ -390,14 +405,13 @@ class _Sharded(ModelParallel):
         return TensorLayout(self._axes(variable), self.device_mesh)
 
     def _axes(self, variable):
-        rank = len(variable.shape)
+        path, shape = variable.path, tuple(variable.shape)
         if bank() is not None:
-            if rank and variable.shape[0] == bank().num_experts:
-                self._expert_names.add(variable.path.replace("/", "_") + "_")
-                sizes = dict(zip(AXES, self.device_mesh.shape, strict=True))
-                return bank_axes(variable.path, variable.shape, sizes)
-            return (None,) * rank
-        name = variable.path.rpartition("/")[2]
-        if rank and any(name.startswith(of_expert) for of_expert in self._expert_names):
-            return ("expert", *[None] * (rank - 1))  # a factor of an optimizer's moment
-        return other_axes(variable.path, variable.shape, self.device_mesh.shape[2])
+            if shape[:1] != (bank().num_experts,):
+                return (None,) * len(shape)
+            sizes = dict(zip(AXES, self.device_mesh.shape, strict=True))
+            axes = bank_axes(path, shape, sizes)
+            self._of_experts[prefix(path)] = (shape, axes)
+            return axes
+        of_moment = moment_axes(path.rpartition("/")[2], shape, self._of_experts)
+        return of_moment or other_axes(path, shape, self.device_mesh.shape[2])

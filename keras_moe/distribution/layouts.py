@@ -81,3 +81,29 @@ def other_axes(path, shape, model):
             fits = all(size % model == 0 for size, axis in zip(shape, axes, strict=True) if axis)
             return axes if fits else (None,) * rank
     return (None,) * rank
+
+
+def prefix(path):
+    """What optimizers begin the names of a weight's moments with."""
+    return path.replace("/", "_") + "_"
+
+
+def moment_axes(name, shape, weights):
+    """Axes of the mesh for an optimizer's variable; `None`: it is of none of the weights.
+
+    A moment lies like its weight; a factor of it, of all axes but one (Adafactor), by experts.
+
+    Args:
+        name: of the variable.
+        shape: of the variable.
+        weights: `prefix` of a weight's path -> tuple of its shape and its axes.
+    """
+    of = [start for start in weights if name.startswith(start)]
+    if not of:
+        return None
+    weight_shape, axes = weights[max(of, key=len)]
+    if tuple(weight_shape) == tuple(shape):
+        return axes
+    if "expert" in axes and tuple(shape[:1]) == tuple(weight_shape[:1]):
+        return ("expert", *[None] * (len(shape) - 1))
+    return (None,) * len(shape)

@@ -6,7 +6,8 @@ import math
 import keras
 
 from keras_moe.distribution.active import activated
-from keras_moe.distribution.layouts import expert_axes
+from keras_moe.distribution.cluster import num_processes
+from keras_moe.distribution.layouts import expert_axes, prefix
 
 
 class ExpertParallel:
@@ -54,7 +55,7 @@ class ExpertParallel:
 
     Args:
         data: devices along the axis that shares the batch only; `None`: as many as there are for
-            the other two.
+            the other two, which must divide them.
         experts: devices along the axis that shares the experts, and the batch too; must divide the
             number of experts of every layer.
         model: devices along the axis that shares hidden units; must divide the experts' hidden
@@ -75,12 +76,24 @@ class ExpertParallel:
         positive_integer("model", model)
         engine = _engine()
         devices = engine.list_devices() if devices is None else list(devices)
-        data = data or max(1, len(devices) // (experts * model))
-        size = data * experts * model
+        among = experts * model
+        if data is None and len(devices) > among and len(devices) % among:
+            raise ValueError(
+                "`experts * model` must divide the number of devices where `data` is None. "
+                f"Received: experts={experts}, model={model} for {len(devices)} devices"
+            )
+        data = data or max(1, len(devices) // among)
+        size = data * among
         if size > len(devices):
             raise ValueError(
                 f"`data * experts * model` must be at most the number of devices, {len(devices)}. "
                 f"Received: data={data}, experts={experts}, model={model}, a mesh of {size}"
+            )
+        if num_processes() > 1 and size < len(devices):
+            raise ValueError(
+                "`data * experts * model` must be the number of devices of all processes, "
+                f"{len(devices)}. Received: data={data}, experts={experts}, model={model}, a mesh "
+                f"of {size}"
             )
         self.data = data
         self.experts = experts
@@ -131,6 +144,15 @@ class ExpertParallel:
                 "`model` of `ExpertParallel` must divide the hidden width of every layer's "
                 f"experts. Received: model={self.model} for hidden_dim={hidden_dim} in the layer "
                 f"{path!r}"
+            )
+
+    def check_generation(self):
+        """Raises a ValueError where the engine cannot write texts on its mesh."""
+        if not self._engine.GENERATES:
+            raise ValueError(
+                "`generate` must be called outside of `ExpertParallel.scope()` on TensorFlow, "
+                "whose DTensor has no rule for a cache. Received: a call within; save the weights, "
+                "and load them into a model that was made outside"
             )
 
     def place(self, experts):
@@ -206,9 +228,8 @@ class ExpertParallel:
                 axes = expert_axes(weight.name) if by_experts else ()
                 share = math.prod(getattr(self, _ATTRIBUTE[axis]) for axis in axes if axis)
                 yield weight, share
-                name = weight.path.replace("/", "_") + "_"
                 for moment in moments:
-                    if not moment.path.rpartition("/")[2].startswith(name):
+                    if not moment.path.rpartition("/")[2].startswith(prefix(weight.path)):
                         continue
                     like = tuple(moment.shape) == tuple(weight.shape)
                     yield moment, share if like else self.experts

@@ -30,7 +30,7 @@ from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import active, bank
-from keras_moe.distribution.layouts import AXES, bank_axes, other_axes
+from keras_moe.distribution.layouts import AXES, bank_axes, moment_axes, other_axes, prefix
 from keras_moe.ops import with_gradient
 
 COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
@@ -41,6 +41,7 @@ class TensorFlowEngine:
 
     # The others select by tensors of their own, whose gradients on shards nobody has checked.
     ROUTERS = ("SwitchRouter", "TopKRouter", "ExpertChoiceRouter")
+    GENERATES = False
 
     def __init__(self, parallel):
         _start()
@@ -132,22 +133,16 @@ class TensorFlowEngine:
             value = np.asarray(value if constant is None else constant, dtype)
             path = "/".join(part for part in (current_path(), name) if part)
             axes = self._axes_of(path, name or "", value.shape)
-            self._axes[path.replace("/", "_") + "_"] = (value.shape, axes)
+            self._axes[prefix(path)] = (value.shape, axes)
             placed = self.placed(value, self._layout(axes))
             return _Variable(placed, engine=self, name=name, trainable=trainable)
 
     def _axes_of(self, path, name, shape):
         if bank() is not None and len(shape) > 0 and shape[0] == bank().num_experts:
             return bank_axes(path, shape, self.size)
-        of = [prefix for prefix in self._axes if name.startswith(prefix)]
-        if of:  # an optimizer's moment of a weight
-            weight_shape, axes = self._axes[max(of, key=len)]
-            if weight_shape == shape:
-                return axes
-            if (
-                "expert" in axes and shape[:1] == weight_shape[:1]
-            ):  # Adafactor's, of all but one axis
-                return ("expert", *[None] * (len(shape) - 1))
+        of_moment = moment_axes(name, shape, self._axes)
+        if of_moment is not None:
+            return of_moment
         return other_axes(path, shape, self.size["model"])
 
     def placed(self, value, layout):

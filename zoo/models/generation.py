@@ -4,6 +4,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_moe.distribution.active import check_generation
 from keras_moe.ops import recorded
 from keras_moe.routing.base import positive_integer
 
@@ -40,8 +41,10 @@ class Writer:
 
         Raises:
             ValueError: if there is no text, or `max_length` is no positive integer; if a
-                text-to-text model, whose prompts are apart from its texts, is to strip them.
+                text-to-text model, whose prompts are apart from its texts, is to strip them; on a
+                mesh of TensorFlow's devices.
         """
+        check_generation()
         has_none = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 0
         if inputs is None or isinstance(inputs, (int, float)) or has_none:
             raise ValueError(

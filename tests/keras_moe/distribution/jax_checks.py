@@ -4,6 +4,7 @@ JAX counts its devices when it starts, so a process of its own has eight that sh
 """
 
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -205,9 +206,9 @@ def in_bfloat16():
     """The largest difference of outputs in bfloat16, relative to them, with and without drops."""
     x = examples()[0]
     result = []
-    for factor in (1.25, None):
+    for factor, mesh in itertools.product((1.25, None), (MESHES[0], MESHES[2])):
         outputs = []
-        for scope in (no_devices(), ExpertParallel(data=2, experts=4).scope()):
+        for scope in (no_devices(), ExpertParallel(**mesh).scope()):
             with scope:
                 experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, seed=0, dtype="bfloat16")
                 keras.utils.set_random_seed(0)
@@ -219,15 +220,29 @@ def in_bfloat16():
     return {"differences": result, "dtype": str(y.dtype)}
 
 
+def batch_by_batch():
+    """`train_on_batch`, `test_on_batch` and `predict_on_batch`."""
+    x, y = examples()
+    result = []
+    for scope in (no_devices(), ExpertParallel(data=2, experts=4).scope()):
+        with scope:
+            model = model_of(ROUTERS["top2"][:1], ["sequence"])
+            model.compile(keras.optimizers.Adam(1e-2), "mse")
+            losses = [float(model.train_on_batch(x, y)) for _ in range(3)]
+            losses.append(float(model.test_on_batch(x, y)))
+            result.append([*losses, *np.asarray(model.predict_on_batch(x))[:, 0, 0].tolist()])
+    return result
+
+
 class Late(keras.Model):
     """A model whose weights are made when `fit` has seen the data."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(name="late")
         experts = keras_moe.FeedForwardExperts(EXPERTS, HIDDEN, dropout=0.5, seed=1)
         router = keras_moe.SwitchRouter(kernel_initializer=keras.initializers.RandomNormal(seed=1))
-        self.moe = keras_moe.MixtureOfExperts(experts, router)
-        self.out = keras.layers.Dense(4)
+        self.moe = keras_moe.MixtureOfExperts(experts, router, name="moe")
+        self.out = keras.layers.Dense(4, name="out")
 
     def call(self, x, training=False):
         return self.out(x + self.moe(x, training=training))
@@ -331,6 +346,7 @@ def refusals():
             layer.build((None, 4, DIM))
 
     layers = [keras.layers.Dense(DIM) for _ in range(4)]
+    regularized = keras_moe.FeedForwardExperts(4, 8, activity_regularizer="l2", name="bank")
     model = model_of(ROUTERS["top2"][:1], ["sequence"])
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
@@ -345,6 +361,8 @@ def refusals():
         "experts": said(lambda: build(keras_moe.FeedForwardExperts(6, 8), experts=4)),
         "hidden": said(lambda: build(keras_moe.FeedForwardExperts(4, 9), experts=4, model=2)),
         "layers": said(lambda: build(keras_moe.LayerExperts(layers), experts=4)),
+        "activity": said(lambda: build(regularized, experts=4)),
+        "idle": said(lambda: ExpertParallel(experts=3)),
         "outside": said(lambda: parallel.assert_sharded(model)),
         "fitted": said(fit),
         "devices": [ExpertParallel(experts=2, model=2).data, len(ExpertParallel(1, 3).devices)],
@@ -353,7 +371,15 @@ def refusals():
 
 def details():
     """All that is small."""
-    checks = (rest_of_an_epoch, other_banks, in_bfloat16, late, dropped_units, refusals)
+    checks = (
+        rest_of_an_epoch,
+        other_banks,
+        in_bfloat16,
+        batch_by_batch,
+        late,
+        dropped_units,
+        refusals,
+    )
     return {check.__name__: check() for check in checks}
 
 

@@ -125,30 +125,30 @@ def details():
 
     both("masked", masked)
 
-    def zoo_encoder():
+    def of_the_zoo():
         keras.utils.set_random_seed(0)
-        router = keras_moe.SwitchRouter(exploration="argmax")
-        backbone = zoo.EncoderBackbone(
+        backbone = zoo.EncoderDecoderBackbone(
             20,
             2,
             2,
             DIM,
             4,
             HIDDEN,
-            router=router,
+            router=keras_moe.SwitchRouter(),
             num_experts=EXPERTS,
             dropout=0.0,
             expert_dropout=0.0,
         )
-        ids = np.random.default_rng(0).integers(1, 20, (48, LENGTH))
-        tokens = {"token_ids": ids, "padding_mask": np.arange(LENGTH) < ids[:, :1] % 8 + 1}
-        tokens["padding_mask"] = tokens["padding_mask"].astype("int32")
-        model = zoo.EncoderTextClassifier(backbone, 2, dropout=0.0)
-        model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3))
-        y = ids[:, 1] % 2
-        return model.fit(tokens, y, 16, shuffle=False, verbose=0, epochs=3).history["loss"]
+        ids = np.random.default_rng(0).integers(1, 20, (32, LENGTH))
+        mask = (np.arange(LENGTH) < ids[:, :1] % 8 + 1).astype("int32")
+        x = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
+        x |= {"decoder_token_ids": ids[:, ::-1], "decoder_padding_mask": np.ones_like(mask)}
+        model = zoo.Seq2SeqLM(backbone)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3), loss)
+        return model.fit(x, ids, 16, shuffle=False, verbose=0, epochs=3).history["loss"]
 
-    both("zoo", zoo_encoder)
+    both("zoo", of_the_zoo)
     with parallel.scope():
         model = model_of("top2", optimizer=keras_moe.optimizers.Adafactor(1e-2))
         trained(model, 2)
@@ -238,6 +238,15 @@ def refusals():
             model.fit(*data(1), 16, verbose=0)
 
     refused("soft", soft)
+
+    def writes():
+        options = {"num_experts": EXPERTS, "intermediate_dim": HIDDEN, "hidden_dim": DIM}
+        with parallel.scope():
+            lm = zoo.CausalLM(zoo.DecoderBackbone(20, 2, 2, key_dim=4, **options))
+            ids = np.ones((2, LENGTH), "int32")
+            lm.generate({"token_ids": ids, "padding_mask": ids}, stop_token_ids=None)
+
+    refused("writes", writes)
     return result
 
 

@@ -85,6 +85,12 @@ def test_bfloat16():
     assert checks["dtype"] == "bfloat16"
 
 
+def test_batch_by_batch():
+    one, many = checked("details")["batch_by_batch"]
+    assert one[2] < one[0]
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-4)
+
+
 def test_weights_made_late_and_moments_in_factors():
     late = checked("details")["late"]
     assert late["losses"][-1] < late["losses"][0]
@@ -93,9 +99,9 @@ def test_weights_made_late_and_moments_in_factors():
         assert least == most == total // 4, path
     # 8 * 16 * 32 numbers of 4 bytes on 4 devices; rows 8 * 16.
     lines = {line.split()[0]: line.split()[-1] for line in late["table"].splitlines()}
-    assert lines["late/mixture_of_experts/experts/kernel_in"] == "4,096"
-    assert lines["adafactor/late_mixture_of_experts_experts_kernel_in_rows"] == "128"
-    assert lines["late/dense/kernel"] == "256"
+    assert lines["late/moe/experts/kernel_in"] == "4,096"
+    assert lines["adafactor/late_moe_experts_kernel_in_rows"] == "128"
+    assert lines["late/out/kernel"] == "256"
     assert late["table"].split()[:4] == ["weight", "shape", "layout", "bytes"]
 
 
@@ -128,6 +134,8 @@ def test_a_language_model_of_the_zoo():
         ("hidden", "`model` of `ExpertParallel` must divide.*hidden_dim=9 in the layer 'moe'"),
         ("layers", "`experts` must have all kernels.*LayerExperts in the layer 'moe'"),
         ("fitted", "must be shared by the devices.*'moe_0/experts/kernel_in'.*not 1/8"),
+        ("activity", "`activity_regularizer` of experts must be None on a mesh.*of 'bank'"),
+        ("idle", "`experts \\* model` must divide the number of devices.*experts=3, model=1 for 8"),
         ("outside", "must be shared by the devices.*'moe_0/experts/kernel_in'.*not 1/8"),
     ],
 )

@@ -96,3 +96,4 @@ def test_refusals():
     assert messages["afterwards"].startswith("A model that was fitted or called within")
     assert "`SoftMoE` must be on one device on TensorFlow" in messages["soft"]
     assert "made within `scope()`. Received: 'switch/experts/kernel_in'" in messages["outside"]
+    assert "`generate` must be called outside of `ExpertParallel.scope()`" in messages["writes"]
