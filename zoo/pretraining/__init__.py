@@ -1,0 +1,1 @@
+"""Pretraining: text, objectives, and the run."""
