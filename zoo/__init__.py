@@ -13,6 +13,7 @@ _HOME = {
     "DecoderBackbone": "zoo.models.decoder",
     "EncoderBackbone": "zoo.models.encoder",
     "EncoderDecoderBackbone": "zoo.models.encoder_decoder",
+    "EncoderMaskedLM": "zoo.models.masked_lm",
     "EncoderTextClassifier": "zoo.models.encoder",
     "EncoderTextClassifierPreprocessor": "zoo.models.encoder",
     "InverseSquareRoot": "zoo.schedules",
@@ -39,6 +40,7 @@ _HOME = {
     "upload": "zoo.hub",
     "load_transformers": "zoo.conversion",
     "moe_lstm": "zoo.models.moe_lstm",
+    "pretrain": "zoo.pretraining.run",
 }
 
 __all__ = sorted(_HOME)

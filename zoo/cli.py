@@ -37,7 +37,7 @@ def main(arguments=None):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's remarks once it is loaded
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"zoo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -110,6 +110,59 @@ def _parser():
     )
     command.set_defaults(
         run=_finetune, interrupted="finetune, without --restart, goes on from here"
+    )
+
+    command = commands.add_parser(
+        "pretrain",
+        help="train a model on text from scratch; resumes an interrupted run",
+        description="Options that are left out are as in `zoo.pretrain`.",
+    )
+    add = command.add_argument
+    add(
+        "corpus",
+        nargs="+",
+        metavar="TEXT",
+        help="files (.txt, a document a line; .jsonl with `text`; or these .gz), or tfds:NAME:SPLIT",
+    )
+    add("--heldout", nargs="+", metavar="TEXT", help="the same, to measure the perplexity on")
+    add("--model", help="switch (default), expert_choice or dense")
+    add("--objective", help="masked (default), span, prefix or causal")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
+    add("--output", metavar="DIR", help="default: runs/pretrain-<model>-<objective>-<backend>-...")
+    add("--restart", action="store_true", help="throw an earlier run in the output folder away")
+    add("--size", help="mini (default), small, base ...")
+    add("--dtype", help="float32 (default) or mixed_bfloat16")
+    add("--optimizer", help="adamw (default) or adafactor")
+    add("--schedule", help="cosine (default) or inverse_sqrt")
+    for name, metavar, text in (
+        ("num-experts", "N", "experts per sparse block"),
+        ("steps", "N", "batches to train on"),
+        ("steps-per-save", "N", "batches from one checkpoint to the next"),
+        ("batch-size", "N", "blocks of text per step"),
+        ("length", "N", "tokens of a block"),
+        ("warmup-steps", "N", "in which the learning rate rises"),
+        ("accumulate", "N", "steps whose gradients make one update"),
+        ("window", "N", "blocks that are shuffled together"),
+        ("heldout-batches", "N", "of the held-out text"),
+        ("seed", "N", "of weights, noise and order"),
+    ):
+        add(f"--{name}", type=int, metavar=metavar, help=text)
+    for name, text in (
+        ("learning-rate", "peak of the schedule"),
+        ("clip", "largest norm of all gradients; 0: any"),
+        ("router-z-weight", "of the routers' z-loss"),
+        ("dropout", "everywhere"),
+    ):
+        add(f"--{name}", type=float, metavar="X", help=text)
+    add("--tensorboard", action="store_true", help="write logs to DIR/tensorboard")
+    add(
+        "--mesh",
+        type=_mesh,
+        metavar="data=N,expert=N,model=N",
+        help="devices that share batch, experts, hidden units; default: one device",
+    )
+    command.set_defaults(
+        run=_pretrain, interrupted="pretrain, without --restart, goes on from the last checkpoint"
     )
 
     command = commands.add_parser(
@@ -233,20 +286,39 @@ def _finetune(options):
         from keras_moe.distribution import process_id
         from zoo.training import finetune
 
-    settings = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("run", "interrupted", "backend") and value is not None
-    }
     if options.task == "acceptability" and process_id() == 0:
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")
-    results = finetune(**settings, verbose=1 if sys.stdout.isatty() else 2)
+    results = finetune(**_given(options), verbose=1 if sys.stdout.isatty() else 2)
     if process_id() > 0:
         return
     best = results["best"]
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in results["metrics"])
     print(f"best epoch {best['epoch']} of {len(results['history'])}: {scores}")
     print(f"saved: {results['preset']}")
+
+
+def _pretrain(options):
+    _choose_backend(options)
+    with _without_remarks():
+        from keras_moe.distribution import process_id
+        from zoo.pretraining.run import pretrain
+
+    results = pretrain(**_given(options), verbose=1 if sys.stdout.isatty() else 2)
+    if process_id() > 0:
+        return
+    last = results["history"][-1]
+    scores = ", ".join(f"{name} {last[name]:.4f}" for name in results["metrics"])
+    print(f"{results['settings']['steps']} steps: {scores}")
+    print(f"saved: {results['preset']}")
+
+
+def _given(options):
+    """The options that were given, by the names of the arguments of a function."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("run", "interrupted", "backend") and value is not None
+    }
 
 
 def _generate(options):

@@ -16,8 +16,8 @@ from keras import ops
 from keras_moe import LinearExperts
 from zoo.layers import (
     Dropout,
-    Embedding,
     RelativePositionBias,
+    ReversibleEmbedding,
     SelfAttention,
     SwitchAttention,
     TransformerBlock,
@@ -112,7 +112,7 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
         sparse_blocks = sparse_numbers("sparse_blocks", sparse_blocks, num_layers)
 
         # === Layers ===
-        token_embedding = Embedding(
+        token_embedding = ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=0.1),

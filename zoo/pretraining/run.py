@@ -1,0 +1,361 @@
+"""Pretraining by `model.fit`: text, an objective, and a run that goes on where it stopped."""
+
+import collections
+import contextlib
+import itertools
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import keras_moe
+from keras_moe.distribution import ExpertParallel, num_processes, process_id
+from keras_moe.routing.base import positive_integer
+from zoo.models.decoder import CausalLM, CausalLMPreprocessor
+from zoo.models.encoder import EncoderTextClassifierPreprocessor
+from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
+from zoo.models.masked_lm import EncoderMaskedLM
+from zoo.pretraining.objectives import OBJECTIVES
+from zoo.pretraining.text import Blocks, sources
+from zoo.runs import Run, SaveRun, SeedEpochs
+from zoo.schedules import InverseSquareRoot
+from zoo.tokenizer import default_tokenizer, t5_tokenizer
+from zoo.training import MODELS, EpochLine
+
+TASKS = {
+    "encoder": (EncoderMaskedLM, EncoderTextClassifierPreprocessor),
+    "decoder": (CausalLM, CausalLMPreprocessor),
+    "encoder_decoder": (Seq2SeqLM, Seq2SeqLMPreprocessor),
+}
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "inverse_sqrt")
+
+
+def pretrain(
+    model="switch",
+    corpus=(),
+    *,
+    heldout=(),
+    objective="masked",
+    output=None,
+    size="mini",
+    num_experts=8,
+    steps=10000,
+    steps_per_save=500,
+    batch_size=64,
+    length=128,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup_steps=1000,
+    accumulate=1,
+    clip=1.0,
+    router_z_weight=0.0,
+    dropout=0.0,
+    dtype="float32",
+    window=8192,
+    heldout_batches=50,
+    seed=0,
+    tensorboard=False,
+    restart=False,
+    mesh=None,
+    verbose="auto",
+):
+    """Pretrains a model from scratch, and goes on where an interrupted run of the same stopped.
+
+    An "epoch" of the log is `steps_per_save` steps. After each the folder `output` has
+    `results.json`, with the losses, the held-out perplexity and the place in the text, and the
+    weights; at the end `preset/` for `zoo.from_preset` and `zoo.finetune`.
+
+    Args:
+        model: "switch", "expert_choice" or "dense".
+        corpus: list of files or data sets to train on, see `zoo.pretraining.text.sources`.
+        heldout: the same to measure the perplexity on, never trained on; none: not measured.
+        objective: "masked" (an encoder), "span" or "prefix" (an encoder-decoder) or "causal" (a
+            decoder), see `zoo.pretraining.objectives`.
+        output: folder of the run; by default named after model, objective, backend and seed.
+        size: of the model, see `zoo.switch_transformer`.
+        num_experts: experts per sparse block; left out of a dense model.
+        steps: batches to train on, counted one by one where gradients are accumulated, too.
+        steps_per_save: batches from one checkpoint to the next; must divide `steps`.
+        batch_size: blocks of text per step.
+        length: tokens of a block.
+        optimizer: "adamw" or "adafactor".
+        learning_rate: peak of the schedule.
+        schedule: "cosine", to a hundredth at the end, or "inverse_sqrt" (Raffel et al. 2020).
+        warmup_steps: in which the rate rises in a line.
+        accumulate: steps whose gradients make one update.
+        clip: largest norm of all gradients; 0: any.
+        router_z_weight: of the routers' z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, Eq. 5).
+        dropout: rate, of the experts too.
+        dtype: "float32", or "mixed_bfloat16" to compute in bfloat16.
+        window: blocks that are shuffled together.
+        heldout_batches: batches, at most, of the held-out text.
+        seed: of weights, noise and the order of the text.
+        tensorboard: whether logs for TensorBoard are written to `output/tensorboard`.
+        restart: throws an earlier run in `output` away.
+        mesh: as in `zoo.finetune`.
+        verbose: as in `keras.Model.fit`.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: if an argument is out of range, if text cannot be read, or `output` holds a run
+            with other settings.
+        FloatingPointError: if the loss is not finite; the last checkpoint stays.
+    """
+    parallel = ExpertParallel(**mesh) if mesh else None  # TensorFlow wants it first
+    if num_processes() > 1 and parallel is None:
+        raise ValueError(
+            "`mesh` must be the devices of all processes. "
+            f"Received: mesh=None, and {num_processes()} processes"
+        )
+    verbose = verbose if process_id() == 0 else 0
+    settings = {
+        "model": model,
+        "objective": objective,
+        "backend": keras.backend.backend(),
+        "corpus": sources(corpus),
+        "heldout": sources(heldout) if heldout else [],
+        "size": size,
+        "num_experts": None if model == "dense" else num_experts,
+        "steps": steps,
+        "steps_per_save": steps_per_save,
+        "batch_size": batch_size,
+        "length": length,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "accumulate": accumulate,
+        "clip": clip,
+        "router_z_weight": router_z_weight,
+        "dropout": dropout,
+        "dtype": dtype,
+        "window": window,
+        "heldout_batches": heldout_batches,
+        "seed": seed,
+    }
+    _check(settings)
+    name = f"pretrain-{model}-{objective}-{settings['backend']}-seed{seed}"
+    metric = "val_perplexity" if heldout else "loss"
+    run = Run(Path(output or Path("runs") / name), settings, [metric], restart, last=True)
+    if run.finished:
+        print(f"{run.folder} holds this run, finished: nothing to do")
+        return run.results
+    with contextlib.nullcontext() if parallel is None else parallel.scope():
+        _train(run, settings, tensorboard, verbose)
+    return run.results
+
+
+def _train(run, settings, tensorboard, verbose):
+    keras.utils.set_random_seed(settings["seed"])
+    tokenizer = t5_tokenizer(default_tokenizer().proto, sentinels=100)
+    objective = _objective(settings, tokenizer)
+    task = _task(settings, objective.architecture, tokenizer)
+    blocks, heldout = (
+        Blocks(
+            settings[name],
+            tokenizer,
+            tokenizer.end_token_id,
+            objective,
+            settings["batch_size"],
+            settings["window"],
+            settings["seed"],
+        )
+        for name in ("corpus", "heldout")
+    )
+    network = keras.Model(task.input, task.output, name="network")
+    network.compile(
+        _optimizer(settings),
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=[
+            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+        ],
+    )
+    run.open(network)
+    place = run.results["history"][-1]["place"] if run.epoch else None
+    feed = Feed(blocks.batches(place))
+    callbacks = [
+        SeedEpochs(settings["seed"]),
+        StopAtNaN(run),
+        keras_moe.callbacks.RoutingMetrics(),
+        Perplexity(),
+        EpochLine(),
+        SaveRun(run, lambda: {"place": feed.place(settings["steps_per_save"])}),
+    ]
+    if tensorboard:
+        callbacks.append(keras.callbacks.TensorBoard(run.folder / "tensorboard"))
+    network.fit(
+        feed.stream(),
+        steps_per_epoch=settings["steps_per_save"],
+        epochs=settings["steps"] // settings["steps_per_save"],
+        initial_epoch=run.epoch,
+        shuffle=False,
+        validation_data=_Kept(heldout, settings) if settings["heldout"] else None,
+        verbose=verbose,
+        callbacks=callbacks,
+    )
+    run.finish(network, task)
+
+
+def _check(settings):
+    choices = {
+        "model": MODELS,
+        "objective": OBJECTIVES,
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "dtype": ("float32", "mixed_bfloat16"),
+    }
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(allowed)}. Received: {name}={settings[name]!r}"
+            )
+    for name in ("steps", "steps_per_save", "batch_size", "accumulate", "warmup_steps"):
+        positive_integer(name, settings[name])
+    for name in ("window", "heldout_batches"):
+        positive_integer(name, settings[name])
+    if settings["steps"] % settings["steps_per_save"]:
+        raise ValueError(
+            f"`steps_per_save` must divide the steps, {settings['steps']}. "
+            f"Received: steps_per_save={settings['steps_per_save']}"
+        )
+    if not 8 <= settings["length"] <= 512:
+        raise ValueError(f"`length` must be from 8 to 512. Received: length={settings['length']}")
+    if not 0 < settings["learning_rate"] < float("inf"):
+        raise ValueError(
+            "`learning_rate` must be a positive number. "
+            f"Received: learning_rate={settings['learning_rate']}"
+        )
+    for name in ("clip", "router_z_weight"):
+        if not 0 <= settings[name] < float("inf"):
+            raise ValueError(f"`{name}` must not be negative. Received: {name}={settings[name]}")
+    if not 0 <= settings["dropout"] < 1:
+        raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={settings['dropout']}")
+
+
+def _objective(settings, tokenizer):
+    given = {
+        "length": settings["length"],
+        "sentinel": tokenizer.vocabulary_size() - 1,
+        "end": tokenizer.end_token_id,
+    }
+    kind = OBJECTIVES[settings["objective"]]
+    return kind(**{name: v for name, v in given.items() if name in kind.__dataclass_fields__})
+
+
+def _task(settings, architecture, tokenizer):
+    options = {"size": settings["size"], "architecture": architecture, "dtype": settings["dtype"]}
+    options["dropout"] = settings["dropout"]
+    if settings["model"] != "dense":
+        options["num_experts"] = settings["num_experts"]
+        options["expert_dropout"] = settings["dropout"]
+        if settings["router_z_weight"]:
+            options["router"] = _router(settings, architecture)
+    backbone = MODELS[settings["model"]](**options)
+    task, preprocessor = TASKS[architecture]
+    return task(backbone, preprocessor(tokenizer))
+
+
+def _router(settings, architecture):
+    """The builder's own router, with a z-loss."""
+    options = {"size": settings["size"], "architecture": architecture}
+    config = MODELS[settings["model"]](**options).router_config
+    config["config"]["router_z_weight"] = settings["router_z_weight"]
+    return keras.saving.deserialize_keras_object(config)
+
+
+def _optimizer(settings):
+    # Keras counts the updates of the optimizer, not the steps.
+    steps, warmup = (settings[k] // settings["accumulate"] for k in ("steps", "warmup_steps"))
+    rate, warmup = settings["learning_rate"], max(1, warmup)
+    if settings["schedule"] == "inverse_sqrt":
+        rate = InverseSquareRoot(rate, warmup)
+    else:
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0, max(1, steps - warmup), 0.01, warmup_target=rate, warmup_steps=warmup
+        )
+    options = {"global_clipnorm": settings["clip"] or None}
+    if settings["accumulate"] > 1:
+        options["gradient_accumulation_steps"] = settings["accumulate"]
+    if settings["optimizer"] == "adafactor":
+        return keras_moe.optimizers.Adafactor(rate, relative_step=False, **options)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, beta_2=0.98, **options)
+    optimizer.exclude_from_weight_decay(var_names=["scale", "bias"])
+    return optimizer
+
+
+class Feed:
+    """Batches for `fit`, which takes some before it needs them, and the place after each.
+
+    Args:
+        batches: pairs of a batch and the place of the next one.
+    """
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.places = collections.deque()
+
+    def stream(self):
+        for batch, place in self.batches:
+            self.places.append(place)
+            yield batch
+
+    def place(self, steps):
+        """The place after so many more steps."""
+        for _ in range(steps):
+            place = self.places.popleft()
+        return place
+
+
+class _Kept(keras.utils.PyDataset):
+    """The first batches of a text, the same each time."""
+
+    def __init__(self, blocks, settings):
+        super().__init__()
+        # Not the next time round: a short text has fewer.
+        batches = itertools.islice(blocks.batches(), settings["heldout_batches"])
+        self.batches = [
+            batch for batch, place in itertools.takewhile(lambda x: x[1]["epoch"] == 0, batches)
+        ]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+class StopAtNaN(keras.callbacks.Callback):
+    """Raises a FloatingPointError at the step whose loss is not finite.
+
+    Args:
+        run: a `Run`, which then has what it had.
+    """
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(float(logs["loss"])):
+            done = self.run.epoch * self.params["steps"]
+            raise FloatingPointError(
+                f"The loss must be finite. Received: {float(logs['loss'])} at step "
+                f"{done + batch + 1}; {self.run.folder} has the weights of step {done}"
+            )
+
+
+class Perplexity(keras.callbacks.Callback):
+    """Adds the exponential of the cross-entropies to the logs: without the routers' losses."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        for prefix in ("", "val_"):
+            if f"{prefix}cross_entropy" in logs:
+                logs[f"{prefix}perplexity"] = float(np.exp(logs[f"{prefix}cross_entropy"]))

@@ -1,0 +1,212 @@
+"""The folder of a run: what it is, how far it is, its weights; written whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_moe.distribution import barrier, process_id
+from zoo.presets import explained
+
+
+class SeedEpochs(keras.callbacks.Callback):
+    """Makes each epoch's order and noise depend on its number alone, so that runs can be resumed.
+
+    Keras does not save the state of its seed generators, and calls `on_epoch_end` of a dataset more
+    often than there are epochs.
+
+    Args:
+        seed: integer.
+        batches: the training data, a `TokenBatches`; `None`: its order is no matter of epochs.
+    """
+
+    def __init__(self, seed, batches=None):
+        super().__init__()
+        self.seed = seed
+        self.batches = batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.batches is not None:
+            self.batches.shuffle(epoch)
+        generator = np.random.default_rng((self.seed, epoch))
+        for variable in self.model.variables:
+            if variable.name == "seed_generator_state":
+                state = np.array([generator.integers(2**32), 0], "uint32")
+                variable.assign(keras.ops.convert_to_tensor(state))
+
+
+class SaveRun(keras.callbacks.Callback):
+    """Writes the run to disk after every epoch.
+
+    Args:
+        run: a `Run`.
+        more: function without arguments of what else to note, a dictionary for JSON.
+    """
+
+    def __init__(self, run, more=dict):
+        super().__init__()
+        self.run = run
+        self.more = more
+
+    def on_train_begin(self, logs=None):
+        self.started = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        seconds = time.monotonic() - self.started
+        self.started = time.monotonic()
+        self.run.save(self.model, logs, seconds, **self.more())
+
+
+class Run:
+    """The folder of a run: `results.json`, and the weights that it names.
+
+    `results.json` is the truth: weights are written first, then `results.json` is replaced in one
+    step, then weights that it no longer names are deleted.
+
+    Args:
+        folder: where; made when first written to.
+        settings: what the run is; a folder of other settings is refused.
+        metric_names: names in the logs; the first chooses the best epoch.
+        last: whether the last epoch is the best instead.
+        restart: begins anew; the old run's files are deleted by `open`, not before.
+
+    Raises:
+        ValueError: if the folder cannot be one, or holds another run or a damaged one.
+    """
+
+    FILES = ("results.json", "preset", "epoch-*.weights.h5", "new-*")
+
+    def __init__(self, folder, settings, metric_names, restart=False, last=False):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output` must be a folder. Received: output={str(folder)!r}")
+        self.folder = folder
+        self.restart = restart
+        self.last = last
+        self.results = None if restart else self._read()
+        if self.results is None:
+            self.results = {
+                "settings": settings,
+                "metrics": list(metric_names),
+                "finished": False,
+                "history": [],
+                "best": None,
+            }
+        elif self.results["settings"] != settings:
+            old = self.results["settings"]
+            name = next(name for name in settings | old if settings.get(name) != old.get(name))
+            raise ValueError(
+                f"`output` holds another run, with {name}={old.get(name)!r}; give another "
+                f"`output`, or `restart` to throw that run away. Received: output={str(folder)!r}, "
+                f"{name}={settings.get(name)!r}"
+            )
+
+    @property
+    def epoch(self):
+        """Epochs done."""
+        return len(self.results["history"])
+
+    @property
+    def finished(self):
+        return self.results["finished"]
+
+    def open(self, model):
+        """Makes the folder, deletes the run to be thrown away, or loads the one to go on with."""
+        if process_id() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.restart:
+                self._delete(*self.FILES)
+        if self.epoch:
+            model.optimizer.build(model.trainable_variables)
+            path = self._weights(self.epoch)
+            with explained(path):
+                model.load_weights(path)
+
+    def save(self, model, logs, seconds, **more):
+        """Adds an epoch; the best one has the highest value of the first metric."""
+        epoch = self.epoch + 1
+        entry = {"epoch": epoch, "seconds": round(seconds, 1), **more}
+        entry |= {name: float(value) for name, value in logs.items()}
+        primary = self.results["metrics"][0]
+        best = self.results["best"]
+        if best is None or self.last or entry[primary] > best[primary]:
+            best = entry
+        with _replacing(self._weights(epoch)) as path:
+            model.save_weights(path)
+        self.results["history"].append(entry)
+        self.results |= {"best": best, "parameters": model.count_params()}
+        self._write()
+        if process_id() == 0:
+            for path in self.folder.glob("epoch-*.weights.h5"):
+                if path not in (self._weights(epoch), self._weights(best["epoch"])):
+                    path.unlink()
+
+    def finish(self, model, classifier):
+        """Saves the best epoch as a preset; the weights of single epochs are no longer needed."""
+        path = self._weights(self.results["best"]["epoch"])
+        with explained(path):
+            model.load_weights(path)
+        with _replacing(self.folder / "preset") as path:
+            classifier.save_to_preset(str(path))
+        self.results |= {"finished": True, "preset": str(self.folder / "preset")}
+        self._write()
+        if process_id() == 0:
+            self._delete("epoch-*.weights.h5")
+
+    def _delete(self, *patterns):
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                _remove(path)
+
+    def _weights(self, epoch):
+        return self.folder / f"epoch-{epoch}.weights.h5"
+
+    def _read(self):
+        path = self.folder / "results.json"
+        if not path.is_file():
+            return None
+        try:
+            results = json.loads(path.read_text())
+            if not {"settings", "metrics", "finished", "history", "best"} <= set(results):
+                raise ValueError("entries are missing")
+            return results
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"`output` must hold a run that can be read, but {path} is damaged; give another "
+                "`output`, or `restart` to throw that run away."
+            ) from error
+
+    def _write(self):
+        with _replacing(self.folder / "results.json") as path:
+            path.write_text(json.dumps(self.results, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A path to write to; what was written takes the place of `path` only when all went well.
+
+    Of several processes, which write the same, it is what the first one wrote.
+    """
+    if process_id() == 0:
+        beside = path.with_name(f"new-{path.name}")
+        try:
+            yield beside
+        except OSError:  # a full disk, say: what is there stays, and gets the room back
+            _remove(beside)
+            raise
+        if beside.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+    barrier()
+
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
