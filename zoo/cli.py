@@ -122,7 +122,7 @@ def _parser():
         "corpus",
         nargs="+",
         metavar="TEXT",
-        help="files (.txt, a document a line; .jsonl with `text`; or these .gz), or tfds:NAME:SPLIT",
+        help="files (.txt, a document a line; .jsonl; either .gz), or tfds:NAME:SPLIT",
     )
     add("--heldout", nargs="+", metavar="TEXT", help="the same, to measure the perplexity on")
     add("--model", help="switch (default), expert_choice or dense")

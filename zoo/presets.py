@@ -13,6 +13,7 @@ import keras_hub
 import zoo.models.decoder  # these register the classes that presets name
 import zoo.models.encoder
 import zoo.models.encoder_decoder
+import zoo.models.masked_lm
 import zoo.models.moe_lstm
 from zoo.catalogue import did_you_mean
 from zoo.conversion import load_transformers
@@ -40,14 +41,15 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
             `zoo.list_presets`. What is in it was saved by `zoo.save_preset` or `save_to_preset`,
             or by transformers, see `zoo.load_transformers`.
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
-            classifiers only.
+            classifiers, and encoders that were pretrained, only.
         load_weights: `False` leaves all weights as they are initialized.
         dtype: dtype or dtype policy of the backbone's layers; "auto" for the policy that it was
             saved with, or of a checkpoint of transformers the dtype of its files; `None` for Keras'
             own.
 
     Returns:
-        A `zoo.EncoderTextClassifier`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or `zoo.LstmCausalLM`.
+        A `zoo.EncoderTextClassifier`, `zoo.EncoderMaskedLM`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or
+        `zoo.LstmCausalLM`.
 
     Raises:
         ValueError: if there is no such preset, or one in which something is missing or damaged, or
@@ -70,6 +72,11 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
     if dtype == "auto":
         with explained(folder):
             dtype = _saved_dtype(folder)
+    elif dtype is None:
+        with explained(folder):
+            saved = _saved_dtype(folder)
+        if saved and saved.name.startswith("mixed_"):  # whose name KerasHub takes for a dtype
+            dtype = keras.config.dtype_policy()
     options = {"load_weights": load_weights, "dtype": dtype}
     if issubclass(task, keras_hub.models.TextClassifier):
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
@@ -157,6 +164,8 @@ def _task_class(folder, num_classes):
     name = json.loads(path.read_text())["registered_name"]
     named = keras.saving.get_registered_object(name)
     named = named if isinstance(named, type) else object
+    if issubclass(named, zoo.models.masked_lm.EncoderMaskedLM) and num_classes is not None:
+        return keras_hub.models.TextClassifier  # on its backbone
     if issubclass(named, keras_hub.models.Task):
         return named
     if is_task or not issubclass(named, keras_hub.models.Backbone):

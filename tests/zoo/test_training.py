@@ -6,7 +6,7 @@ import pytest
 
 import zoo
 from tests.keras_moe.distribution.several import launched
-from zoo import training
+from zoo import runs, training
 from zoo.models import builders
 from zoo.tasks.data import Examples
 from zoo.tasks.task import get
@@ -119,21 +119,21 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         if moment == "weights":  # while the weights of epoch 2 are half written
 
-            def save(self, model, logs, seconds, original=training.Run.save):
+            def save(self, model, logs, seconds, original=runs.Run.save):
                 if self.epoch == 1:
                     (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
                     raise Killed
                 original(self, model, logs, seconds)
 
-            patch.setattr(training.Run, "save", save)
+            patch.setattr(runs.Run, "save", save)
         elif moment == "results":  # when they are written, and nothing says so yet
 
-            def write(self, original=training.Run._write):
+            def write(self, original=runs.Run._write):
                 if self.epoch == 2:
                     raise Killed
                 original(self)
 
-            patch.setattr(training.Run, "_write", write)
+            patch.setattr(runs.Run, "_write", write)
         else:
 
             def predict(self, epoch, logs=None, original=training.OfficialMetrics.on_epoch_end):

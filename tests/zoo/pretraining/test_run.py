@@ -1,0 +1,210 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import zoo
+from tests.backend import numpy
+from zoo import runs
+from zoo.models import builders
+from zoo.pretraining import run as pretraining
+from zoo.pretraining.run import pretrain
+
+TINY = {
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "key_dim": 8,
+    "intermediate_dim": 32,
+}
+QUICK = {
+    "num_experts": 4,
+    "steps": 6,
+    "steps_per_save": 2,
+    "batch_size": 4,
+    "length": 16,
+    "learning_rate": 0.01,
+    "warmup_steps": 1,
+    "window": 8,
+    "heldout_batches": 2,
+    "dropout": 0.1,
+    "verbose": 0,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(builders.SIZES, "mini", {**builders.SIZES["mini"], **TINY})
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The words of a few colours and animals, 40 sentences to train on and 12 held out."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for name, number in (("train", 40), ("heldout", 12)):
+        colours = rng.choice(["red", "green", "blue"], (number, 3))
+        lines = [f"the {a} dog sees the {b} cat and the {c} bird" for a, b, c in colours]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(text, output, **options):
+    given = {"heldout": [text / "heldout.txt"], **QUICK, **options}
+    return pretrain(given.pop("model", "switch"), [text / "train.txt"], output=output, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return run(text, output), output
+
+
+def test_results(whole):
+    results, output = whole
+    assert results == json.loads((output / "results.json").read_text())
+    assert results["finished"] and [entry["epoch"] for entry in results["history"]] == [1, 2, 3]
+    first, *_, last = results["history"]
+    assert last["loss"] < first["loss"]
+    for entry in results["history"]:
+        for prefix in ("", "val_"):
+            entropy, loss = entry[f"{prefix}cross_entropy"], entry[f"{prefix}loss"]
+            assert entry[f"{prefix}perplexity"] == pytest.approx(np.exp(entropy))
+            assert loss > entropy  # by the routers' loss
+    assert results["best"] == last
+    assert {path.name for path in output.iterdir()} == {"results.json", "preset"}
+
+
+def test_the_preset_guesses_and_classifies(whole):
+    """The backbone of both is the pretrained one."""
+    guesser = zoo.from_preset(whole[1] / "preset")
+    assert type(guesser) is zoo.EncoderMaskedLM
+    classifier = zoo.from_preset(whole[1] / "preset", num_classes=2)
+    assert type(classifier) is zoo.EncoderTextClassifier
+    table = numpy(guesser.backbone.token_embedding.embeddings)
+    np.testing.assert_array_equal(numpy(classifier.backbone.token_embedding.embeddings), table)
+    assert classifier.predict(["a red dog", "a cat"], verbose=0).shape == (2, 2)
+    tokenizer = guesser.preprocessor.tokenizer
+    assert tokenizer.id_to_token(tokenizer.vocabulary_size() - 1) == "▁<extra_id_0>"
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["weights", "in between"])
+def test_an_interrupted_run_goes_on_to_the_same_end(whole, text, tmp_path, monkeypatch, moment):
+    with monkeypatch.context() as patch:
+        if moment == "weights":  # while those of the second epoch are written
+
+            def save(self, model, logs, seconds, original=runs.Run.save, **more):
+                if self.epoch == 1:
+                    (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
+                    raise Killed
+                original(self, model, logs, seconds, **more)
+
+            patch.setattr(runs.Run, "save", save)
+        else:
+
+            def stop(self, batch, logs=None):
+                if self.run.epoch == 1 and batch == 0:
+                    raise Killed
+
+            patch.setattr(pretraining.StopAtNaN, "on_train_batch_end", stop)
+        with pytest.raises(Killed):
+            run(text, tmp_path)
+    resumed = run(text, tmp_path)
+    for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
+        assert one["place"] == other["place"]
+        for name in set(one) - {"seconds", "place"}:
+            assert other[name] == pytest.approx(one[name], abs=1e-4), (one["epoch"], name)
+
+
+def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, monkeypatch):
+    results, output = whole
+    monkeypatch.setattr(pretraining, "_train", None)
+    assert run(text, output) == results
+    with pytest.raises(ValueError, match="`output` holds another run, with seed=0.*seed=1"):
+        run(text, output, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "task"),
+    [
+        ("span", {"model": "switch", "optimizer": "adafactor"}, "Seq2SeqLM"),
+        ("prefix", {"model": "expert_choice", "schedule": "inverse_sqrt"}, "Seq2SeqLM"),
+        ("causal", {"model": "dense", "dtype": "mixed_bfloat16"}, "CausalLM"),
+    ],
+)
+def test_other_objectives(text, tmp_path, objective, options, task):
+    results = run(text, tmp_path, objective=objective, steps=2, **options)
+    assert np.isfinite(results["history"][0]["val_perplexity"])
+    assert type(zoo.from_preset(tmp_path / "preset")).__name__ == task
+
+
+def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
+    results = run(text, tmp_path, accumulate=2, router_z_weight=0.5, heldout=(), steps=2)
+    (entry,) = results["history"]
+    # An untrained router's logits make about log(4)^2 = 1.9 of z-loss, half of it.
+    assert 0.5 < entry["loss"] - entry["cross_entropy"] < 1.5
+    assert not any(name.startswith("val_") for name in entry)
+
+
+def test_a_loss_that_is_not_finite_stops_and_loses_nothing(text, tmp_path, monkeypatch):
+    def batches(self, place=None, original=pretraining.Blocks.batches):
+        for number, (batch, after) in enumerate(original(self, place)):
+            x, labels, weight = batch
+            yield (x, labels, weight * (np.nan if number == 3 else 1)), after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Blocks, "batches", batches)
+        said = f"must be finite. Received: nan at step 4; {tmp_path} has the weights of step 2"
+        with pytest.raises(FloatingPointError, match=said):
+            run(text, tmp_path, heldout=())
+    assert len(run(text, tmp_path, heldout=())["history"]) == 3
+
+
+def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
+    def full(path, *arguments, **options):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        original, calls = keras.Model.save_weights, []
+
+        def save(self, path, *arguments, **options):
+            calls.append(path)
+            (full if len(calls) == 2 else original)(*(() if len(calls) == 2 else (self,)), path)
+
+        patch.setattr(keras.Model, "save_weights", save)
+        with pytest.raises(OSError, match="No space left"):
+            run(text, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "epoch-1.weights.h5"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
+        ({"objective": "mask"}, "`objective` must be one of span, prefix, causal, masked"),
+        ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adafactor"),
+        ({"schedule": "x"}, "`schedule` must be one of cosine, inverse_sqrt"),
+        ({"dtype": "float16"}, "`dtype` must be one of float32, mixed_bfloat16"),
+        ({"steps": 5}, "`steps_per_save` must divide the steps, 5. Received: steps_per_save=2"),
+        ({"length": 4}, "`length` must be from 8 to 512. Received: length=4"),
+        ({"learning_rate": 0}, "`learning_rate` must be a positive number"),
+        ({"clip": -1}, "`clip` must not be negative"),
+        ({"dropout": 1}, r"`dropout` must be in \[0, 1\)"),
+        ({"window": 2}, "`window` must be at least the batch size, 4"),
+        ({"heldout": ["nothing.txt"]}, "`corpus` must name files that are there"),
+        ({"accumulate": 0}, "`accumulate` must be a positive integer"),
+    ],
+)
+def test_bad_input(text, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(text, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
