@@ -20,14 +20,22 @@ import runpy
 import sys
 from pathlib import Path
 
-from keras_moe.distribution import initialize
+from keras_moe.distribution.cluster import initialize, leave
+
+_OPTIONS = {
+    "coordinator": "--coordinator",
+    "num_processes": "--processes",
+    "process_id": "--process-id",
+    "timeout": "--timeout",
+}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m keras_moe.launch",
         description="Joins the processes of a run, and runs a Python program in each.",
-        epilog="What is left out is what Slurm or Kubernetes say.",
+        epilog="What is left out is taken from SLURM_PROCID, SLURM_NTASKS, SLURM_JOB_NODELIST and "
+        "SLURM_JOB_ID, or the process id from JOB_COMPLETION_INDEX.",
     )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -37,20 +45,26 @@ def main(arguments=None):
     )
     parser.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of the program")
+    parser.add_argument(
+        "arguments", metavar="...", nargs=argparse.REMAINDER, help="those of the program"
+    )
     options = parser.parse_args(arguments)
     if not options.is_module and not Path(options.program).is_file():
         parser.error(f"`PROGRAM` must be a file. Received: {options.program}")
     try:
         initialize(options.coordinator, options.processes, options.process_id, options.timeout)
     except (ValueError, TimeoutError) as error:
-        parser.exit(2, f"error: {error}\n")
+        said = str(error)
+        for name, option in _OPTIONS.items():
+            said = said.replace(f"`{name}`", f"`{option}`")
+        parser.exit(2, f"error: {said}\n")
     sys.argv = [options.program, *options.arguments]
     if options.is_module:
         runpy.run_module(options.program, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(options.program).resolve().parent)
         runpy.run_path(options.program, run_name="__main__")
+    leave()
 
 
 if __name__ == "__main__":

@@ -193,19 +193,19 @@ class MixtureOfExperts(keras.layers.Layer):
         x_GSD, mask_GS = self._split(inputs, mask)
         mask_GS = gathered(mask_GS)
         groups, tokens, _ = ops.shape(x_GSD)
-        parallel = active()
+        engine = active()
         # Rows of one expert each go to that expert's device; rows as needed may go anywhere.
-        compact = getattr(self.experts, "compact", False) and parallel is None
+        compact = getattr(self.experts, "compact", False) and engine is None
         ids = self._split_ids(inputs, token_ids)
         drops = drops or getattr(self.experts, "implementation", None) == "batched"
         with contextlib.nullcontext() if drops else dropping_nothing():
             routing = self.router(x_GSD, mask=mask_GS, training=training, compact=compact, **ids)
-        if parallel is None:
+        if engine is None:
             slots_RCD = dispatch(x_GSD, routing)
             slots_RCD = self.experts(slots_RCD, row_expert=routing.row_expert, training=training)
             y_GSD = combine(slots_RCD, routing, groups, tokens)
         else:
-            y_GSD = parallel.exchange(self.experts, x_GSD, routing, training)
+            y_GSD = engine.exchange(self.experts, x_GSD, routing, training)
         y = self._join(y_GSD, inputs)
         if self.shared is not None:
             y = y + self._shared_outputs(inputs, mask, training)

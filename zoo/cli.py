@@ -277,6 +277,12 @@ def _choose_backend(options):
             f"The backend {backend!r} is not installed; `pip install 'keras-moe[{backend}]'` "
             "brings it, and `--backend` chooses another."
         )
+    loaded = sys.modules.get("keras")  # by `keras_moe.launch`
+    if loaded is not None and loaded.backend.backend() != backend:
+        raise ValueError(
+            f"`--backend` must be {loaded.backend.backend()}, with which Keras is loaded; "
+            f"KERAS_BACKEND chooses it. Received: {backend}"
+        )
     os.environ["KERAS_BACKEND"] = backend
 
 

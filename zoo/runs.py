@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_moe.distribution import barrier, process_id
+from keras_moe.distribution.cluster import agreed, barrier, process_id
 from zoo.presets import explained
 
 
@@ -117,6 +117,7 @@ class Run:
 
     def open(self, model):
         """Makes the folder, deletes the run to be thrown away, or loads the one to go on with."""
+        agreed("output", self.epoch)
         if process_id() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.restart:

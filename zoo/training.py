@@ -129,7 +129,8 @@ def finetune(
         Path(output or Path("runs") / name), settings, [f"val_{name}" for name in chosen], restart
     )
     if run.finished:
-        print(f"{run.folder} holds this run, finished: nothing to do")
+        if process_id() == 0:
+            print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
     for module in ("sklearn", "scipy"):  # of the metrics: better missed now than after an epoch
         require(module)

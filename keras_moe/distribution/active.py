@@ -8,13 +8,13 @@ _bank = contextvars.ContextVar("bank", default=None)
 
 
 def active():
-    """The `ExpertParallel` within whose scope we are; `None`: there is none."""
+    """The engine of the `ExpertParallel` within whose scope we are; `None`: there is none."""
     return _active.get()
 
 
-def activated(parallel):
-    """Within, `active()` is `parallel`."""
-    return _within(_active, parallel)
+def activated(engine):
+    """Within, `active()` is this engine."""
+    return _within(_active, engine)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import keras
 
-from keras_moe.distribution.cluster import barrier, process_id
+from keras_moe.distribution.cluster import agreed, by_first, everyones
 
 _SAVED = re.compile(r"epoch-(\d+)")
+_NAMES = "variables.json"
 
 
 class ShardedBackup(keras.callbacks.Callback):
-    """Saves a run after its epochs, and resumes it, as `keras.callbacks.BackupAndRestore` does.
+    """Saves a run after its epochs, and resumes it, like `keras.callbacks.BackupAndRestore`.
 
     Without gathering a weight that devices share: every process writes and reads the parts that its
-    devices have. A run may go on with another mesh, or on one device. `fit` begins after the last
-    epoch that was saved whole; with `steps_per_epoch` an epoch is as short as you like.
+    devices have. A run may go on with another mesh, or without one on a single device. `fit` begins
+    after the last epoch that was saved whole; with `steps_per_epoch` an epoch is as short as you
+    like. The checkpoints stay when `fit` ends. The order of the data is the caller's: what Keras
+    shuffles begins anew (`shuffle=False` does not).
 
     The files are Orbax's on JAX (`pip install 'keras-moe[checkpoints]'`), those of
     `tf.train.Checkpoint` on TensorFlow. Several processes must see the same folder.
@@ -33,13 +36,14 @@ class ShardedBackup(keras.callbacks.Callback):
     ```
 
     Args:
-        folder: of this run alone.
+        folder: a path, of this run alone.
         every: epochs from one checkpoint to the next.
         keep: checkpoints that are kept, the last ones; `None`: all.
 
     Raises:
-        ValueError: if an argument is out of range, on PyTorch, or, by `fit`, if the folder holds
-            the checkpoints of another model.
+        ValueError: if an argument is out of range, on PyTorch, or, by `fit`, if the model is not
+            built, or the folder holds the checkpoints of another model or backend.
+        ImportError: if Orbax is missing on JAX.
     """
 
     def __init__(self, folder, every=1, keep=2):
@@ -48,6 +52,8 @@ class ShardedBackup(keras.callbacks.Callback):
         super().__init__()
         positive_integer("every", every)
         positive_integer("keep", keep, optional=True)
+        if "://" in str(folder):
+            raise ValueError(f"`folder` must be a path. Received: {folder}")
         self.folder = Path(folder).absolute()
         self.every = every
         self.keep = keep
@@ -70,27 +76,50 @@ class ShardedBackup(keras.callbacks.Callback):
     def save(self, model, epoch):
         """Writes a checkpoint, beside and then renamed; all processes must call it.
 
+        Those of later epochs, of a run that began anew, are deleted.
+
         Args:
             model: a compiled Keras model.
             epoch: epochs that it was trained for.
+
+        Raises:
+            ValueError: if the processes do not see one folder.
+            OSError: if the disk is full, say; the checkpoints before are whole.
         """
         variables = _variables(model)
-        done, beside = self.folder / f"epoch-{epoch}", self.folder / f"new-epoch-{epoch}"
-        first = process_id() == 0
-        if first:
-            for left in self.folder.glob("new-epoch-*"):  # of a run that was stopped
-                shutil.rmtree(left)
-            beside.mkdir(parents=True)
-            (beside / "variables.json").write_text(json.dumps(_shapes(variables)))
-        barrier()
+        beside = self.folder / f"new-epoch-{epoch}"
+        by_first(self._begin, beside, variables)
+        if not all(everyones((beside / _NAMES).is_file())):
+            raise ValueError(
+                "`folder` must be one that all processes see. "
+                f"Received: {str(self.folder)!r}, of which some see another"
+            )
         self._files.write(beside / "state", variables)
-        barrier()
-        if first:
-            shutil.rmtree(done, ignore_errors=True)
-            beside.rename(done)
-            for old in self._saved()[: -self.keep if self.keep else 0]:
-                shutil.rmtree(self.folder / f"epoch-{old}")
-        barrier()
+        by_first(self._end, beside, epoch)
+
+    def _begin(self, beside, variables):
+        for left in (*self.folder.glob("new-epoch-*"), *self.folder.glob("old-epoch-*")):
+            shutil.rmtree(left)  # of a run that was stopped
+        beside.mkdir(parents=True)
+        described = {"backend": keras.backend.backend(), "variables": _shapes(variables)}
+        (beside / _NAMES).write_text(json.dumps(described))
+
+    def _end(self, beside, epoch):
+        """Renames first what is to be deleted: what has its name is whole."""
+        others = [number for number in self._saved() if number < epoch]
+        kept = others[1 - self.keep :] if self.keep and self.keep > 1 else []
+        kept = others if self.keep is None else kept
+        old = []
+        for number in set(self._saved()) - {epoch, *kept}:
+            old.append((self.folder / f"epoch-{number}", self.folder / f"old-epoch-{number}"))
+        done = self.folder / f"epoch-{epoch}"
+        if done.exists():
+            done.rename(self.folder / f"old-epoch-{epoch}")
+        beside.rename(done)
+        for path, renamed in old:
+            path.rename(renamed)
+        for path in self.folder.glob("old-epoch-*"):
+            shutil.rmtree(path)
 
     def restore(self, model):
         """Reads the last checkpoint; all processes must call it.
@@ -102,14 +131,21 @@ class ShardedBackup(keras.callbacks.Callback):
             The epochs that it was trained for; `None`: there is no checkpoint.
 
         Raises:
-            ValueError: if it is of another model.
+            ValueError: if it is of another model or backend, or the processes do not see one
+                folder.
         """
         saved = self._saved()
-        if not saved:
+        if agreed("folder", saved[-1] if saved else 0) == 0:
             return None
         folder = self.folder / f"epoch-{saved[-1]}"
         variables = _variables(model)
-        _compare(json.loads((folder / "variables.json").read_text()), _shapes(variables), folder)
+        described = json.loads((folder / _NAMES).read_text())
+        if described["backend"] != keras.backend.backend():
+            raise ValueError(
+                f"`folder` must hold checkpoints of the backend {keras.backend.backend()}. "
+                f"Received: those of {described['backend']} in {str(folder)!r}"
+            )
+        _compare(described["variables"], _shapes(variables), folder)
         self._files.read(folder / "state", variables)
         return saved[-1]
 

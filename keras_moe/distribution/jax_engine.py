@@ -24,6 +24,7 @@ from keras.src.backend.jax.trainer import JAXTrainer
 
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import bank, outside
+from keras_moe.distribution.engine import Engine
 from keras_moe.distribution.layouts import (
     AXES,
     BATCH,
@@ -40,17 +41,13 @@ from keras_moe.slots import by_rows, look_up
 _convert_to_numpy = keras_backend.convert_to_numpy
 
 
-class JaxEngine:
+class JaxEngine(Engine):
     """Layouts and collectives of one `ExpertParallel`."""
 
-    ROUTERS = ()  # any
-    GENERATES = True
-
-    def __init__(self, parallel):
-        self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
-        shape = tuple(self.size.values())
-        self.distribution = _Sharded(DeviceMesh(shape, AXES, parallel.devices))
-        self.batch_shards = parallel.batch_shards
+    def __init__(self, size, devices):
+        super().__init__(size, devices)
+        shape = tuple(size[axis] for axis in AXES)
+        self.distribution = _Sharded(DeviceMesh(shape, AXES, devices))
         self.mesh = self.distribution.device_mesh.backend_mesh
 
     @staticmethod
@@ -89,7 +86,9 @@ class JaxEngine:
         patches[JAXTrainer, "make_train_function"] = make_train_function
         if jax.process_count() > 1:
             patches[JAXTrainer, "make_predict_function"] = make_predict_function
-            patches[keras_backend, "convert_to_numpy"] = self.whole  # what is saved
+            # What is saved, the first by layers, the second by optimizers.
+            patches[keras_backend, "convert_to_numpy"] = self.whole
+            patches[keras_backend.Variable, "numpy"] = self.whole
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.distribution.scope())
             for (owner, name), function in patches.items():
@@ -180,12 +179,6 @@ class JaxEngine:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False
         )(*inputs)
-
-    def gathered(self, x):
-        return x
-
-    def seats_for_all(self, tokens):
-        return None
 
     def _local(self, experts, weights, seed):
         """A device's experts: a function from slots to slots, `[rows, slots, ...]` each."""

@@ -61,7 +61,7 @@ class ExpertParallel:
         model: devices along the axis that shares hidden units; must divide the experts' hidden
             width.
         devices: list of names, on JAX as `keras.distribution.list_devices()` returns them, on
-            TensorFlow "CPU:0" and so on; `None`: all, of several processes too.
+            TensorFlow "CPU:0" and so on; `None`: all, and of several processes always.
 
     Raises:
         ValueError: if an argument is out of range, if the mesh is larger than the devices, on
@@ -75,6 +75,11 @@ class ExpertParallel:
         positive_integer("experts", experts)
         positive_integer("model", model)
         engine = _engine()
+        if devices is not None and num_processes() > 1:
+            raise ValueError(
+                "`devices` must be None with several processes, and is all of theirs. "
+                f"Received: {devices}"
+            )
         devices = engine.list_devices() if devices is None else list(devices)
         among = experts * model
         if data is None and len(devices) > among and len(devices) % among:
@@ -99,104 +104,13 @@ class ExpertParallel:
         self.experts = experts
         self.model = model
         self.devices = devices[:size]
-        self._engine = engine(self)
-
-    @property
-    def batch_shards(self):
-        """Devices that share the batch."""
-        return self.data * self.experts
+        self._engine = engine({"data": data, "expert": experts, "model": model}, self.devices)
 
     @contextlib.contextmanager
     def scope(self):
         """Within, models are built, compiled, fitted, evaluated, used and saved on the mesh."""
-        with activated(self), self._engine.scope(self):
+        with activated(self._engine), self._engine.scope(self):
             yield self
-
-    def check(self, experts, path, router=None):
-        """Raises a ValueError if the mesh cannot share a bank of experts, or run its router.
-
-        Args:
-            experts: the bank.
-            path: of its layer, for the message.
-            router: the layer's; `None`: it has none.
-        """
-        routes = self._engine.ROUTERS
-        if router is not None and routes and type(router).__name__ not in routes:
-            raise ValueError(
-                f"`router` must be a {', '.join(routes)} on a mesh of this backend's devices. "
-                f"Received: a {type(router).__name__} in the layer {path!r}"
-            )
-        if not hasattr(experts, "compute"):
-            raise ValueError(
-                "`experts` must have all kernels of a kind in one tensor to be shared by devices, "
-                "as `FeedForwardExperts` and `LinearExperts` have. "
-                f"Received: {type(experts).__name__} in the layer {path!r}"
-            )
-        if experts.num_experts % self.experts:
-            raise ValueError(
-                "`experts` of `ExpertParallel` must divide the number of experts of every layer. "
-                f"Received: experts={self.experts} for the {experts.num_experts} experts of the "
-                f"layer {path!r}"
-            )
-        hidden_dim = getattr(experts, "hidden_dim", 0)
-        if hidden_dim % self.model:
-            raise ValueError(
-                "`model` of `ExpertParallel` must divide the hidden width of every layer's "
-                f"experts. Received: model={self.model} for hidden_dim={hidden_dim} in the layer "
-                f"{path!r}"
-            )
-
-    def check_generation(self):
-        """Raises a ValueError where the engine cannot write texts on its mesh."""
-        if not self._engine.GENERATES:
-            raise ValueError(
-                "`generate` must be called outside of `ExpertParallel.scope()` on TensorFlow, "
-                "whose DTensor has no rule for a cache. Received: a call within; save the weights, "
-                "and load them into a model that was made outside"
-            )
-
-    def place(self, experts):
-        """Remembers where weights go that have been made, but get their values later."""
-        self._engine.place(experts)
-
-    def exchange(self, experts, inputs, routing, training=False):
-        """Tokens to their experts' devices, through the experts, and back: for a layer's call.
-
-        Args:
-            experts: a bank of experts that was built within `scope`.
-            inputs: `[groups, tokens, dim]` tensor.
-            routing: a `Routing` of these tokens.
-            training: boolean.
-
-        Returns:
-            `[groups, tokens, out]` tensor: what dispatch, experts and combine make on one device.
-        """
-        return self._engine.exchange(experts, inputs, routing, training)
-
-    def spread(self, experts, inputs, training=False):
-        """Slots to their experts' devices, through the experts, and back: for soft routing.
-
-        Args:
-            experts: a bank of experts that was built within `scope`.
-            inputs: `[groups, experts, slots, dim]` tensor.
-            training: boolean.
-
-        Returns:
-            `[groups, experts, slots, out]` tensor.
-        """
-        return self._engine.spread(experts, inputs, training)
-
-    def by_groups(self, function, *inputs):
-        """See `active.by_groups`."""
-        return self._engine.by_groups(function, *inputs)
-
-    def gathered(self, x):
-        """See `active.gathered`."""
-        return self._engine.gathered(x)
-
-    def seats_for_all(self, tokens):
-        """See `active.seats_for_all`."""
-        return self._engine.seats_for_all(tokens)
 
     def assert_sharded(self, model):
         """Raises a ValueError if a device has more than its share of an expert kernel.
@@ -226,7 +140,7 @@ class ExpertParallel:
             for weight in layer.experts.weights:
                 by_experts = weight.shape[:1] == (layer.experts.num_experts,)
                 axes = expert_axes(weight.name) if by_experts else ()
-                share = math.prod(getattr(self, _ATTRIBUTE[axis]) for axis in axes if axis)
+                share = math.prod(self._engine.size[axis] for axis in axes if axis)
                 yield weight, share
                 for moment in moments:
                     if not moment.path.rpartition("/")[2].startswith(prefix(weight.path)):
@@ -264,9 +178,6 @@ class ExpertParallel:
         table = "\n".join(lines)
         print(table)
         return table
-
-
-_ATTRIBUTE = {"data": "data", "expert": "experts", "model": "model"}
 
 
 def _engine():

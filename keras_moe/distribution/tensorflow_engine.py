@@ -30,31 +30,31 @@ from tensorflow.experimental import dtensor
 
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import active, bank
+from keras_moe.distribution.engine import Engine
 from keras_moe.distribution.layouts import AXES, bank_axes, moment_axes, other_axes, prefix
 from keras_moe.ops import with_gradient
 
 COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
 
 
-class TensorFlowEngine:
+class TensorFlowEngine(Engine):
     """Layouts and steps of one `ExpertParallel`."""
 
     # The others select by tensors of their own, whose gradients on shards nobody has checked.
     ROUTERS = ("SwitchRouter", "TopKRouter", "ExpertChoiceRouter")
     GENERATES = False
 
-    def __init__(self, parallel):
+    def __init__(self, size, devices):
         _start()
-        self.size = {"data": parallel.data, "expert": parallel.experts, "model": parallel.model}
+        super().__init__(size, devices)
         axes = [(axis, self.size[axis]) for axis in AXES]
         if dtensor.num_clients() == 1:
-            self.mesh = dtensor.create_mesh(axes, devices=parallel.devices)
+            self.mesh = dtensor.create_mesh(axes, devices=devices)
         else:
             self.mesh = dtensor.create_distributed_mesh(axes, device_type=_kind())
         self.batch_axis, self.other_axis = "expert", "data"
-        if parallel.data > parallel.experts:
+        if size["data"] > size["expert"]:
             self.batch_axis, self.other_axis = "data", "expert"
-        self.batch_shards = parallel.batch_shards
         self._axes = {}  # of variables by the names that optimizers make of their paths
 
     @staticmethod
@@ -95,7 +95,7 @@ class TensorFlowEngine:
             step = tf.function(step, autograph=False)
 
         def run(data):
-            if active() is not parallel:
+            if active() is not self:
                 raise ValueError(
                     "A model that was fitted or called within `ExpertParallel.scope()` must be so "
                     f"again. Received: `{what}` of the model {model.name!r} outside of it"

@@ -9,6 +9,7 @@ from keras import tree
 from keras.src.backend.tensorflow import trainer
 
 _build, _reduce = trainer.TensorFlowTrainer._maybe_symbolic_build, trainer.reduce_per_replica
+_many = trainer._collective_all_reduce_multi_worker
 
 
 def mend():
@@ -19,7 +20,7 @@ def mend():
 
 def _built_by_one_replica(model, iterator=None, data_batch=None):
     """With the shapes of the batch of this process's first replica."""
-    if model._distribute_strategy is not None and iterator is not None:
+    if iterator is not None and _many(model._distribute_strategy):
         local = model.distribute_strategy.experimental_local_results
         _, _, batches = next(iter(iterator))
         data_batch = tree.map_structure(lambda x: local(x)[0], next(batches))
@@ -29,6 +30,6 @@ def _built_by_one_replica(model, iterator=None, data_batch=None):
 
 def _reduced(values, strategy, reduction):
     """The mean over all replicas of all processes."""
-    if reduction == "auto" and trainer._collective_all_reduce_multi_worker(strategy):
+    if reduction == "auto" and _many(strategy):
         return tree.map_structure(lambda x: strategy.reduce("MEAN", x, axis=None), values)
     return _reduce(values, strategy, reduction)

@@ -39,6 +39,7 @@ ORDER = (
     "distribution.tensorflow_replicas",
     "distribution.cluster",
     "distribution.layouts",
+    "distribution.engine",
     "distribution.jax_engine",
     "distribution.tensorflow_engine",
     "distribution.parallel",

@@ -143,7 +143,8 @@ def pretrain(
     metric = "val_perplexity" if heldout else "loss"
     run = Run(Path(output or Path("runs") / name), settings, [metric], restart, last=True)
     if run.finished:
-        print(f"{run.folder} holds this run, finished: nothing to do")
+        if process_id() == 0:
+            print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
     with contextlib.nullcontext() if parallel is None else parallel.scope():
         _train(run, settings, tensorboard, verbose)

@@ -21,7 +21,7 @@ def model_of(hidden_dim=16):
     inputs = keras.Input((LENGTH, DIM))
     x = keras.layers.Dense(DIM, activation="relu")(inputs)
     for router in (
-        keras_moe.SwitchRouter(exploration="argmax", min_capacity=1),
+        keras_moe.SwitchRouter(jitter=0.1, min_capacity=1, seed=1),
         keras_moe.TopKRouter(2),
         keras_moe.ExpertChoiceRouter(inference="threshold"),
     ):
@@ -62,7 +62,8 @@ def main(devices, folder, weights=None):
         tf.config.threading.set_inter_op_parallelism_threads(16)  # each device waits for the others
     with contextlib.ExitStack() as stack:
         count = len(ExpertParallel(experts=1).devices)
-        stack.enter_context(ExpertParallel(data=count // 4 or 1, experts=min(count, 4)).scope())
+        # All along one axis: no process has all the experts.
+        stack.enter_context(ExpertParallel(data=1, experts=count).scope())
         model = model_of()
         losses = trained(model, folder, keep=None)
         x, y = data()
@@ -73,7 +74,9 @@ def main(devices, folder, weights=None):
             "predicted": model.predict(x, 16, verbose=0)[:, 0, 0].tolist(),
         }
         if weights is not None:
-            model.save_weights(f"{weights}/{keras_moe.distribution.process_id()}.weights.h5")
+            own = f"{weights}/{keras_moe.distribution.process_id()}"
+            model.save_weights(f"{own}.weights.h5")
+            model.save(f"{own}.keras")
     print(json.dumps(result))
 
 

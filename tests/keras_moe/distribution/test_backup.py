@@ -1,5 +1,8 @@
 """`ShardedBackup` on one device; on several and by several processes in test_runs.py."""
 
+import contextlib
+import json
+import shutil
 import sys
 
 import keras
@@ -107,10 +110,23 @@ def test_another_model(whole):
         r"\(8, 8, 16\) in float32 in '.*epoch-4', and .*kernel_in' of shape \(8, 8, 12\)",
     ):
         trained(model_of(hidden_dim=12), whole[1])
-    model = keras.Sequential([keras.Input((8, 8)), keras.layers.Dense(8, name="dense")])
-    model.compile("adam", "mse")
-    with pytest.raises(ValueError, match="`folder` must hold checkpoints of this model. Received:"):
-        trained(model, whole[1])
+
+
+def test_a_model_with_more_variables(whole, tmp_path):
+    changed(whole[1], tmp_path / "run", lambda saved: saved["variables"].pop())
+    with pytest.raises(
+        ValueError, match=r"of this model. Received: \d+ variables in '.*', and \d+"
+    ):
+        ShardedBackup(tmp_path / "run").restore(model_of())
+
+
+def changed(source, folder, change):
+    """A copy of checkpoints, the last of which says something else of itself."""
+    shutil.copytree(source, folder)
+    path = folder / "epoch-4" / "variables.json"
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="`fit` builds it on JAX")
@@ -119,6 +135,52 @@ def test_a_model_that_is_not_built(tmp_path):
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match="`model` must be built before `fit` to be restored."):
         trained(model, tmp_path)
+
+
+def test_a_second_save_of_an_epoch_stopped_at_any_time_loses_nothing(tmp_path, monkeypatch):
+    """Whichever renaming or deletion is the last that was done."""
+    model = model_of()
+    backup_of = ShardedBackup(tmp_path)
+    for epoch in (2, 3, 3):
+        backup_of.save(model, epoch)
+    assert names(tmp_path) == ["epoch-2", "epoch-3"]
+    for name in ("rename", "rmtree"):
+        for number in range(4):
+            done = []
+
+            def stopped(original, done=done, number=number):
+                def call(*arguments):
+                    if len(done) == number:
+                        raise Killed
+                    done.append(arguments)
+                    return original(*arguments)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                owner = backup.Path if name == "rename" else backup.shutil
+                patch.setattr(owner, name, stopped(getattr(owner, name)))
+                with contextlib.suppress(Killed):
+                    backup_of.save(model, 3)
+            assert backup_of.restore(model) in (2, 3)
+
+
+def test_a_run_that_began_anew_replaces_later_epochs(tmp_path):
+    model, backup_of = model_of(), ShardedBackup(tmp_path, keep=1)
+    for epoch in (4, 1):
+        backup_of.save(model, epoch)
+    assert names(tmp_path) == ["epoch-1"]
+
+
+def test_another_backend(whole, tmp_path):
+    changed(whole[1], tmp_path / "run", lambda saved: saved.update(backend="another"))
+    with pytest.raises(ValueError, match="of the backend .*. Received: those of another in"):
+        ShardedBackup(tmp_path / "run").restore(model_of())
+
+
+def test_no_path():
+    with pytest.raises(ValueError, match="`folder` must be a path. Received: gs://bucket/run"):
+        ShardedBackup("gs://bucket/run")
 
 
 @pytest.mark.parametrize("name", ["every", "keep"])

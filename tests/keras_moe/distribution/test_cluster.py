@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -11,7 +12,16 @@ import pytest
 from keras_moe import launch
 from keras_moe.distribution import cluster, initialize
 
-if keras.backend.backend() == "torch":
+TORCH = keras.backend.backend() == "torch"
+
+
+@pytest.mark.skipif(not TORCH, reason="processes can be joined")
+def test_where_no_engine_joins_processes():
+    with pytest.raises(ValueError, match="`initialize` must be called on JAX or TensorFlow"):
+        initialize("127.0.0.1:1", 2, 0)
+
+
+if TORCH:
     pytest.skip("no engine joins processes", allow_module_level=True)
 
 
@@ -20,12 +30,12 @@ def connected(monkeypatch):
     """What the backend was told, by process."""
     told, seeds = {}, []
 
-    def connect(addresses, coordinator, num_processes, process_id):
+    def connect(addresses, coordinator, num_processes, process_id, timeout):
         told[process_id] = {"addresses": addresses, "seed": seeds[-1]}
 
     monkeypatch.setattr(cluster, "_connect", connect)
     monkeypatch.setattr(keras.utils, "set_random_seed", seeds.append)
-    for name in ("SLURM_PROCID", "JOB_COMPLETION_INDEX"):
+    for name in ("SLURM_PROCID", "SLURM_JOB_ID", "SLURM_STEP_ID", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return told
 
@@ -76,37 +86,73 @@ def test_a_coordinator_that_is_not_there(connected, port):
     assert not connected
 
 
+def connected_to(port):
+    """A connection to process 0, which may only be about to listen."""
+    for _ in range(1000):
+        try:
+            return socket.create_connection(("127.0.0.1", port), 10)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise TimeoutError(port)
+
+
 def answer(port, words):
-    """What process 0 says to these; it may only be about to listen."""
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as talk:
-            talk.sendall(words)
-            return talk.makefile().readline()
+    """What process 0 says to these."""
+    with connected_to(port) as talk:
+        talk.sendall(words)
+        return talk.makefile().readline()
 
 
-@pytest.mark.parametrize("other", [(3, 1), (2, 0)], ids=["of another run", "of the same number"])
+@pytest.mark.parametrize("other", [(3, 1), (2, 0), (2, 7)], ids=str)
 def test_processes_that_do_not_agree(port, other):
-    """Process 0 of 2, and one that says that it is of 3, or process 0 of 2 again."""
+    """Process 0 of 2, and one that says that it is 1 of 3, 0 of 2 again, or 7 of 2."""
     num_processes, process_id = other
-    hello = {"num_processes": num_processes, "process_id": process_id}
+    hello = {"run": ".", "num_processes": num_processes, "process_id": process_id}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(initialize, f"127.0.0.1:{port}", 2, 0, 20)
-        told = json.loads(answer(port, json.dumps(hello).encode() + b"\n"))["wrong"]
+        told = json.loads(answer(port, json.dumps(hello).encode() + b"\n"))["value"]
         with pytest.raises(ValueError, match="`process_id` must be another for each of 2") as error:
             first.result()
     assert told == str(error.value)
-    assert f"process_id={process_id}, num_processes={num_processes} from 127.0.0.1" in told
+    assert f"process_id={process_id}, num_processes={num_processes} from " in told
+
+
+STRANGERS = (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[1, 2]\n",
+    b"[" * 3000 + b"\n",
+    b'{"run": ".", "process_id": 1}\n',
+    b'{"run": ".", "process_id": "1", "num_processes": 2}\n',
+    b'{"run": ".", "process_id": [1], "num_processes": 2}\n',
+    b'{"run": "7.0", "process_id": 1, "num_processes": 2}\n',  # of another job
+)
 
 
 def test_strangers_are_not_heard(connected, port):
     address = f"127.0.0.1:{port}"
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(initialize, address, 2, 0, 20)
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"process_id": 1}\n'):
-            assert answer(port, words) == ""
+        for words in STRANGERS:
+            with contextlib.suppress(ConnectionResetError):
+                assert answer(port, words) == ""
         initialize(address, 2, 1, 20)
         first.result()
     assert connected.keys() == {0, 1}
+
+
+def test_one_that_gave_up_is_waited_for_again(connected, port):
+    """Process 1 of 3 comes, and is gone when the last one does; another process 1 comes later."""
+    address = f"127.0.0.1:{port}"
+    hello = {"run": ".", "num_processes": 3, "process_id": 1}
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(initialize, address, 3, 0, 20)
+        gone = connected_to(port)
+        gone.sendall(json.dumps(hello).encode() + b"\n")
+        gone.close()
+        last = pool.submit(initialize, address, 3, 2, 20)
+        again = pool.submit(initialize, address, 3, 1, 20)
+        assert [call.result() for call in (first, last, again)] == [None] * 3
+    assert connected.keys() == {0, 1, 2}
 
 
 def test_a_port_that_is_taken():
@@ -119,7 +165,7 @@ def test_a_port_that_is_taken():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 2, 0), '`coordinator` must be "host:port" of process 0. Received: .*None'),
+        ((None, 2, 0), '`coordinator` must be "host:port" of process 0, .*Received: None'),
         (("10.0.0.1", 2, 0), '`coordinator` must be "host:port"'),
         (("host:99999", 2, 0), '`coordinator` must be "host:port"'),
         (("host:1", None, 0), "`num_processes` must be an integer of at least 1"),
@@ -138,19 +184,32 @@ def test_one_process_has_nobody_to_meet(connected):
     assert not connected
 
 
-SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_ID": "4097"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_ID": "353", "SLURM_STEP_ID": "1"}
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("tpu7", "tpu7"), ("gpu[003-005,9],cpu1", "gpu003"), ("a-1,a-2", "a-1"), ("n[7,9]", "n7")],
+    [
+        ("tpu7", "tpu7"),
+        ("gpu[003-005,9],cpu1", "gpu003"),
+        ("a-1,a-2", "a-1"),
+        ("n[7,9]-ib", "n7-ib"),
+        ("rack[1-2]n[03,5],x", "rack1n03"),
+    ],
 )
 def test_slurm(monkeypatch, nodes, first):
     for name, value in {**SLURM, "SLURM_STEP_NODELIST": nodes}.items():
         monkeypatch.setenv(name, value)
-    # The job's number, 4097, is 1 above a multiple of 4096.
-    with pytest.raises(TimeoutError, match=f"at {first}:61441 within 0.01 s.*process 3 of 4"):
+    # Job 353 and step 1 are 2 more than 352 jobs, of 64 ports each.
+    with pytest.raises(TimeoutError, match=f"at {first}:{10240 + 2 * 64} within 0.01 s.*3 of 4"):
         initialize(timeout=0.01)
+
+
+def test_slurm_with_one_task(connected, monkeypatch):
+    for name, value in {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    initialize()
+    assert not connected
 
 
 def test_kubernetes_and_what_is_given_comes_first(monkeypatch, port):
@@ -183,10 +242,10 @@ class TestLaunch:
         ("arguments", "message"),
         [
             (["--processes", "1", "nothing.py"], "`PROGRAM` must be a file. Received: nothing.py"),
-            (["--processes", "2", __file__], "error: `process_id` must be an integer"),
+            (["--processes", "2", __file__], "error: `--process-id` must be an integer"),
             (
                 ["--coordinator", "h:1", "--processes", "2", "--process-id", "2", __file__],
-                "error: `process_id` must be below the number of processes, 2",
+                "error: `--process-id` must be below the number of processes, 2",
             ),
         ],
     )
