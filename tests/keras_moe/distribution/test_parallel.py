@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_moe
-from keras_moe.distribution import ExpertParallel
+from keras_moe.distribution import ExpertParallel, parallel
 from keras_moe.distribution.active import active, bank
 from keras_moe.distribution.layouts import expert_axes, other_axes
 
@@ -42,8 +42,7 @@ def test_layouts_of_the_rest(path, shape, axes):
 class TestOneDevice:
     def test_the_scope_ends(self):
         assert active() is None and bank() is None
-        parallel = ExpertParallel()
-        with pytest.raises(KeyError), parallel.scope():
+        with pytest.raises(KeyError), ExpertParallel().scope():
             assert active() is not None
             raise KeyError
         assert active() is None
@@ -66,6 +65,15 @@ class TestOneDevice:
     def test_a_mesh_larger_than_the_devices(self):
         with pytest.raises(ValueError, match=r"at most the number of devices, 1\..*a mesh of 6"):
             ExpertParallel(data=2, experts=3, devices=["cpu:0"])
+
+    def test_several_processes_share_all_devices(self, monkeypatch):
+        monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+        with pytest.raises(ValueError, match="`devices` must be None with several processes"):
+            ExpertParallel(devices=["cpu:0"])
+        four = staticmethod(lambda: ["cpu:0", "cpu:1", "cpu:2", "cpu:3"])
+        monkeypatch.setattr(parallel._engine(), "list_devices", four)
+        with pytest.raises(ValueError, match="number of devices of all processes, 4. .* mesh of 2"):
+            ExpertParallel(data=1, experts=2)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="there is an engine")
