@@ -63,7 +63,8 @@ def figures(model):
         if isinstance(layer, RelativePositionBias):  # a table, which is looked up
             not_multiplied += _size(layer.embedding)
     embedding = backbone.token_embedding
-    if not getattr(embedding, "tie_weights", False):  # a tied table makes the logits
+    makes_logits = hasattr(backbone, "logits") and embedding.tie_weights
+    if not makes_logits:
         not_multiplied += _size(embedding.embeddings)
     return Figures(parameters, active, 6 * (active - not_multiplied))
 
