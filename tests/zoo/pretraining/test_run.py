@@ -6,6 +6,7 @@ import pytest
 
 import zoo
 from tests.backend import numpy
+from tests.keras_moe.distribution.several import launched
 from zoo import runs
 from zoo.models import builders
 from zoo.pretraining import run as pretraining
@@ -143,6 +144,20 @@ def test_other_objectives(text, tmp_path, objective, options, task):
     results = run(text, tmp_path, objective=objective, steps=2, **options)
     assert np.isfinite(results["history"][0]["val_perplexity"])
     assert type(zoo.from_preset(tmp_path / "preset")).__name__ == task
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
+def test_neither_devices_nor_processes_change_a_run(text, tmp_path):
+    """Two processes; on JAX each has two devices."""
+    program = ("-m", "tests.zoo.pretraining.on_devices", text)
+    mesh = {"data": 2, "experts": 2} if keras.backend.backend() == "jax" else {"experts": 2}
+    (one,) = launched(*program, tmp_path / "one", "null")
+    many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)
+    for process in many:
+        for mine, its in zip(one, process, strict=True):
+            assert its["place"] == mine["place"] and its.keys() == mine.keys()
+            for name in ("loss", "val_loss", "accuracy", "moe_2/dropped"):
+                assert its[name] == pytest.approx(mine[name], abs=1e-4), name
 
 
 def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
