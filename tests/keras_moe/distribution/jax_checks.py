@@ -270,10 +270,13 @@ def dropped_units():
         layer.build((None, 4, DIM))
         for kernel in (experts.kernel_in, experts.kernel_out):
             kernel.assign(np.ones(kernel.shape))
-        inputs = keras.Input((4, DIM))
-        model = keras.Model(inputs, layer(inputs, training=True))
-        y = model.predict(np.ones((2, 4, DIM), "float32"), verbose=0)
-    return y[..., 0].ravel().tolist()
+        weights = [
+            [v.value for v in variables]
+            for variables in (layer.trainable_variables, layer.non_trainable_variables)
+        ]
+        call = jax.jit(lambda x: layer.stateless_call(*weights, x, training=True)[0])
+        y = call(np.ones((2, 4, DIM), "float32"))
+    return np.asarray(y[..., 0]).ravel().tolist()
 
 
 def language_model():
