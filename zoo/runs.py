@@ -11,8 +11,28 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_moe.distribution.cluster import agreed, barrier, process_id
+from keras_moe.distribution import ExpertParallel
+from keras_moe.distribution.cluster import agreed, barrier, num_processes, process_id
 from zoo.presets import explained
+
+
+def devices(mesh):
+    """The `ExpertParallel` of a run; `None`: it has one device.
+
+    Args:
+        mesh: dictionary of its arguments, or `None`.
+
+    Raises:
+        ValueError: if there is none for several processes.
+    """
+    if mesh:
+        return ExpertParallel(**mesh)
+    if num_processes() > 1:
+        raise ValueError(
+            "`mesh` must be the devices of all processes. "
+            f"Received: mesh={mesh}, and {num_processes()} processes"
+        )
+    return None
 
 
 class SeedEpochs(keras.callbacks.Callback):

@@ -7,13 +7,13 @@ import keras
 import numpy as np
 
 import keras_moe
-from keras_moe.distribution import ExpertParallel, num_processes, process_id
+from keras_moe.distribution import process_id
 from zoo.batches import TokenBatches
 from zoo.extras import require
 from zoo.models import builders
 from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPreprocessor
 from zoo.presets import from_preset
-from zoo.runs import Run, SaveRun, SeedEpochs
+from zoo.runs import Run, SaveRun, SeedEpochs, devices
 from zoo.tasks import data, metrics
 from zoo.tasks.task import get, recipe
 from zoo.tokenizer import default_tokenizer
@@ -95,12 +95,7 @@ def finetune(
             with other settings.
         FileNotFoundError: if the data is not there.
     """
-    parallel = ExpertParallel(**mesh) if mesh else None  # TensorFlow wants it first
-    if num_processes() > 1 and parallel is None:
-        raise ValueError(
-            "`mesh` must be the devices of all processes. "
-            f"Received: mesh=None, and {num_processes()} processes"
-        )
+    parallel = devices(mesh)  # TensorFlow wants it first
     verbose = verbose if process_id() == 0 else 0
     task = get(task)
     given = {

@@ -1,7 +1,9 @@
 """What layers ask of a mesh; each backend's engine is a subclass."""
 
+import abc
 
-class Engine:
+
+class Engine(abc.ABC):
     """Layouts, collectives and steps of one mesh.
 
     Args:
@@ -59,10 +61,11 @@ class Engine:
                 "and load them into a model that was made outside"
             )
 
+    @abc.abstractmethod
     def place(self, experts):
         """Remembers where weights go that have been made, but get their values later."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def exchange(self, experts, inputs, routing, training):
         """Tokens to their experts' devices, through the experts, and back: for a layer's call.
 
@@ -75,8 +78,8 @@ class Engine:
         Returns:
             `[groups, tokens, out]` tensor: what dispatch, experts and combine make on one device.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def spread(self, experts, inputs, training):
         """Slots to their experts' devices, through the experts, and back: for soft routing.
 
@@ -88,11 +91,10 @@ class Engine:
         Returns:
             `[groups, experts, slots, out]` tensor.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def by_groups(self, function, *inputs):
         """See `active.by_groups`."""
-        raise NotImplementedError
 
     def gathered(self, x):
         """See `active.gathered`."""

@@ -13,7 +13,7 @@ NAMESPACE = "keras_moe"  # of the operators, torch.ops.keras_moe
 
 def _operator(name):
     """A decorator: an operator of its own, which changes none of its arguments."""
-    return torch.library.custom_op("::".join((NAMESPACE, name)), mutates_args=())
+    return torch.library.custom_op(NAMESPACE + 2 * ":" + name, mutates_args=())
 
 
 class WithGradient(torch.autograd.Function):

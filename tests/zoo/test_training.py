@@ -294,7 +294,7 @@ def test_neither_devices_nor_processes_change_a_run(tmp_path):
 
 
 def test_several_processes_need_a_mesh(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "num_processes", lambda: 2)
+    monkeypatch.setattr(runs, "num_processes", lambda: 2)
     with pytest.raises(
         ValueError, match="`mesh` must be the devices of all processes.*2 processes"
     ):

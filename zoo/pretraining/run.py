@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import keras_moe
-from keras_moe.distribution import ExpertParallel, num_processes, process_id
+from keras_moe.distribution import process_id
 from keras_moe.routing.base import positive_integer
 from zoo.models.decoder import CausalLM, CausalLMPreprocessor
 from zoo.models.encoder import EncoderTextClassifierPreprocessor
@@ -18,7 +18,7 @@ from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
 from zoo.models.masked_lm import EncoderMaskedLM
 from zoo.pretraining.objectives import OBJECTIVES
 from zoo.pretraining.text import Blocks, sources
-from zoo.runs import Run, SaveRun, SeedEpochs
+from zoo.runs import Run, SaveRun, SeedEpochs, devices
 from zoo.schedules import InverseSquareRoot
 from zoo.tokenizer import default_tokenizer, t5_tokenizer
 from zoo.training import MODELS, EpochLine
@@ -106,12 +106,7 @@ def pretrain(
             with other settings.
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
     """
-    parallel = ExpertParallel(**mesh) if mesh else None  # TensorFlow wants it first
-    if num_processes() > 1 and parallel is None:
-        raise ValueError(
-            "`mesh` must be the devices of all processes. "
-            f"Received: mesh=None, and {num_processes()} processes"
-        )
+    parallel = devices(mesh)  # TensorFlow wants it first
     verbose = verbose if process_id() == 0 else 0
     settings = {
         "model": model,
