@@ -154,6 +154,13 @@ def _parser():
         ("dropout", "everywhere"),
     ):
         add(f"--{name}", type=float, metavar="X", help=text)
+    add(
+        "--capacity-factor",
+        type=_capacity,
+        default="default",
+        metavar="X",
+        help="of the routers; none: no token is dropped; default: as the model's paper",
+    )
     add("--tensorboard", action="store_true", help="write logs to DIR/tensorboard")
     add(
         "--mesh",
@@ -207,6 +214,13 @@ def _mesh(text):
             )
         mesh[names[name]] = int(size)
     return mesh
+
+
+def _capacity(text):
+    """A number, `None` for "none", or "default"."""
+    if text in ("none", "default"):
+        return None if text == "none" else text
+    return float(text)
 
 
 def _recipes():
@@ -323,7 +337,8 @@ def _given(options):
     return {
         name: value
         for name, value in vars(options).items()
-        if name not in ("run", "interrupted", "backend") and value is not None
+        if name not in ("run", "interrupted", "backend")
+        and (value is not None or name == "capacity_factor")
     }
 
 

@@ -35,13 +35,13 @@ def _widths(layers, heads, width, head_width, hidden, vocabulary=32128, **option
 
 
 _GATED = {"activation": gelu_tanh, "gated": True}
-# "mini" is the project's own, made to be trained on two CPU cores, with the shipped tokenizer. The
-# others up to "xxl" are T5's (https://arxiv.org/abs/1910.10683), "xl" and "xxl" those of T5 1.1;
-# the public Switch models have these widths, too. "c-2048" is the Switch-C of Switch Transformers
-# (https://arxiv.org/abs/2101.03961, Table 9), every block of which is sparse; "100m" and "8b" are
-# Expert Choice's (https://arxiv.org/abs/2202.09368, Table 1).
+# "mini" is the project's own, to be pretrained on two CPU cores, with the shipped tokenizer; the
+# shipped presets are of it. The others up to "xxl" are T5's (https://arxiv.org/abs/1910.10683),
+# "xl" and "xxl" those of T5 1.1; the public Switch models have these widths, too. "c-2048" is the
+# Switch-C of Switch Transformers (https://arxiv.org/abs/2101.03961, Table 9), every block of which
+# is sparse; "100m" and "8b" are Expert Choice's (https://arxiv.org/abs/2202.09368, Table 1).
 SIZES = {
-    "mini": _widths(4, 4, 128, 32, 512, vocabulary=8192),
+    "mini": _widths(4, 3, 192, 64, 512, vocabulary=8192, **_GATED),
     "small": _widths(6, 8, 512, 64, 2048),
     "base": _widths(12, 12, 768, 64, 3072),
     "large": _widths(24, 16, 1024, 64, 4096),

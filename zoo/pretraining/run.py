@@ -41,6 +41,7 @@ def pretrain(
     output=None,
     size="mini",
     num_experts=8,
+    capacity_factor="default",
     steps=10000,
     steps_per_save=500,
     batch_size=64,
@@ -77,6 +78,8 @@ def pretrain(
         output: folder of the run; by default named after model, objective, backend and seed.
         size: of the model, see `zoo.switch_transformer`.
         num_experts: experts per sparse block; left out of a dense model.
+        capacity_factor: of the routers, in training and in inference; `None`: no token is dropped;
+            "default": as the model's paper has it.
         steps: batches to train on, counted one by one where gradients are accumulated, too.
         steps_per_save: batches from one checkpoint to the next; must divide `steps`.
         batch_size: blocks of text per step.
@@ -116,6 +119,7 @@ def pretrain(
         "heldout": sources(heldout) if heldout else [],
         "size": size,
         "num_experts": None if model == "dense" else num_experts,
+        "capacity_factor": "default" if model == "dense" else capacity_factor,
         "steps": steps,
         "steps_per_save": steps_per_save,
         "batch_size": batch_size,
@@ -252,19 +256,20 @@ def _task(settings, architecture, tokenizer):
     if settings["model"] != "dense":
         options["num_experts"] = settings["num_experts"]
         options["expert_dropout"] = settings["dropout"]
-        if settings["router_z_weight"]:
-            options["router"] = _router(settings, architecture)
+        options["router"] = _router(settings, architecture)
     backbone = MODELS[settings["model"]](**options)
     task, preprocessor = TASKS[architecture]
     return task(backbone, preprocessor(tokenizer))
 
 
 def _router(settings, architecture):
-    """The builder's own router, with a z-loss."""
+    """The builder's own router, but for what is set."""
     options = {"size": settings["size"], "architecture": architecture}
-    config = MODELS[settings["model"]](**options).router_config
-    config["config"]["router_z_weight"] = settings["router_z_weight"]
-    return keras.saving.deserialize_keras_object(config)
+    serialized = MODELS[settings["model"]](**options).router_config
+    config = {**serialized["config"], "router_z_weight": settings["router_z_weight"]}
+    if settings["capacity_factor"] != "default":
+        config["capacity_factor"] = config["eval_capacity_factor"] = settings["capacity_factor"]
+    return keras.saving.deserialize_keras_object({**serialized, "config": config})
 
 
 def _optimizer(settings):
