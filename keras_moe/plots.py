@@ -102,7 +102,7 @@ def tokens(texts, weights, width=80, axes=None):
         The axes.
 
     Raises:
-        ValueError: if a text has more tokens than weights.
+        ValueError: if texts and weights are not as many, or a text has more tokens than weights.
         ImportError: if matplotlib is not installed.
     """
     placed, lines = _placed(texts, weights, width)
@@ -131,6 +131,11 @@ def tokens(texts, weights, width=80, axes=None):
 
 def _placed(texts, weights, width):
     """Tokens as tuples `(line, place, token, weight_E)`, and how many lines they take."""
+    if len(texts) != len(weights):
+        raise ValueError(
+            "`texts` and `weights` must be as many. "
+            f"Received: {len(texts)} texts, {len(weights)} tables of weights"
+        )
     result, line = [], 0
     for text, weight_LE in zip(texts, weights, strict=True):
         if len(text) > len(weight_LE):

@@ -75,6 +75,11 @@ class TestTokens:
         with pytest.raises(ValueError, match=message):
             plots.tokens([["a", "b"]], np.ones((1, 1, 3)))
 
+    def test_other_texts_than_weights(self):
+        message = "`texts` and `weights` must be as many. Received: 1 texts, 2 tables of weights"
+        with pytest.raises(ValueError, match=message):
+            plots.tokens([["a"]], np.ones((2, 1, 3)))
+
 
 def test_without_matplotlib(monkeypatch):
     find = builtins.__import__
