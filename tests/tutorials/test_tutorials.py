@@ -1,3 +1,4 @@
+import collections
 import os
 import pathlib
 import re
@@ -33,6 +34,48 @@ def test_first_moe_layer(run, capsys):
     for model in ("switch", "choice"):
         assert names[model].history.history["val_accuracy"][-1] > 0.9
     assert "difference after loading: 0.0" in capsys.readouterr().out
+
+
+def test_four_papers(run, tmp_path):
+    names = run("four_papers")
+    errors, trained = names["errors"], names["trained"]
+    for better in ("2017", "1991, wide"):
+        assert errors[better] < errors["dense"] < 0.15
+    assert max(errors.values()) < 0.2
+    logs = {name: logs for name, (_, logs) in trained.items()}
+    assert logs["2017"]["moe/dropped"] == logs["2022"]["moe/dropped"] == 0
+    assert logs["2021"]["moe/dropped"] > 0
+    assert logs["2022"]["moe/max_share"] == pytest.approx(1)
+    # Of width 27: two layers of 16 units, and the last one; gates of 8 experts, and their noise;
+    # 1991: eight experts of 4 units, which give one number.
+    cost = {name: names["multiplications"](model) for name, (model, _) in trained.items()}
+    assert cost["dense"] == 2 * 27 * 16 + 27
+    assert cost["2021"] == cost["2022"] == 2 * 27 * 16 + 27 + 27 * 8
+    assert cost["2017"] == 2 * 27 * 16 + 27 + 2 * 27 * 8
+    assert cost["1991"] == 8 * (27 * 4 + 4) + 27 * 8
+    assert (tmp_path / "runs" / "four_papers.png").is_file()
+
+
+def test_reading_a_router(run, tmp_path):
+    names = run("reading_a_router")
+    tokens = sum(map(len, names["words"]))
+    for layers in names["seen"].values():
+        assert [load.sum() for load in layers.values()] == [tokens] * 2
+    # Words have their experts: most go where that word goes most often.
+    choices = collections.defaultdict(collections.Counter)
+    for row, weights in zip(names["words"], names["weights"], strict=True):
+        for word, weight in zip(row, weights, strict=False):
+            choices[word][weight.argmax()] += 1
+    assert sum(max(experts.values()) for experts in choices.values()) > 0.7 * tokens
+    switch, training, choice = names["histograms"].values()
+    assert switch.sum() == training.sum() == choice.sum() == 2 * tokens
+    assert switch[2:].sum() == 0 and training[0] > switch[0]
+    assert 1.5 < choice @ range(9) / choice.sum() < 3
+    assert {path.name for path in tmp_path.rglob("*.png")} == {
+        "router_loads.png",
+        "router_tokens.png",
+        "experts_per_token.png",
+    }
 
 
 def test_sharding_experts(tmp_path):
