@@ -278,13 +278,12 @@ figure.savefig("runs/four_papers.png", dpi=110)
 #   the price makes it as good as 2017.
 # * **2017** gives every point two experts, and the colours of a region are mixtures. Its noise and
 #   its two losses spread the points: the busiest expert has little more than its share.
-# * **2021** has one colour for each point and hard borders, half of 2017's products for the same
-#   price, and experts that are as wide as the dense network. Here they are not balanced well: the
-#   busiest is wanted twice as often as it should be, and a sixth of the points find no room while
-#   training. In the figure's map an expert that is full leaves white: points are seated in their
+# * **2021** has one colour for each point and hard borders, and one expert as wide as the dense
+#   network where 2017 has two of half its width. Here they are not balanced well: the busiest is
+#   wanted twice as often as it should be, and about a sixth of the points find no room in training. In the figure's map an expert that is full leaves white: points are seated in their
 #   order, from the bottom to the top, and the last ones stand. The residual connection carries
 #   them. `SwitchRouter(load_balancing_weight=0.1)` drops fewer; try it.
 # * **2022** lets every expert take as many points as any other, so that balance needs no loss;
-#   regions overlap, and a point may have one expert, or four.
+#   regions overlap, and a point may have one expert or several.
 #
 # Next: [reading a router](reading_a_router.ipynb) looks at a model of language.

@@ -10,6 +10,7 @@ import keras
 import pytest
 
 from tutorials.__main__ import FOLDER, scripts
+from tutorials.notebooks import cells
 
 SCRIPTS = scripts()
 NAMES = [path.stem for path in SCRIPTS]
@@ -107,7 +108,8 @@ class TestText:
             assert word in opening, word
 
     def test_what_it_links_to_is_there(self, path):
-        for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+        text = "\n".join(text for kind, text in cells(path.read_text()) if kind == "markdown")
+        for target in re.findall(r"\]\((?!http)(.+?)\)", text):
             assert (FOLDER / target).is_file(), target
 
 
