@@ -4,7 +4,7 @@
 #     KERAS_BACKEND=jax python tutorials/four_papers.py
 #
 # Any backend (a notebook: start Jupyter with `KERAS_BACKEND` set), and matplotlib
-# (`pip install 'keras-moe[plots]'`); a minute or two and 1 GB. Expected: a table with errors in or
+# (`pip install 'keras-moe[plots]'`); a minute or two and 2 GB. Expected: a table with errors in or
 # near the ranges at the end of this page, and a figure like the one below, `runs/four_papers.png`.
 #
 # What you learn: what the routers of four papers do with the same points, at the same price.
@@ -280,9 +280,10 @@ figure.savefig("runs/four_papers.png", dpi=110)
 #   its two losses spread the points: the busiest expert has little more than its share.
 # * **2021** has one colour for each point and hard borders, and one expert as wide as the dense
 #   network where 2017 has two of half its width. Here they are not balanced well: the busiest is
-#   wanted twice as often as it should be, and about a sixth of the points find no room in training. In the figure's map an expert that is full leaves white: points are seated in their
-#   order, from the bottom to the top, and the last ones stand. The residual connection carries
-#   them. `SwitchRouter(load_balancing_weight=0.1)` drops fewer; try it.
+#   wanted twice as often as it should be, and about a sixth of the points find no room in training.
+#   In the figure's map an expert that is full leaves white: points are seated in their order, from
+#   the bottom to the top, and the last ones stand. The residual connection carries them.
+#   `SwitchRouter(load_balancing_weight=0.1)` drops fewer; try it.
 # * **2022** lets every expert take as many points as any other, so that balance needs no loss;
 #   regions overlap, and a point may have one expert or several.
 #
