@@ -32,7 +32,7 @@ _HOME = {
     "save_transformers": "zoo.conversion",
     "switch_transformer": "zoo.models.builders",
     "t5_tokenizer": "zoo.tokenizer",
-    "finetune": "zoo.training",
+    "finetune": "zoo.finetuning.run",
     "from_preset": "zoo.presets",
     "list_presets": "zoo.catalogue",
     "model_card": "zoo.presets",

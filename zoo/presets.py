@@ -26,7 +26,9 @@ HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
 LANGUAGE_MODELS = (*HEADLESS, zoo.models.moe_lstm.LstmCausalLM)
 
 
-def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
+def from_preset(
+    preset, num_classes=None, load_weights=True, dtype=None, dropout=None, expert_dropout=None
+):
     """Loads a model with its weights, and its tokenizer where it has one.
 
     Example:
@@ -46,6 +48,8 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         dtype: dtype or dtype policy of the backbone's layers; "auto" for the policy that it was
             saved with, or of a checkpoint of transformers the dtype of its files; `None` for Keras'
             own.
+        dropout: rate of the encoder of a text classifier; `None`: as saved.
+        expert_dropout: likewise, of its experts.
 
     Returns:
         A `zoo.EncoderTextClassifier`, `zoo.EncoderMaskedLM`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or
@@ -82,12 +86,71 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
         head = {} if num_classes is None else {"num_classes": int(num_classes)}
         with explained(folder):
-            return keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
+            classifier = keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
+        return _with_dropout(classifier, dropout, expert_dropout)
     _only_classifiers_have_heads(preset, num_classes)
     if not (folder / "task.json").is_file() and not _has_tokenizer(folder):
         options["preprocessor"] = None
     with explained(folder):
         return task.from_preset(str(folder), **options)
+
+
+def _with_dropout(classifier, dropout, expert_dropout):
+    """A classifier whose encoder has other rates; `None` leaves one."""
+    rates = {"dropout": dropout, "expert_dropout": expert_dropout}
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    if not rates:
+        return classifier
+    config = classifier.backbone.get_config()
+    backbone = type(classifier.backbone).from_config({**config, **rates})
+    backbone.set_weights(classifier.backbone.get_weights())
+    other = type(classifier)(
+        backbone, classifier.num_classes, classifier.preprocessor, classifier.dropout
+    )
+    other.set_weights(classifier.get_weights())
+    return other
+
+
+def encoder_config(preset, trained=False):
+    """The config of the encoder of a preset, which is read without its weights.
+
+    Args:
+        preset: as in `from_preset`.
+        trained: whether it must be a text classifier's; else an encoder that was pretrained will
+            do, of which `from_preset` makes a classifier.
+
+    Raises:
+        ValueError: if there is no such preset, or it is of another kind of model.
+        OSError: if the hub cannot be reached and the cache does not have the preset.
+        ImportError: if the hub needs a package that is missing.
+    """
+    folder = _folder(preset, weights=False)
+    encoder = False
+    if not _is_of_transformers(folder):
+        task = _task_class(folder, num_classes=1)
+        config = json.loads((folder / "config.json").read_text())
+        kind = keras.saving.get_registered_object(config["registered_name"])
+        encoder = issubclass(task, keras_hub.models.TextClassifier) and issubclass(
+            kind, zoo.models.encoder.EncoderBackbone
+        )
+    if not encoder:
+        raise ValueError(
+            "`preset` must be of a text classifier, or of an encoder that guesses hidden tokens. "
+            f"Received: preset={str(preset)!r}"
+        )
+    if trained and not _names_a_classifier(folder / "task.json"):
+        raise ValueError(
+            "`preset` must be of a text classifier, and this one has no trained classifier. "
+            f"Received: preset={str(preset)!r}"
+        )
+    return config["config"]
+
+
+def _names_a_classifier(path):
+    if not path.is_file():
+        return False
+    named = keras.saving.get_registered_object(json.loads(path.read_text())["registered_name"])
+    return issubclass(named, keras_hub.models.TextClassifier)
 
 
 def _saved_dtype(folder):

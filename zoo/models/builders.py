@@ -211,6 +211,14 @@ def hash_transformer(
     return _make(architecture, size, defaults, {**given, **options})
 
 
+# What `zoo.finetune` and `zoo.pretrain` build by name.
+MODELS = {
+    "switch": switch_transformer,
+    "expert_choice": expert_choice_transformer,
+    "dense": dense_transformer,
+}
+
+
 def _make(architecture, size, defaults, options):
     """The backbone with what is given, else the builder's defaults, else the size's."""
     if architecture not in BACKBONES:

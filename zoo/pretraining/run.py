@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import math
 from pathlib import Path
 
 import keras
@@ -12,16 +11,16 @@ import numpy as np
 import keras_moe
 from keras_moe.distribution import process_id
 from keras_moe.routing.base import positive_integer
+from zoo.models.builders import MODELS
 from zoo.models.decoder import CausalLM, CausalLMPreprocessor
 from zoo.models.encoder import EncoderTextClassifierPreprocessor
 from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
 from zoo.models.masked_lm import EncoderMaskedLM
 from zoo.pretraining.objectives import OBJECTIVES
 from zoo.pretraining.text import Blocks, sources
-from zoo.runs import Run, SaveRun, SeedEpochs, devices
+from zoo.runs import EpochLine, Run, SaveRun, SeedEpochs, StopAtNaN, devices
 from zoo.schedules import InverseSquareRoot
 from zoo.tokenizer import default_tokenizer, t5_tokenizer
-from zoo.training import MODELS, EpochLine
 
 TASKS = {
     "encoder": (EncoderMaskedLM, EncoderTextClassifierPreprocessor),
@@ -331,26 +330,6 @@ class _Kept(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         return self.batches[index]
-
-
-class StopAtNaN(keras.callbacks.Callback):
-    """Raises a FloatingPointError at the step whose loss is not finite.
-
-    Args:
-        run: a `Run`, which then has what it had.
-    """
-
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def on_train_batch_end(self, batch, logs=None):
-        if not math.isfinite(float(logs["loss"])):
-            done = self.run.epoch * self.params["steps"]
-            raise FloatingPointError(
-                f"The loss must be finite. Received: {float(logs['loss'])} at step "
-                f"{done + batch + 1}; {self.run.folder} has the weights of step {done}"
-            )
 
 
 class Perplexity(keras.callbacks.Callback):

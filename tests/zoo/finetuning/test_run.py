@@ -6,7 +6,11 @@ import pytest
 
 import zoo
 from tests.keras_moe.distribution.several import launched
-from zoo import runs, training
+from zoo import runs
+from zoo.finetuning import batches, scores
+from zoo.finetuning import run as finetuning
+from zoo.finetuning.classifiers import build
+from zoo.finetuning.settings import settle
 from zoo.models import builders
 from zoo.tasks.data import Examples
 from zoo.tasks.task import get
@@ -37,18 +41,20 @@ def small():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(builders.SIZES, "tiny", TINY)
-        patch.setattr(training.data, "load", load)
+        patch.setattr(batches.data, "load", load)
         yield
 
 
 def run(output, task="glue/cola", model="switch", **options):
     defaults = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
     defaults |= {"max_length": 10, "verbose": 0, "output": output}
-    if model in training.MODELS:
+    if "preset" in options:
+        model = None
+    else:
         defaults["size"] = "tiny"
         if model != "dense":
             defaults["num_experts"] = 4
-    return training.finetune(task, model, **(defaults | options))
+    return zoo.finetune(task, model, **(defaults | options))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,8 @@ def test_scores_to_regress(tmp_path):
     results = run(tmp_path, task="glue/stsb")
     assert results["metrics"] == ["val_spearman", "val_pearson"]
     # 21 rows in batches of 16: the loss is a mean over examples, whatever fills the last batch up.
-    assert training._loss(get("glue/stsb")).reduction == "mean_with_sample_weight"
-    assert training._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
+    assert finetuning._loss(get("glue/stsb")).reduction == "mean_with_sample_weight"
+    assert finetuning._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
 
 
 def test_two_validation_splits_and_pairs(tmp_path):
@@ -102,7 +108,7 @@ def test_the_official_metrics_come_before_the_routing_figures(whole, tmp_path, c
 def test_the_line_of_an_epoch_has_means_over_the_layers():
     logs = {"loss": 2.0, "moe_2/dead": 0.0, "moe_4/dead": 1.0, "val_moe_2/dead": 3.0}
     logs |= {"val_moe_4/dead": 4.0, "validation_mismatched_accuracy": 0.5}
-    assert training.EpochLine._shortened(logs) == {
+    assert runs.EpochLine._shortened(logs) == {
         "loss": 2.0,
         "validation_mismatched_accuracy": 0.5,
         "moe/dead": (0.0 + 1.0) / 2,
@@ -136,12 +142,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
             patch.setattr(runs.Run, "_write", write)
         else:
 
-            def predict(self, epoch, logs=None, original=training.OfficialMetrics.on_epoch_end):
+            def predict(self, epoch, logs=None, original=scores.OfficialMetrics.on_epoch_end):
                 if epoch == 2:
                     raise Killed
                 original(self, epoch, logs)
 
-            patch.setattr(training.OfficialMetrics, "on_epoch_end", predict)
+            patch.setattr(scores.OfficialMetrics, "on_epoch_end", predict)
         with pytest.raises(Killed):
             run(tmp_path, epochs=10)
     resumed = run(tmp_path, epochs=10)
@@ -153,7 +159,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
 
 def test_a_finished_run_is_not_run_again(whole, monkeypatch):
     results, folder = whole
-    monkeypatch.setattr(training, "_build", None)
+    monkeypatch.setattr(finetuning, "build", None)
     assert run(folder, epochs=10) == results
 
 
@@ -202,50 +208,22 @@ def test_weights_that_do_not_fit(whole, tmp_path):
 def test_starts_from_a_preset(whole, tmp_path):
     """One cautious epoch from the trained model is better than the first epoch from scratch."""
     results, _ = whole
-    second = run(tmp_path, model=results["preset"], learning_rate=1e-4)
+    second = run(tmp_path, preset=results["preset"], learning_rate=1e-4)
     assert second["best"]["loss"] < results["history"][0]["loss"]
-    brought = ("size", "num_experts", "dropout", "expert_dropout")
-    assert [second["settings"][name] for name in brought] == [None] * 4
+    settings = second["settings"]
+    assert (settings["model"], settings["preset"]) == (None, results["preset"])
+    assert [settings[name] for name in ("size", "num_experts")] == [None, None]
+    assert (settings["dropout"], settings["expert_dropout"]) == (0.1, 0.4)
+    backbone = zoo.from_preset(second["preset"]).backbone
+    assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.4)
 
 
 @pytest.mark.parametrize(
-    "option", [{"size": "base"}, {"num_experts": 4}, {"dropout": 0.5}, {"expert_dropout": 0.5}]
+    ("options", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
 )
-def test_a_preset_refuses_what_it_brings_itself(whole, tmp_path, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError) as error:
-        run(tmp_path / "run", model=whole[0]["preset"], **option)
-    assert str(error.value) == (
-        f"`{name}` must be left out with the folder of a preset, which brings its own. "
-        f"Received: {name}={value!r}, model={whole[0]['preset']!r}"
-    )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option", [{"num_experts": 4}, {"expert_dropout": 0.5}])
-def test_a_dense_model_refuses_options_of_experts(tmp_path, option):
-    (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` must be left out with the model 'dense'"):
-        run(tmp_path / "run", model="dense", **option)
-
-
-def test_options_and_their_defaults():
-    names = ("size", "num_experts", "epochs", "dropout", "expert_dropout")
-    task, given = get("glue/sst2"), dict.fromkeys(names)
-    chosen = training._chosen(given, "switch", task)
-    assert [chosen[name] for name in names] == ["mini", 8, 2, 0.2, None]
-    chosen = training._chosen(given, "dense", task)
-    assert [chosen[name] for name in names] == ["mini", None, 2, 0.2, None]
-    typed = dict(zip(names, ["tiny", 4, 7, 0.0, 0.3], strict=True))
-    assert training._chosen(typed, "switch", task).items() >= typed.items()
-
-
-@pytest.mark.parametrize(
-    ("option", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
-)
-def test_dropout_reaches_a_model_built_from_scratch(option, rates):
-    given = {"size": "tiny", "num_experts": 4, "dropout": 0.3, "expert_dropout": None} | option
-    model = training._build(get("glue/cola"), "switch", given | {"max_length": 10})
+def test_dropout_reaches_a_model_built_from_scratch(options, rates):
+    settings = settle("glue/cola", size="tiny", num_experts=4, dropout=0.3, **options)
+    model = build(get("glue/cola"), settings)
     assert (model.backbone.dropout, model.backbone.expert_dropout) == rates
     assert model.dropout == 0.3
 
@@ -265,7 +243,7 @@ def test_dropout_reaches_a_model_built_from_scratch(option, rates):
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
         ({"max_examples": 3}, "`max_examples` must be at least the batch size"),
         ({"task": "glue/colla"}, "`task` must be one of .*glue/cola"),
-        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
+        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense, and what"),
         ({"size": "smal"}, "Did you mean 'small'"),
     ],
 )
@@ -278,7 +256,7 @@ def test_bad_input(tmp_path, options, message):
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
 def test_neither_devices_nor_processes_change_a_run(tmp_path):
     """Two processes; on JAX each has two devices."""
-    program = ("-m", "tests.zoo.finetuning")
+    program = ("-m", "tests.zoo.finetuning.on_devices")
     mesh = {"data": 1, "experts": 4} if keras.backend.backend() == "jax" else {"experts": 2}
     (one,) = launched(*program, tmp_path / "one", "null")
     many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)

@@ -1,0 +1,51 @@
+"""How presets are fine-tuned unless told otherwise: one table, by kind of model and by task.
+
+Sparse models overfit small tasks and want more dropout within the experts (Fedus et al. 2022,
+https://arxiv.org/abs/2101.03961, Table 4: 0.1, and 0.4 in the experts), smaller batches and higher
+learning rates than dense ones (Zoph et al. 2022, https://arxiv.org/abs/2202.08906, section 4.3).
+"""
+
+from zoo.tasks.task import get
+
+_DENSE = {"batch_size": 32, "learning_rate": 3e-4, "dropout": 0.1, "expert_dropout": None}
+_SPARSE = {"batch_size": 16, "learning_rate": 5e-4, "dropout": 0.1, "expert_dropout": 0.4}
+
+# Epochs, and longer texts than most; a task that is not named has three epochs, and 64 tokens for
+# a sentence or 128 for two.
+_EPOCHS = {
+    "glue/cola": 8,
+    "glue/mrpc": 8,
+    "glue/rte": 8,
+    "glue/stsb": 8,
+    "glue/wnli": 5,
+    "superglue/boolq": 5,
+    "superglue/cb": 10,
+    "superglue/copa": 10,
+    "superglue/rte": 8,
+    "superglue/wic": 8,
+    "superglue/wsc": 10,
+}
+_MAX_LENGTH = {
+    "superglue/boolq": 256,
+    "superglue/multirc": 384,
+    "superglue/record": 384,
+}
+
+
+def preset_recipe(task, sparse):
+    """The defaults of `zoo.finetune` for a preset.
+
+    Args:
+        task: The name of a task, or a `Task`.
+        sparse: whether the preset has experts.
+
+    Returns:
+        A dict of `epochs`, `batch_size`, `learning_rate`, `dropout`, `expert_dropout` (`None` of a
+        dense model) and `max_length`.
+    """
+    task = get(task)
+    return {
+        "epochs": _EPOCHS.get(task.name, 3),
+        **(_SPARSE if sparse else _DENSE),
+        "max_length": _MAX_LENGTH.get(task.name, 64 if len(task.inputs) == 1 else 128),
+    }
