@@ -10,6 +10,7 @@ import pytest
 
 from tests.zoo.tasks import raw_glue
 from zoo import cli
+from zoo.recipes import preset_recipe
 from zoo.tasks.task import TASKS, recipe
 
 
@@ -51,10 +52,12 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--epochs", "0"], "`epochs` must be a positive integer"),
         (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
         (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--model", os.curdir, "--size", "base"], "`size` must be left out"),
-        (["--model", os.curdir, "--num-experts", "4"], "`num_experts` must be left out"),
-        (["--model", os.curdir, "--dropout", "0.5"], "`dropout` must be left out"),
-        (["--model", os.curdir, "--expert-dropout", "0"], "`expert_dropout` must be left out"),
+        (["--preset", "no/such/folder"], "`preset` must be a folder that is there"),
+        (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
+        (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
+        (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
+        (["--seeds", "0"], "`seeds` must be a positive integer"),
+        (["--seeds", "2", "--seed", "1"], "`seed` must be left out with `seeds`"),
     ],
 )
 def test_finetune_bad_input(tmp_path, capsys, arguments, message):
@@ -107,12 +110,12 @@ def test_missing_backend(capsys, monkeypatch):
 
 
 def test_interrupt(tmp_path, capsys, monkeypatch):
-    import zoo.training
+    import zoo.finetuning.run
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zoo.training, "finetune", interrupted)
+    monkeypatch.setattr(zoo.finetuning.run, "finetune", interrupted)
     monkeypatch.setattr(importlib.import_module("zoo.tasks.prepare"), "prepare", interrupted)
     assert cli.main(["finetune"]) == 130
     expected = "zoo: interrupted; finetune, without --restart, goes on from here\n"
@@ -129,7 +132,14 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     for task in TASKS:
         (line,) = (line for line in lines if re.match(rf"  {task} +\d", line))
-        assert [float(figure) for figure in line.split()[1:]] == list(recipe(task).values())
+        preset = preset_recipe(task, sparse=True)
+        expected = [*recipe(task).values(), preset["epochs"], preset["max_length"]]
+        assert [float(figure) for figure in line.split()[1:]] == expected
+    (line,) = (line for line in lines if line.startswith("sparse presets: "))
+    for name, value in preset.items():
+        if name not in ("epochs", "max_length"):
+            assert f"{name.replace('_', ' ')} {value}" in line
+    assert "expert" not in next(line for line in lines if line.startswith("dense presets: "))
 
 
 def say(lines, then=""):

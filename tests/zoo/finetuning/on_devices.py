@@ -4,7 +4,7 @@ import json
 import sys
 
 import zoo
-from tests.zoo.finetuning.test_run import TINY
+from tests.zoo.finetuning.small import TINY
 from zoo.models import builders
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import keras
@@ -6,62 +7,12 @@ import pytest
 
 import zoo
 from tests.keras_moe.distribution.several import launched
+from tests.zoo.finetuning.small import run
 from zoo import runs
-from zoo.finetuning import batches, scores
+from zoo.batches import TokenBatches
 from zoo.finetuning import run as finetuning
-from zoo.finetuning.classifiers import build
-from zoo.finetuning.settings import settle
-from zoo.models import builders
-from zoo.tasks.data import Examples
+from zoo.finetuning import scores
 from zoo.tasks.task import get
-
-TINY = {
-    "num_layers": 1,
-    "sparse_blocks": (1,),
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "key_dim": 8,
-    "intermediate_dim": 32,
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """A tiny model, and sentences short enough for one shape."""
-
-    def load(task, split, data_dir=None):
-        rng = np.random.default_rng(len(split))
-        labels = rng.integers(0, 2, 64 if split == "train" else 21).astype("int32")
-        words = np.array([["bad", "poor", "dull"], ["good", "fine", "great"]])
-        texts = [f"a {words[label][rng.integers(3)]} film" for label in labels]
-        columns = (texts,) if len(get(task).inputs) == 1 else (texts, texts)
-        if get(task).labels is None:
-            labels = labels.astype("float32") * 5
-        return Examples(columns, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builders.SIZES, "tiny", TINY)
-        patch.setattr(batches.data, "load", load)
-        yield
-
-
-def run(output, task="glue/cola", model="switch", **options):
-    defaults = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
-    defaults |= {"max_length": 10, "verbose": 0, "output": output}
-    if "preset" in options:
-        model = None
-    else:
-        defaults["size"] = "tiny"
-        if model != "dense":
-            defaults["num_experts"] = 4
-    return zoo.finetune(task, model, **(defaults | options))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of ten epochs that nothing disturbed, and its folder."""
-    folder = tmp_path_factory.mktemp("run")
-    return run(folder, epochs=10), folder
 
 
 def test_results_and_preset(whole):
@@ -218,14 +169,73 @@ def test_starts_from_a_preset(whole, tmp_path):
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.4)
 
 
+def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch):
+    """64 examples in batches of 16 make 4 steps; the third of the second epoch is the seventh."""
+
+    def item(self, index, original=TokenBatches.__getitem__):
+        x, labels, weight = original(self, index)
+        third = self.shuffle_seed is not None and self.epoch == 1 and index == 2
+        return x, labels, weight * (np.nan if third else 1)
+
+    def shuffle(self, epoch, original=TokenBatches.shuffle):
+        self.epoch = epoch
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenBatches, "__getitem__", item)
+        patch.setattr(TokenBatches, "shuffle", shuffle)
+        said = f"must be finite. Received: nan at step 7; {tmp_path} has the weights of step 4"
+        with pytest.raises(FloatingPointError, match=said):
+            run(tmp_path, epochs=3)
+    assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
+    assert len(run(tmp_path, epochs=3)["history"]) == 3
+
+
+def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
+    said = "Received: nan at step 1; .* has no weights yet"
+    with pytest.raises(FloatingPointError, match=said):
+        run(tmp_path, max_examples=16, learning_rate=1e38)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    def save(self, path, original=finetuning.trainable.Network.save_weights):
+        if path.name.startswith("new-epoch-2"):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.trainable.Network, "save_weights", save)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, epochs=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-1.weights.h5", "results.json"]
+    assert len(run(tmp_path, epochs=3)["history"]) == 3
+
+
 @pytest.mark.parametrize(
-    ("options", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
+    ("option", "said"),
+    [
+        ({"train": "experts"}, "with train='all'"),
+        ({"expert_dropout": 0.2}, "with expert_dropout=0.4"),
+        ({"max_length": 12}, "with max_length=10"),
+    ],
 )
-def test_dropout_reaches_a_model_built_from_scratch(options, rates):
-    settings = settle("glue/cola", size="tiny", num_experts=4, dropout=0.3, **options)
-    model = build(get("glue/cola"), settings)
-    assert (model.backbone.dropout, model.backbone.expert_dropout) == rates
-    assert model.dropout == 0.3
+def test_another_setting_of_a_preset_is_refused(masked_lm, tmp_path, option, said):
+    (tmp_path / "results.json").write_text(
+        json.dumps(
+            {
+                "settings": finetuning.settle("glue/cola", preset=masked_lm, max_length=10),
+                "metrics": ["val_matthews"],
+                "finished": False,
+                "history": [],
+                "best": None,
+            }
+        )
+    )
+    given = {"epochs": None, "batch_size": None, "learning_rate": None}
+    with pytest.raises(ValueError, match=f"`output` holds another run, {said}"):
+        run(tmp_path, preset=masked_lm, **(given | option))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +253,11 @@ def test_dropout_reaches_a_model_built_from_scratch(options, rates):
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
         ({"max_examples": 3}, "`max_examples` must be at least the batch size"),
         ({"task": "glue/colla"}, "`task` must be one of .*glue/cola"),
+        (
+            {"train": "none"},
+            "`train` must be one of all, frozen_experts, non_experts, experts, lora",
+        ),
+        ({"train": "lora", "lora_rank": 0}, "`lora_rank` must be a positive integer"),
         ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense, and what"),
         ({"size": "smal"}, "Did you mean 'small'"),
     ],
