@@ -68,7 +68,7 @@ def test_what_a_dense_model_refuses(dense_masked_lm, options, message):
 
 
 def test_a_preset_of_another_kind(tmp_path):
-    backbone = zoo.switch_transformer("tiny", num_experts=2, architecture="decoder")
+    backbone = zoo.dense_transformer("tiny", 10, architecture="decoder")
     zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
     with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
         settle("glue/cola", preset=tmp_path)
