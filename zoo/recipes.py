@@ -18,17 +18,17 @@ _EPOCHS = {
     "glue/rte": 8,
     "glue/stsb": 8,
     "glue/wnli": 5,
-    "superglue/boolq": 5,
-    "superglue/cb": 10,
-    "superglue/copa": 10,
-    "superglue/rte": 8,
-    "superglue/wic": 8,
-    "superglue/wsc": 10,
+    "super_glue/boolq": 5,
+    "super_glue/cb": 10,
+    "super_glue/copa": 10,
+    "super_glue/rte": 8,
+    "super_glue/wic": 8,
+    "super_glue/wsc": 10,
 }
 _MAX_LENGTH = {
-    "superglue/boolq": 256,
-    "superglue/multirc": 384,
-    "superglue/record": 384,
+    "super_glue/boolq": 256,
+    "super_glue/multirc": 384,
+    "super_glue/record": 384,
 }
 
 

@@ -61,7 +61,7 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
     outputs = predict(keras.Model(classifier.input, classifier.output), batches)
     examples = data.examples(split)
     if write is not None:
-        write(task, examples, outputs, predictions)
+        write(task, examples, outputs, predictions, split=split)
     labelled = examples.labels.min() >= 0
     return score(task, examples, outputs) if labelled else {}
 

@@ -216,7 +216,7 @@ class Bench:
         for ours, begin in zip(self.classifier.weights, classifier.weights, strict=True):
             ours.assign(begin)
         for variable in self.network.optimizer.variables:
-            variable.assign(keras.ops.zeros_like(variable))
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
 
 
 def _loss(task):

@@ -34,8 +34,8 @@ def score(task, examples, outputs):
     Returns:
         Dictionary of metric -> float.
     """
-    groups = getattr(examples, "groups", None)
-    options = {} if groups is None else {"groups": groups}
+    grouped = getattr(examples, "groups", None) is not None
+    options = {"groups": examples.groups, "examples": examples} if grouped else {}
     return metrics.evaluate(task, examples.labels, outputs, **options)
 
 

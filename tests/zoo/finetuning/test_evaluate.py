@@ -20,12 +20,12 @@ def test_another_split_and_its_predictions(whole, tmp_path, monkeypatch):
     _, folder = whole
     written = []
 
-    def write(task, examples, outputs, where):
-        written.append((task.name, len(examples.labels), outputs.shape, where))
+    def write(task, examples, outputs, where, split):
+        written.append((task.name, len(examples.labels), outputs.shape, where, split))
 
     monkeypatch.setattr(tasks, "write_submission", write, raising=False)
     assert zoo.evaluate(folder, "glue/cola", "train", predictions=tmp_path)["matthews"] > 0.9
-    assert written == [("glue/cola", 64, (64, 2), tmp_path)]
+    assert written == [("glue/cola", 64, (64, 2), tmp_path, "train")]
 
 
 def test_a_split_without_labels_has_predictions_alone(whole, tmp_path, monkeypatch):
@@ -35,9 +35,11 @@ def test_a_split_without_labels_has_predictions_alone(whole, tmp_path, monkeypat
 
     written = []
     monkeypatch.setattr(batches.data, "load", load)
-    monkeypatch.setattr(tasks, "write_submission", lambda *a: written.append(a), raising=False)
+    monkeypatch.setattr(
+        tasks, "write_submission", lambda *_, split: written.append(split), raising=False
+    )
     assert zoo.evaluate(whole[1], "glue/cola", "test", predictions=tmp_path) == {}
-    assert len(written) == 1
+    assert written == ["test"]
 
 
 def test_what_is_no_trained_classifier(masked_lm, tmp_path):

@@ -45,8 +45,10 @@ def test_groups_reach_the_metrics(monkeypatch):
     labels, outputs = np.array([0, 1]), np.zeros((2, 2))
     task = get("glue/cola")
     scores.score(task, Grouped((["a", "b"],), labels, None), outputs)
-    scores.score(task, Grouped((["a", "b"],), labels, np.array([3, 3])), outputs)
+    grouped = Grouped((["a", "b"],), labels, np.array([3, 3]))
+    scores.score(task, grouped, outputs)
     assert given[0] == {} and given[1]["groups"].tolist() == [3, 3]
+    assert given[1]["examples"] is grouped
 
 
 def test_official_metrics_of_every_split(batches):
