@@ -24,8 +24,8 @@ def scores(task, data_dir=None, overlap=False):
         overlap: whether pairs are compared.
 
     Returns:
-        Dictionary of `<split>_<metric>` -> score, as `zoo.finetune` names them: the first validation
-        split is `val`.
+        Dictionary of `<split>_<metric>` -> score, as `zoo.finetune` names them: the first split is
+        `val`.
     """
     train = load(task, "train", data_dir)
     words = Words(train.texts, overlap)
