@@ -186,6 +186,7 @@ def _parser():
         ("clip", "largest norm of all gradients; 0: any"),
         ("router-z-weight", "of the routers' z-loss"),
         ("dropout", "everywhere"),
+        ("residual-scale", "of the initial weights that end a layer"),
     ):
         add(f"--{name}", type=float, metavar="X", help=text)
     add(

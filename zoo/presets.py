@@ -15,7 +15,7 @@ import zoo.models.encoder
 import zoo.models.encoder_decoder
 import zoo.models.masked_lm
 import zoo.models.moe_lstm
-from zoo.catalogue import did_you_mean
+from zoo.catalogue import SHIPPED, did_you_mean, shipped_folder
 from zoo.conversion import load_transformers
 from zoo.conversion.folder import has_tokenizer
 from zoo.files import written_whole
@@ -34,22 +34,23 @@ def from_preset(
     Example:
 
     ```python
+    model = zoo.from_preset("switch_mini_en", num_classes=2)  # comes with the library
     model = zoo.from_preset("hf://google/switch-base-8")
     model.generate("A <extra_id_0> walks into a bar.", max_length=20)
     ```
 
     Args:
-        preset: a folder, or "hf://owner/model" for one on the Hugging Face hub, see
-            `zoo.list_presets`. What is in it was saved by `zoo.save_preset` or `save_to_preset`,
-            or by transformers, see `zoo.load_transformers`.
+        preset: name of a model that comes with the library, a folder, or "hf://owner/model" for one
+            on the Hugging Face hub, see `zoo.list_presets`. What is in a folder was saved by
+            `zoo.save_preset` or `save_to_preset`, or by transformers, see `zoo.load_transformers`.
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
             classifiers, and encoders that were pretrained, only.
         load_weights: `False` leaves all weights as they are initialized.
         dtype: dtype or dtype policy of the backbone's layers; "auto" for the policy that it was
             saved with, or of a checkpoint of transformers the dtype of its files; `None` for Keras'
             own.
-        dropout: rate of the encoder of a text classifier; `None`: as saved.
-        expert_dropout: likewise, of its experts.
+        dropout: rate of the zoo's own models instead of the saved one, experts left out.
+        expert_dropout: the same of the experts' hidden units.
 
     Returns:
         A `zoo.EncoderTextClassifier`, `zoo.EncoderMaskedLM`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or
@@ -57,7 +58,7 @@ def from_preset(
 
     Raises:
         ValueError: if there is no such preset, or one in which something is missing or damaged, or
-            `num_classes` is out of range.
+            `num_classes` or a rate is out of range, or for a model without such a rate.
         OSError: if the hub cannot be reached and the cache does not have the model.
         ImportError: if a package is missing that the files or the hub need.
     """
@@ -65,7 +66,16 @@ def from_preset(
         raise ValueError(
             f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
         )
-    folder = _folder(preset, load_weights)
+    rates = {"dropout": dropout, "expert_dropout": expert_dropout}
+    for name, rate in rates.items():
+        if rate is not None and not (isinstance(rate, Real) and 0 <= rate < 1):
+            raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}")
+    model = _loaded(_folder(preset, load_weights), preset, num_classes, load_weights, dtype)
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    return _with_rates(model, rates) if rates else model
+
+
+def _loaded(folder, preset, num_classes, load_weights, dtype):
     if _is_of_transformers(folder):
         _only_classifiers_have_heads(preset, num_classes)
         return load_transformers(folder, dtype, load_weights)
@@ -86,8 +96,7 @@ def from_preset(
         # KerasHub takes the head to be a new one whenever it is told of classes at all.
         head = {} if num_classes is None else {"num_classes": int(num_classes)}
         with explained(folder):
-            classifier = keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
-        return _with_dropout(classifier, dropout, expert_dropout)
+            return keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
     _only_classifiers_have_heads(preset, num_classes)
     if not (folder / "task.json").is_file() and not _has_tokenizer(folder):
         options["preprocessor"] = None
@@ -95,20 +104,23 @@ def from_preset(
         return task.from_preset(str(folder), **options)
 
 
-def _with_dropout(classifier, dropout, expert_dropout):
-    """A classifier whose encoder has other rates; `None` leaves one."""
-    rates = {"dropout": dropout, "expert_dropout": expert_dropout}
-    rates = {name: rate for name, rate in rates.items() if rate is not None}
-    if not rates:
-        return classifier
-    config = classifier.backbone.get_config()
-    backbone = type(classifier.backbone).from_config({**config, **rates})
-    backbone.set_weights(classifier.backbone.get_weights())
-    other = type(classifier)(
-        backbone, classifier.num_classes, classifier.preprocessor, classifier.dropout
-    )
-    other.set_weights(classifier.get_weights())
-    return other
+def _with_rates(model, rates):
+    """The model anew, with other rates of dropout and the same weights."""
+    config = model.get_config()
+    backbone = config["backbone"]["config"]
+    for name in rates:
+        if name not in backbone or (name == "expert_dropout" and not backbone["router"]):
+            raise ValueError(
+                f"`{name}` must be None for a model that has no such rate. "
+                f"Received: {name}={rates[name]}"
+            )
+    backbone |= rates
+    if "dropout" in config and "dropout" in rates:  # of a head
+        config["dropout"] = rates["dropout"]
+    new = type(model).from_config({**config, "preprocessor": None})
+    new.preprocessor = model.preprocessor
+    new.set_weights(model.get_weights())
+    return new
 
 
 def encoder_config(preset, trained=False):
@@ -185,14 +197,17 @@ def require_generation(preset):
 def _folder(preset, weights):
     if not isinstance(preset, (str, os.PathLike)):
         raise ValueError(
-            f"`preset` must be a folder, or 'hf://owner/model'. Received: preset={preset!r}"
+            f"`preset` must be a name, a folder, or 'hf://owner/model'. Received: preset={preset!r}"
         )
     if str(preset).startswith("hf://"):
         return download(str(preset), weights)
+    if preset in SHIPPED:
+        return shipped_folder(preset)
     folder = Path(preset)
     if not folder.is_dir():
         raise ValueError(
-            "`preset` must be a folder that is there, or 'hf://owner/model'. "
+            f"`preset` must be one of {', '.join(SHIPPED)}, a folder that is there, or "
+            "'hf://owner/model'. "
             f"Received: preset={str(preset)!r}.{did_you_mean(preset)}"
         )
     return folder

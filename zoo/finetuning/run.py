@@ -70,7 +70,7 @@ def finetune(
         batch_size: examples per step; `None`: likewise.
         learning_rate: peak of the schedule: a tenth of the steps warming up, then a cosine;
             `None`: likewise.
-        dropout: rate of the encoder, and of the head that is built from scratch; `None`: likewise.
+        dropout: rate of all but the experts; `None`: likewise.
         expert_dropout: rate on the experts' hidden units; `None`: likewise, from scratch as
             `dropout`.
         max_length: tokens per example, at most 512; longer ones are cut; `None`: 64, or for a

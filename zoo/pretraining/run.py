@@ -29,6 +29,7 @@ TASKS = {
 }
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("cosine", "inverse_sqrt")
+RESIDUAL_WEIGHTS = ("/output/kernel", "/experts/kernel_out")
 
 
 def pretrain(
@@ -53,6 +54,7 @@ def pretrain(
     clip=1.0,
     router_z_weight=0.0,
     dropout=0.0,
+    residual_scale=1.0,
     dtype="float32",
     window=8192,
     heldout_batches=50,
@@ -91,6 +93,9 @@ def pretrain(
         clip: largest norm of all gradients; 0: any.
         router_z_weight: of the routers' z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, Eq. 5).
         dropout: rate, of the experts too.
+        residual_scale: of the initial weights that write to the residual stream, those that end
+            attention, feed-forward layers and experts, relative to T5's. Below 1 a text's tokens
+            are not drowned at first (GPT-2 took 1 / sqrt(its layers)).
         dtype: "float32", or "mixed_bfloat16" to compute in bfloat16.
         window: blocks that are shuffled together.
         heldout_batches: batches, at most, of the held-out text.
@@ -131,6 +136,7 @@ def pretrain(
         "clip": clip,
         "router_z_weight": router_z_weight,
         "dropout": dropout,
+        "residual_scale": residual_scale,
         "dtype": dtype,
         "window": window,
         "heldout_batches": heldout_batches,
@@ -235,6 +241,11 @@ def _check(settings):
     for name in ("clip", "router_z_weight"):
         if not 0 <= settings[name] < float("inf"):
             raise ValueError(f"`{name}` must not be negative. Received: {name}={settings[name]}")
+    if not 0 < settings["residual_scale"] <= 1:
+        raise ValueError(
+            "`residual_scale` must be in (0, 1]. "
+            f"Received: residual_scale={settings['residual_scale']}"
+        )
     if not 0 <= settings["dropout"] < 1:
         raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={settings['dropout']}")
 
@@ -250,6 +261,12 @@ def _objective(settings, tokenizer):
 
 
 def _task(settings, architecture, tokenizer):
+    task, preprocessor = TASKS[architecture]
+    return task(initial_backbone(settings, architecture), preprocessor(tokenizer))
+
+
+def initial_backbone(settings, architecture):
+    """The backbone that the settings of a run name, with its initial weights."""
     options = {"size": settings["size"], "architecture": architecture, "dtype": settings["dtype"]}
     options["dropout"] = settings["dropout"]
     if settings["model"] != "dense":
@@ -257,8 +274,10 @@ def _task(settings, architecture, tokenizer):
         options["expert_dropout"] = settings["dropout"]
         options["router"] = _router(settings, architecture)
     backbone = MODELS[settings["model"]](**options)
-    task, preprocessor = TASKS[architecture]
-    return task(backbone, preprocessor(tokenizer))
+    for weight in backbone.trainable_weights:
+        if weight.path.endswith(RESIDUAL_WEIGHTS):
+            weight.assign(weight * settings["residual_scale"])
+    return backbone
 
 
 def _router(settings, architecture):

@@ -168,6 +168,34 @@ def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
     assert not any(name.startswith("val_") for name in entry)
 
 
+@pytest.mark.parametrize("model", ["switch", "dense"])
+def test_the_weights_that_end_a_layer_start_small(model):
+    settings = {"model": model, "size": "mini", "num_experts": 4, "dropout": 0.0}
+    settings |= {"dtype": "float32", "router_z_weight": 0.0, "capacity_factor": "default"}
+    whole, small = (
+        pretraining.initial_backbone({**settings, "residual_scale": scale}, "encoder")
+        for scale in (1.0, 0.1)
+    )
+    deviations = [
+        np.std(ours) / np.std(theirs)
+        for ours, theirs in zip(small.get_weights(), whole.get_weights(), strict=True)
+        if np.std(theirs) > 0
+    ]
+    # Attention and feed-forward layer or experts, of each of the blocks.
+    count = 2 * whole.num_layers
+    assert sum(0.05 < x < 0.2 for x in deviations) == count
+    assert sum(0.5 < x < 2 for x in deviations) == len(deviations) - count
+
+
+def test_capacities_are_those_asked_for():
+    settings = {"model": "switch", "size": "mini", "num_experts": 4, "dropout": 0.0}
+    settings |= {"dtype": "float32", "router_z_weight": 0.0, "residual_scale": 1.0}
+    for asked, factors in (("default", (1.25, 2.0)), (None, (None, None)), (3.0, (3.0, 3.0))):
+        backbone = pretraining.initial_backbone({**settings, "capacity_factor": asked}, "encoder")
+        config = backbone.router_config["config"]
+        assert (config["capacity_factor"], config["eval_capacity_factor"]) == factors
+
+
 def test_a_loss_that_is_not_finite_stops_and_loses_nothing(text, tmp_path, monkeypatch):
     def batches(self, place=None, original=pretraining.Blocks.batches):
         for number, (batch, after) in enumerate(original(self, place)):
@@ -214,6 +242,7 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
         ({"learning_rate": 0}, "`learning_rate` must be a positive number"),
         ({"clip": -1}, "`clip` must not be negative"),
         ({"dropout": 1}, r"`dropout` must be in \[0, 1\)"),
+        ({"residual_scale": 0}, r"`residual_scale` must be in \(0, 1\]"),
         ({"window": 2}, "`window` must be at least the batch size, 4"),
         ({"heldout": ["nothing.txt"]}, "`corpus` must name files that are there"),
         ({"accumulate": 0}, "`accumulate` must be a positive integer"),
