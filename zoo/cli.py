@@ -264,12 +264,12 @@ def _recipes():
         "tasks, and the defaults for each; of models from scratch, and on the right of presets:"
     ]
     heads = ("epochs", "batch size", "learning rate", "dropout", "| epochs", "max length")
-    lines.append(" " * 16 + "".join(f"{head:>{len(head) + 2}}" for head in heads))
+    lines.append(" " * 20 + "".join(f"{head:>{len(head) + 2}}" for head in heads))
     for task in TASKS:
         preset = preset_recipe(task, sparse=True)
         figures = (*recipe(task).values(), preset["epochs"], preset["max_length"])
         cells = zip(heads, figures, strict=True)
-        lines.append(f"  {task:14}" + "".join(f"{x:{len(head) + 2}}" for head, x in cells))
+        lines.append(f"  {task:18}" + "".join(f"{x:{len(head) + 2}}" for head, x in cells))
     for kind in ("sparse", "dense"):
         preset = preset_recipe(next(iter(TASKS)), sparse=kind == "sparse")
         names = ("batch_size", "learning_rate", "dropout", "expert_dropout")

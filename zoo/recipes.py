@@ -15,13 +15,13 @@ _SPARSE = {"batch_size": 16, "learning_rate": 5e-4, "dropout": 0.1, "expert_drop
 _EPOCHS = {
     "glue/cola": 8,
     "glue/mrpc": 8,
-    "glue/rte": 8,
+    "glue/rte": 5,
     "glue/stsb": 8,
     "glue/wnli": 5,
     "super_glue/boolq": 5,
     "super_glue/cb": 10,
     "super_glue/copa": 10,
-    "super_glue/rte": 8,
+    "super_glue/rte": 5,
     "super_glue/wic": 8,
     "super_glue/wsc": 10,
 }

@@ -52,7 +52,7 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--epochs", "0"], "`epochs` must be a positive integer"),
         (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
         (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--preset", "no/such/folder"], "`preset` must be a folder that is there"),
+        (["--preset", "no/such/folder"], "`preset` must be one of "),
         (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
         (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
         (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),

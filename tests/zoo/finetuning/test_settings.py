@@ -20,11 +20,11 @@ def test_defaults_of_models_from_scratch():
 
 def test_defaults_of_presets(masked_lm, dense_masked_lm):
     settings = settle("glue/rte", preset=masked_lm)
-    assert some(settings) == [None, None, 8, 0.1, 0.4, 128]
+    assert some(settings) == [None, None, 5, 0.1, 0.4, 128]
     assert (settings["model"], settings["preset"]) == (None, masked_lm)
-    assert some(settle("glue/rte", preset=dense_masked_lm)) == [None, None, 8, 0.1, None, 128]
+    assert some(settle("glue/rte", preset=dense_masked_lm)) == [None, None, 5, 0.1, None, 128]
     chosen = settle("glue/rte", preset=masked_lm, dropout=0.0, expert_dropout=0.2, max_length=16)
-    assert some(chosen) == [None, None, 8, 0.0, 0.2, 16]
+    assert some(chosen) == [None, None, 5, 0.0, 0.2, 16]
 
 
 def test_rank_of_lora():
@@ -72,5 +72,5 @@ def test_a_preset_of_another_kind(tmp_path):
     zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
     with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
         settle("glue/cola", preset=tmp_path)
-    with pytest.raises(ValueError, match="`preset` must be a folder that is there"):
+    with pytest.raises(ValueError, match="`preset` must be one of .*, a folder that is"):
         settle("glue/cola", preset=tmp_path / "none")
