@@ -68,6 +68,88 @@ def test_finetune_bad_input(tmp_path, capsys, arguments, message):
     assert not output.exists()
 
 
+SUMMARY = {
+    "folder": "out",
+    "suite": None,
+    "tasks": {
+        "glue/rte": {
+            "metrics": ["accuracy"],
+            "runs": [
+                {"seed": n, "seconds": 1.0, "best": {"accuracy": n / 4}, "last": {"accuracy": 0}}
+                for n in (1, 2)
+            ],
+            "best": {"accuracy": {"mean": 0.375, "sd": 0.125}},
+            "last": {"accuracy": {"mean": 0.0, "sd": 0.0}},
+        }
+    },
+    "averages": None,
+    "left_out": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["glue/rte", "--seeds", "2"], {"task": "glue/rte", "seeds": 2}),
+        (["glue"], {"task": "glue", "seeds": [0]}),
+        (["glue", "--seed", "3", "--train", "lora"], {"task": "glue", "seeds": [3]}),
+    ],
+)
+def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
+    called = []
+    monkeypatch.setattr(
+        "zoo.finetuning.suite.finetune_suite", lambda **options: called.append(options) or SUMMARY
+    )
+    assert cli.main(["finetune", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| glue/rte | accuracy | 0.375 ± 0.125 | 0.000 ± 0.000 | 2 | 2 |" in lines
+    assert lines[-1] == "saved: out"
+    assert called[0].items() >= given.items() and "seed" not in called[0]
+    assert called[0].get("train") == ("lora" if "lora" in arguments else None)
+
+
+def test_compare(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    assert cli.main(["compare", *folders]) == 0
+    assert "| glue/rte | accuracy | 0.375 ± 0.177 |" in capsys.readouterr().out
+    assert cli.main(["compare", *folders, "--epoch", "last"]) == 0
+    assert "| glue/rte | accuracy | 0.000 ± 0.000 |" in capsys.readouterr().out
+    assert cli.main(["compare", folders[0], str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("zoo: `folders` must each have the `summary.json`")
+
+
+@pytest.mark.parametrize(
+    ("scores", "arguments", "said"),
+    [
+        ({"f1": 0.5, "accuracy": 0.75}, ["--split", "test"], ["f1 0.5000, accuracy 0.7500"]),
+        ({}, ["--predictions", "out"], ["saved: out"]),
+        ({}, [], ["this split has no labels; --predictions writes what is to be submitted"]),
+    ],
+)
+def test_evaluate(capsys, monkeypatch, scores, arguments, said):
+    called = []
+    monkeypatch.setattr(
+        "zoo.finetuning.evaluate.evaluate", lambda **options: called.append(options) or scores
+    )
+    assert cli.main(["evaluate", "folder", "glue/mrpc", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines() == said
+    given = dict(zip((n.removeprefix("--") for n in arguments[::2]), arguments[1::2], strict=True))
+    assert called == [{"preset": "folder", "task": "glue/mrpc", **given}]
+
+
+def test_evaluate_bad_input(tmp_path, capsys):
+    for arguments, message in (
+        (["no/such/folder", "glue/cola"], "`preset` must be one of "),
+        ([str(tmp_path), "glue/coal"], "`task` must be one of "),
+    ):
+        assert cli.main(["evaluate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+
+
 def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: False, raising=False)
     arguments = [
