@@ -11,26 +11,11 @@ import numpy as np
 
 import keras_moe
 from keras_moe.distribution import process_id
-from keras_moe.routing.base import positive_integer
-from zoo.models.decoder import CausalLM, CausalLMPreprocessor
-from zoo.models.encoder import EncoderTextClassifierPreprocessor
-from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
-from zoo.models.masked_lm import EncoderMaskedLM
-from zoo.pretraining.objectives import OBJECTIVES
+from zoo.pretraining.build import RATES, check, make_objective, make_optimizer, make_task
 from zoo.pretraining.text import Blocks, sources
 from zoo.runs import Run, SaveRun, SeedEpochs, devices
-from zoo.schedules import InverseSquareRoot
 from zoo.tokenizer import default_tokenizer, t5_tokenizer
-from zoo.training import MODELS, EpochLine
-
-TASKS = {
-    "encoder": (EncoderMaskedLM, EncoderTextClassifierPreprocessor),
-    "decoder": (CausalLM, CausalLMPreprocessor),
-    "encoder_decoder": (Seq2SeqLM, Seq2SeqLMPreprocessor),
-}
-OPTIMIZERS = ("adamw", "adafactor")
-SCHEDULES = ("cosine", "inverse_sqrt")
-RESIDUAL_WEIGHTS = ("/output/kernel", "/experts/kernel_out")
+from zoo.training import EpochLine
 
 
 def pretrain(
@@ -41,14 +26,14 @@ def pretrain(
     objective="masked",
     output=None,
     size="mini",
-    num_experts=8,
+    num_experts=None,
     capacity_factor="default",
     steps=10000,
     steps_per_save=500,
     batch_size=64,
     length=128,
     optimizer="adamw",
-    learning_rate=1e-3,
+    learning_rate=None,
     schedule="cosine",
     warmup_steps=1000,
     accumulate=1,
@@ -79,17 +64,23 @@ def pretrain(
             decoder), see `zoo.pretraining.objectives`.
         output: folder of the run; by default named after model, objective, backend and seed.
         size: of the model, see `zoo.switch_transformer`.
-        num_experts: experts per sparse block; left out of a dense model.
+        num_experts: experts per sparse block; `None`: 8. This and the other options of routers are
+            refused with a dense model.
         capacity_factor: of the routers, in training and in inference; `None`: no token is dropped;
-            "default": as the model's paper has it.
-        steps: batches to train on, counted one by one where gradients are accumulated, too.
+            "default": as the model's paper has it. With expert choice it is the number of experts
+            that see a token on average, each narrower by this factor, see
+            `zoo.expert_choice_transformer`.
+        steps: batches to train on, counted one by one where gradients are accumulated, too; a
+            multiple of `accumulate`.
         steps_per_save: batches from one checkpoint to the next; must divide `steps`.
         batch_size: blocks of text per step.
         length: tokens of a block.
-        optimizer: "adamw" or "adafactor".
-        learning_rate: peak of the schedule.
-        schedule: "cosine", to a hundredth at the end, or "inverse_sqrt" (Raffel et al. 2020).
-        warmup_steps: in which the rate rises in a line.
+        optimizer: "adamw" (beta_2 0.98, and a weight decay of 0.01 on matrices but for the table of
+            positions), or "adafactor", whose rate is relative to the size of the weights.
+        learning_rate: peak of the schedule; `None`: 1e-3 for AdamW, 1e-2 for Adafactor.
+        schedule: "cosine", to a hundredth at the end, or "inverse_sqrt", see
+            `zoo.InverseSquareRoot`.
+        warmup_steps: in which the rate rises in a line; less than `steps`.
         accumulate: steps whose gradients make one update.
         clip: largest norm of all gradients; 0: any.
         router_z_weight: of the routers' z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, Eq. 5).
@@ -123,14 +114,14 @@ def pretrain(
         "corpus": sources(corpus),
         "heldout": sources(heldout) if heldout else [],
         "size": size,
-        "num_experts": None if model == "dense" else num_experts,
-        "capacity_factor": "default" if model == "dense" else capacity_factor,
+        "num_experts": 8 if num_experts is None and model != "dense" else num_experts,
+        "capacity_factor": capacity_factor,
         "steps": steps,
         "steps_per_save": steps_per_save,
         "batch_size": batch_size,
         "length": length,
         "optimizer": optimizer,
-        "learning_rate": learning_rate,
+        "learning_rate": RATES.get(optimizer) if learning_rate is None else learning_rate,
         "schedule": schedule,
         "warmup_steps": warmup_steps,
         "accumulate": accumulate,
@@ -143,7 +134,7 @@ def pretrain(
         "heldout_batches": heldout_batches,
         "seed": seed,
     }
-    _check(settings)
+    check(settings)
     name = f"pretrain-{model}-{objective}-{settings['backend']}-seed{seed}"
     metric = "val_perplexity" if heldout else "loss"
     run = Run(Path(output or Path("runs") / name), settings, [metric], restart, last=True)
@@ -159,8 +150,8 @@ def pretrain(
 def _train(run, settings, tensorboard, verbose):
     keras.utils.set_random_seed(settings["seed"])
     tokenizer = t5_tokenizer(default_tokenizer().proto, sentinels=100)
-    objective = _objective(settings, tokenizer)
-    task = _task(settings, objective.architecture, tokenizer)
+    objective = make_objective(settings, tokenizer)
+    task = make_task(settings, objective.architecture, tokenizer)
     blocks, heldout = (
         Blocks(
             settings[name],
@@ -175,7 +166,7 @@ def _train(run, settings, tensorboard, verbose):
     )
     network = keras.Model(task.input, task.output, name="network")
     network.compile(
-        _optimizer(settings),
+        make_optimizer(settings, task),
         keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),
@@ -208,107 +199,6 @@ def _train(run, settings, tensorboard, verbose):
         callbacks=callbacks,
     )
     run.finish(network, task)
-
-
-def _check(settings):
-    choices = {
-        "model": MODELS,
-        "objective": OBJECTIVES,
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-        "dtype": ("float32", "mixed_bfloat16"),
-    }
-    for name, allowed in choices.items():
-        if settings[name] not in allowed:
-            raise ValueError(
-                f"`{name}` must be one of {', '.join(allowed)}. Received: {name}={settings[name]!r}"
-            )
-    for name in ("steps", "steps_per_save", "batch_size", "accumulate", "warmup_steps"):
-        positive_integer(name, settings[name])
-    for name in ("window", "heldout_batches"):
-        positive_integer(name, settings[name])
-    if settings["steps"] % settings["steps_per_save"]:
-        raise ValueError(
-            f"`steps_per_save` must divide the steps, {settings['steps']}. "
-            f"Received: steps_per_save={settings['steps_per_save']}"
-        )
-    if not 8 <= settings["length"] <= 512:
-        raise ValueError(f"`length` must be from 8 to 512. Received: length={settings['length']}")
-    if not 0 < settings["learning_rate"] < float("inf"):
-        raise ValueError(
-            "`learning_rate` must be a positive number. "
-            f"Received: learning_rate={settings['learning_rate']}"
-        )
-    for name in ("clip", "router_z_weight"):
-        if not 0 <= settings[name] < float("inf"):
-            raise ValueError(f"`{name}` must not be negative. Received: {name}={settings[name]}")
-    if not 0 < settings["residual_scale"] <= 1:
-        raise ValueError(
-            "`residual_scale` must be in (0, 1]. "
-            f"Received: residual_scale={settings['residual_scale']}"
-        )
-    if not 0 <= settings["dropout"] < 1:
-        raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={settings['dropout']}")
-
-
-def _objective(settings, tokenizer):
-    given = {
-        "length": settings["length"],
-        "sentinel": tokenizer.vocabulary_size() - 1,
-        "end": tokenizer.end_token_id,
-    }
-    kind = OBJECTIVES[settings["objective"]]
-    return kind(**{name: v for name, v in given.items() if name in kind.__dataclass_fields__})
-
-
-def _task(settings, architecture, tokenizer):
-    task, preprocessor = TASKS[architecture]
-    return task(initial_backbone(settings, architecture), preprocessor(tokenizer))
-
-
-def initial_backbone(settings, architecture):
-    """The backbone that the settings of a run name, with its initial weights."""
-    options = {"size": settings["size"], "architecture": architecture, "dtype": settings["dtype"]}
-    options["dropout"] = settings["dropout"]
-    if settings["model"] != "dense":
-        options["num_experts"] = settings["num_experts"]
-        options["expert_dropout"] = settings["dropout"]
-        options["router"] = _router(settings, architecture)
-    backbone = MODELS[settings["model"]](**options)
-    for weight in backbone.trainable_weights:
-        if weight.path.endswith(RESIDUAL_WEIGHTS):
-            weight.assign(weight * settings["residual_scale"])
-    return backbone
-
-
-def _router(settings, architecture):
-    """The builder's own router, but for what is set."""
-    options = {"size": settings["size"], "architecture": architecture}
-    serialized = MODELS[settings["model"]](**options).router_config
-    config = {**serialized["config"], "router_z_weight": settings["router_z_weight"]}
-    if settings["capacity_factor"] != "default":
-        config["capacity_factor"] = config["eval_capacity_factor"] = settings["capacity_factor"]
-    return keras.saving.deserialize_keras_object({**serialized, "config": config})
-
-
-def _optimizer(settings):
-    # Keras counts the updates of the optimizer, not the steps.
-    steps, warmup = (settings[k] // settings["accumulate"] for k in ("steps", "warmup_steps"))
-    rate, warmup = settings["learning_rate"], max(1, warmup)
-    if settings["schedule"] == "inverse_sqrt":
-        rate = InverseSquareRoot(rate, warmup)
-    else:
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0, max(1, steps - warmup), 0.01, warmup_target=rate, warmup_steps=warmup
-        )
-    options = {"global_clipnorm": settings["clip"] or None}
-    if settings["accumulate"] > 1:
-        options["gradient_accumulation_steps"] = settings["accumulate"]
-    if settings["optimizer"] == "adafactor":
-        return keras_moe.optimizers.Adafactor(rate, relative_step=False, **options)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, beta_2=0.98, **options)
-    optimizer.exclude_from_weight_decay(var_names=["scale", "bias"])
-    return optimizer
 
 
 class Feed:
