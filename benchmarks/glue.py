@@ -83,15 +83,22 @@ def gathered(options, kept):
 
 
 def _pretraining(runs):
+    from zoo import figures
+    from zoo.models.deferred import Deferred
+    from zoo.pretraining.build import initial_backbone
+
     found = {}
     for name, preset in TWINS.items():
         path = runs / "pretraining" / name / "results.json"
         if path.is_file():
             results = json.loads(path.read_text())
+            with Deferred():
+                sizes = figures(initial_backbone(results["settings"], "encoder"))
             names = ("epoch", "seconds", "cross_entropy", "val_cross_entropy")
             found[preset] = {
                 "settings": results["settings"],
                 "finished": results["finished"],
+                "figures": sizes._asdict(),
                 "history": [[entry[name] for name in names] for entry in results["history"]],
             }
     return found
