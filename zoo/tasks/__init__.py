@@ -2,7 +2,21 @@
 
 from zoo.tasks.data import Examples, load
 from zoo.tasks.metrics import evaluate
-from zoo.tasks.prepare import Prepared, prepare
-from zoo.tasks.task import TASKS, Task, get
+from zoo.tasks.prepare import Prepared, prepare, prepared_in
+from zoo.tasks.suites import Average, average
+from zoo.tasks.task import SUITES, TASKS, Task, get
 
-__all__ = ["TASKS", "Examples", "Prepared", "Task", "evaluate", "get", "load", "prepare"]
+__all__ = [
+    "SUITES",
+    "TASKS",
+    "Average",
+    "Examples",
+    "Prepared",
+    "Task",
+    "average",
+    "evaluate",
+    "get",
+    "load",
+    "prepare",
+    "prepared_in",
+]
