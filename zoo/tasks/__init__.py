@@ -2,9 +2,13 @@
 
 from zoo.tasks.data import Examples, load
 from zoo.tasks.metrics import evaluate
+from zoo.tasks.mixtures import mixture, rates
 from zoo.tasks.prepare import Prepared, prepare, prepared_in
+from zoo.tasks.submission import write_submission
 from zoo.tasks.suites import Average, average
 from zoo.tasks.task import SUITES, TASKS, Task, get
+from zoo.tasks.text_scores import score_text
+from zoo.tasks.text_to_text import TextExamples, load_text, text_to_text
 
 __all__ = [
     "SUITES",
@@ -13,10 +17,17 @@ __all__ = [
     "Examples",
     "Prepared",
     "Task",
+    "TextExamples",
     "average",
     "evaluate",
     "get",
     "load",
+    "load_text",
+    "mixture",
     "prepare",
     "prepared_in",
+    "rates",
+    "score_text",
+    "text_to_text",
+    "write_submission",
 ]
