@@ -12,7 +12,8 @@ from zoo.extras import quiet_datasets, require
 from zoo.tasks import raw, raw_files, raw_superglue
 from zoo.tasks.task import SUITES, get
 
-_MARK = "partial.json"  # In a prepared folder: which of its splits are not the official ones.
+# In a prepared folder: what of it is not as in the official files.
+_REMARKS = "raw_files.json"
 
 
 class Prepared(NamedTuple):
@@ -26,6 +27,7 @@ class Prepared(NamedTuple):
         missing: The splits that the raw files do not have.
         partial: The splits that are not from the official files. What is measured with them is
             to be called partial.
+        repeated: A dict from split to how many lines were left out because they repeat others.
     """
 
     task: str
@@ -34,12 +36,15 @@ class Prepared(NamedTuple):
     fresh: bool
     missing: tuple[str, ...]
     partial: tuple[str, ...] = ()
+    repeated: dict[str, int] = {}
 
     def __str__(self):
         verb = "prepared" if self.fresh else "already prepared, nothing done"
         lines = [f"{self.task}: {verb} in {self.directory}"]
         for split, rows in self.rows.items():
             mark = " (partial: not the official file)" if split in self.partial else ""
+            if split in self.repeated:
+                mark += f" (left out: {self.repeated[split]} repeated)"
             lines.append(f"  {split}: {rows:,} rows{mark}")
         for split in self.missing:
             note = ", so it can be evaluated but not trained on" if split == "train" else ""
@@ -108,9 +113,7 @@ def prepare(task, source, data_dir, force=False, partial=False):
         with _staging(data_dir) as stage:
             builder = tfds.builder(task.dataset, data_dir=str(stage))
             built = _build(builder, _LocalFiles(Path(scratch)), files)
-            marked = [split for split, file in files.items() if file.partial]
-            if marked:
-                (built / _MARK).write_text(json.dumps({"partial": marked}) + "\n")
+            _remark(built, files)
             _move(built, Path(target.data_dir), stage / "replaced")
     return prepared_in(task, data_dir)._replace(fresh=True)
 
@@ -137,10 +140,13 @@ def prepared_in(task, data_dir=None):
     if not builder.is_prepared():
         return None
     rows = {split: info.num_examples for split, info in builder.info.splits.items()}
-    mark = Path(builder.data_dir) / _MARK
-    partial = tuple(json.loads(mark.read_text())["partial"]) if mark.is_file() else ()
     missing = tuple(split for split in task.splits if split not in rows)
-    return Prepared(task.name, str(builder.data_dir), rows, False, missing, partial)
+    found = Prepared(task.name, str(builder.data_dir), rows, False, missing)
+    path = Path(builder.data_dir) / _REMARKS
+    if not path.is_file():
+        return found
+    remarks = json.loads(path.read_text())
+    return found._replace(partial=tuple(remarks["partial"]), repeated=remarks["repeated"])
 
 
 @quiet_datasets()
@@ -198,7 +204,15 @@ def _names(config):
 def _check(task, config, source, scratch, partial):
     if task.name in SUITES["glue"]:
         return raw.check(config, source, scratch, partial)
-    return raw_superglue.check(config, source, partial)
+    return raw_superglue.check(config, source, scratch, partial)
+
+
+def _remark(built, files):
+    partial = [split for split, file in files.items() if file.partial]
+    repeated = {split: file.repeated for split, file in files.items() if file.repeated}
+    if partial or repeated:
+        remarks = {"partial": partial, "repeated": repeated}
+        (built / _REMARKS).write_text(json.dumps(remarks) + "\n")
 
 
 def _check_folder(data_dir):

@@ -63,7 +63,7 @@ def check(config, source, scratch, partial=False):
     if config.name == "mrpc":
         return _check_mrpc(folder, Path(scratch))
     return raw_files.check(
-        folder, names(config), partial, "GLUE", lambda *file: _count(config, *file)
+        folder, names(config), partial, "GLUE", lambda *file: _read(config, *file)
     )
 
 
@@ -107,7 +107,7 @@ def _table(path, columns, header=True, ragged=False):
     return names, [row for row in rows if len(row.values) >= len(names)]
 
 
-def _count(config, path, labelled):
+def _read(config, path, labelled):
     """Checks one file of a task other than MRPC."""
     if config.name == "cola" and labelled:
         names, rows = _table(path, _COLA_COLUMNS, header=False)
@@ -118,7 +118,7 @@ def _count(config, path, labelled):
         names, rows = _table(path, columns, ragged=config.name in _RAGGED)
     if label in names:
         _check_labels(path, rows, names.index(label), config.label_classes, labelled)
-    return len(rows)
+    return RawFile(path, len(rows))
 
 
 def _check_labels(path, rows, column, classes, labelled):

@@ -10,14 +10,16 @@ class RawFile(NamedTuple):
     """A checked file.
 
     Attributes:
-        path: Where it is.
+        path: Where it is, or a copy without repeated lines.
         rows: How many examples it gives.
         partial: Whether it is not the official one.
+        repeated: How many lines were left out because they are there before.
     """
 
     path: Path
     rows: int
     partial: bool = False
+    repeated: int = 0
 
 
 def folder_of(source, name, suite):
@@ -76,7 +78,7 @@ def wrong(path, line, expected, received):
     )
 
 
-def check(folder, names, partial, suite, count):
+def check(folder, names, partial, suite, read):
     """Finds and checks the files of the splits.
 
     Training and test files may be missing; the validation files too if there is partial data
@@ -87,7 +89,8 @@ def check(folder, names, partial, suite, count):
         names: A dict from split to the official name of its file.
         partial: Whether partial files will do.
         suite: "GLUE" or "SuperGLUE".
-        count: A function of a path and whether labels are needed to the number of examples.
+        read: A function that checks one file, of its path and whether labels are needed; it
+            returns a `RawFile`.
 
     Returns:
         A dict from split to its `RawFile`.
@@ -102,7 +105,7 @@ def check(folder, names, partial, suite, count):
         if split != "train" and not some and found[split][0] is None:
             raise missing(folder, names[split], suite)
     return {
-        split: RawFile(path, count(path, split in labelled), from_partial)
+        split: read(path, split in labelled)._replace(partial=from_partial)
         for split, (path, from_partial) in found.items()
         if path is not None
     }

@@ -5,11 +5,12 @@ sentence here names the file, the line and what was expected there.
 """
 
 import json
+from pathlib import Path
 
 from zoo.extras import require
 from zoo.tasks import raw_files
 from zoo.tasks.forms import PLACEHOLDER
-from zoo.tasks.raw_files import wrong
+from zoo.tasks.raw_files import RawFile, wrong
 
 FILES = {"train": "train.jsonl", "validation": "val.jsonl", "test": "test.jsonl"}
 
@@ -21,51 +22,70 @@ def folder_name(config):
     return config.data_url.rpartition("/")[2].removesuffix(".zip")
 
 
-def check(config, source, partial=False):
+def check(config, source, scratch, partial=False):
     """Checks the raw files of one task.
+
+    A line that is there twice, word for word, is harmless, but TFDS would refuse the file: it is
+    left out, and counted.
 
     Args:
         config: The TFDS `SuperGlueConfig`.
         source: The folder that holds `BoolQ/`, `CB/` and so on.
+        scratch: An existing empty folder, for copies without repeated lines.
         partial: Whether files of the sub-folder `partial/` stand in for official ones that are
             not there.
 
     Returns:
-        A dict from split to its `zoo.tasks.raw_files.RawFile`. Training and test splits without a
-        file are left out.
+        A dict from split to its `RawFile`. Training and test splits without a file are left out.
 
     Raises:
         ValueError: If anything is not as in the official files; the sentence names the file,
             the line and what was expected there.
     """
     folder = raw_files.folder_of(source, folder_name(config), "SuperGLUE")
-    return raw_files.check(folder, FILES, partial, "SuperGLUE", lambda *file: _count(config, *file))
+    return raw_files.check(
+        folder, FILES, partial, "SuperGLUE", lambda *file: _read(config, Path(scratch), *file)
+    )
 
 
 class _Wrong(Exception):
     """What a line must have, and what it has."""
 
 
-def _count(config, path, labelled):
-    """Checks one file; returns how many examples TFDS makes of it."""
+def _read(config, scratch, path, labelled):
+    """Checks one file."""
+    keys, repeated = set(), set()
+    seen = set()  # of lines, as numbers: the largest file has hundreds of megabytes
     examples = _EXAMPLES.get(config.name, _one_example)
-    seen = set()
+    for number, line in _lines(path):
+        try:
+            new = examples(_object(line), config, labelled)
+            if not keys.isdisjoint(new):
+                _require(hash(line) in seen, "an `idx` of its own", f"{new[0]} again")
+                repeated.add(number)
+        except _Wrong as error:
+            raise wrong(path, number, *error.args) from None
+        keys.update(new)
+        seen.add(hash(line))
+    if not keys:
+        raise wrong(path, 1, "a JSON object", "the end of the file")
+    if repeated:
+        lines = (line for number, line in _lines(path) if number not in repeated)
+        path = scratch / path.name
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+    return RawFile(path, len(keys), repeated=len(repeated))
+
+
+def _lines(path):
+    """Yields the numbers of lines and the lines, as TFDS divides the file."""
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    keys = examples(_object(line), config, labelled)
-                    _require(seen.isdisjoint(keys), "an `idx` of its own", f"{keys} again")
-                except _Wrong as error:
-                    raise wrong(path, number, *error.args) from None
-                seen.update(keys)
+            yield from enumerate(file, 1)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"`source` must hold UTF-8 text. Received: {str(path)!r}, where {error}"
         ) from error
-    if not seen:
-        raise wrong(path, 1, "a JSON object", "the end of the file")
-    return len(seen)
 
 
 def _require(condition, expected, received):
