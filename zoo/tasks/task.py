@@ -272,5 +272,6 @@ def _near(name):
     short = {known: known.rpartition("/")[2] for known in TASKS}
     among = [known for known in TASKS if known.rpartition("/")[0] == suite] if suite else []
     among = among or list(TASKS)
+    name = name.partition(".")[0]  # "wsc.fixed" is what TensorFlow Datasets has of "wsc"
     nearest = difflib.get_close_matches(name, [short[known] for known in among], n=1)
     return [known for known in among if short[known] in nearest]
