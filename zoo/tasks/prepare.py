@@ -180,7 +180,7 @@ def tasks_in(source, partial=False):
             else:
                 absent[name] = f"{folder}/{names[0]}"
                 if any(raw_files.find(source / folder, file, True)[0] for file in names):
-                    absent[name] += ", but partial data"
+                    absent[name] += ", but files for the option `partial`"
         if len(absent) < len(suite):
             left_out |= absent
     if not found:

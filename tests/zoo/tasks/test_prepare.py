@@ -149,7 +149,7 @@ def test_partial_tables(tmp_path):
     raw_glue.make(tmp_path / "raw", "glue/rte")
     found, left_out = tasks_in(tmp_path / "raw")
     assert found == ["glue/rte"]
-    assert left_out["glue/mnli"] == "MNLI/train.tsv, but partial data"
+    assert left_out["glue/mnli"] == "MNLI/train.tsv, but files for the option `partial`"
     assert tasks_in(tmp_path / "raw", partial=True)[0] == ["glue/mnli", "glue/rte"]
     with pytest.raises(ValueError, match="`source` must hold the file 'dev_matched.tsv'"):
         prepare("glue/mnli", tmp_path / "raw", tmp_path / "out")
