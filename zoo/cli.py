@@ -54,15 +54,25 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser(
-        "prepare", help="turn GLUE's raw files into a folder that tfds.load opens, without network"
+        "prepare",
+        help="turn GLUE's and SuperGLUE's raw files into a folder that tfds.load opens, offline",
     )
     add = command.add_argument
     add("tasks", nargs="*", metavar="TASK", help="e.g. glue/cola; default: all that are there")
     add(
-        "--from", dest="source", metavar="DIR", required=True, help="folder with CoLA/train.tsv ..."
+        "--from",
+        dest="source",
+        metavar="DIR",
+        required=True,
+        help="folder with CoLA/train.tsv ... or BoolQ/train.jsonl ...",
     )
     add("--data-dir", metavar="OUT", required=True, help="TensorFlow Datasets folder to write to")
     add("--force", action="store_true", help="prepare again what is there already")
+    add(
+        "--partial",
+        action="store_true",
+        help="take DIR/<task>/partial/... where the official file is missing, and mark it so",
+    )
     command.set_defaults(
         run=_prepare,
         interrupted="prepare, without --force, goes on with the tasks that are not there yet",
@@ -227,10 +237,10 @@ def _capacity(text):
 def _recipes():
     """The tasks and the defaults of each, as a table."""
     lines = ["tasks, and the defaults for each:"]
-    lines.append(f"  {'':14}{'epochs':>7}{'batch size':>12}{'learning rate':>15}{'dropout':>9}")
+    lines.append(f"  {'':18}{'epochs':>7}{'batch size':>12}{'learning rate':>15}{'dropout':>9}")
     for task in TASKS:
         epochs, batch_size, learning_rate, dropout = recipe(task).values()
-        lines.append(f"  {task:14}{epochs:7}{batch_size:12}{learning_rate:15}{dropout:9}")
+        lines.append(f"  {task:18}{epochs:7}{batch_size:12}{learning_rate:15}{dropout:9}")
     return "\n".join(lines)
 
 
@@ -272,11 +282,11 @@ def _prepare(options):
 
     tasks, left_out = options.tasks, {}
     if not tasks:
-        tasks, left_out = tasks_in(options.source)
+        tasks, left_out = tasks_in(options.source, options.partial)
     with _without_remarks(), contextlib.suppress(ImportError):
         import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
     for task in tasks:
-        print(prepare(task, options.source, options.data_dir, force=options.force))
+        print(prepare(task, options.source, options.data_dir, options.force, options.partial))
     for task, file in left_out.items():
         print(f"left out: {task} (no {file})")
 

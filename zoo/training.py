@@ -254,7 +254,7 @@ def _build(task, model, settings):
 def _batches(preprocessor, task, split, data_dir, settings):
     examples = data.load(task, split, data_dir)
     training = split == "train"
-    texts, labels = examples
+    texts, labels = examples[:2]
     if training and settings["max_examples"] is not None:
         texts = tuple(column[: settings["max_examples"]] for column in texts)
         labels = labels[: settings["max_examples"]]
