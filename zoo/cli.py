@@ -278,13 +278,14 @@ def _without_remarks():
 
 
 def _prepare(options):
-    from zoo.tasks.prepare import prepare, tasks_in
+    with _without_remarks():
+        from zoo.tasks.prepare import prepare, tasks_in
 
+        with contextlib.suppress(ImportError):
+            import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
     tasks, left_out = options.tasks, {}
     if not tasks:
         tasks, left_out = tasks_in(options.source, options.partial)
-    with _without_remarks(), contextlib.suppress(ImportError):
-        import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
     for task in tasks:
         print(prepare(task, options.source, options.data_dir, options.force, options.partial))
     for task, file in left_out.items():
