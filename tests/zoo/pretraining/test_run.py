@@ -243,8 +243,11 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
         ({"clip": -1}, "`clip` must not be negative"),
         ({"dropout": 1}, r"`dropout` must be in \[0, 1\)"),
         ({"residual_scale": 0}, r"`residual_scale` must be in \(0, 1\]"),
-        ({"window": 2}, "`window` must be at least the batch size, 4"),
-        ({"heldout": ["nothing.txt"]}, "`corpus` must name files that are there"),
+        ({"window": 10}, "`window` must be a multiple of the batch size, 4"),
+        ({"heldout": ["nothing.txt"]}, "`heldout` must name files that are there"),
+        ({"heldout_batches": 1, "batch_size": 80, "window": 80}, "`heldout` must make 80 blocks"),
+        ({"density": 0}, r"`density` must be in \(0, 1\)"),
+        ({"objective": "span", "mean_span": 0}, "`mean_span` must be at least 1"),
         ({"accumulate": 0}, "`accumulate` must be a positive integer"),
     ],
 )
