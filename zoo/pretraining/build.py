@@ -108,10 +108,14 @@ def _check_router(settings):
 
 def make_objective(settings, tokenizer):
     """The objective that the settings name."""
+    last = tokenizer.vocabulary_size() - 1
     given = {
         "length": settings["length"],
-        "sentinel": tokenizer.vocabulary_size() - 1,
+        "sentinel": last,
         "end": tokenizer.end_token_id,
+        "ordinary": (3, last - 99),  # after <pad>, </s>, <unk> and before the sentinels
+        "density": settings["density"],
+        "mean_span": settings["mean_span"],
     }
     kind = OBJECTIVES[settings["objective"]]
     return kind(**{name: v for name, v in given.items() if name in kind.__dataclass_fields__})

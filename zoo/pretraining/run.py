@@ -12,7 +12,8 @@ import numpy as np
 import keras_moe
 from keras_moe.distribution import process_id
 from zoo.pretraining.build import RATES, check, make_objective, make_optimizer, make_task
-from zoo.pretraining.text import Blocks, sources
+from zoo.pretraining.sources import sources
+from zoo.pretraining.text import Blocks
 from zoo.runs import Run, SaveRun, SeedEpochs, devices
 from zoo.tokenizer import default_tokenizer, t5_tokenizer
 from zoo.training import EpochLine
@@ -24,6 +25,8 @@ def pretrain(
     *,
     heldout=(),
     objective="masked",
+    density=0.15,
+    mean_span=3.0,
     output=None,
     size="mini",
     num_experts=None,
@@ -58,10 +61,13 @@ def pretrain(
 
     Args:
         model: "switch", "expert_choice" or "dense".
-        corpus: list of files or data sets to train on, see `zoo.pretraining.text.sources`.
+        corpus: list of files or data sets to train on, see
+            `zoo.pretraining.sources.sources`.
         heldout: the same to measure the perplexity on, never trained on; none: not measured.
         objective: "masked" (an encoder), "span" or "prefix" (an encoder-decoder) or "causal" (a
             decoder), see `zoo.pretraining.objectives`.
+        density: share of the tokens that "masked" and "span" hide.
+        mean_span: tokens that "span" hides in one place, in the mean.
         output: folder of the run; by default named after model, objective, backend and seed.
         size: of the model, see `zoo.switch_transformer`.
         num_experts: experts per sparse block; `None`: 8. This and the other options of routers are
@@ -89,8 +95,9 @@ def pretrain(
             attention, feed-forward layers and experts, relative to T5's. Below 1 a text's tokens
             are not drowned at first (GPT-2 took 1 / sqrt(its layers)).
         dtype: "float32", or "mixed_bfloat16" to compute in bfloat16.
-        window: blocks that are shuffled together.
-        heldout_batches: batches, at most, of the held-out text.
+        window: blocks that are shuffled together, a multiple of the batch size.
+        heldout_batches: batches, at most, of the held-out text: its first blocks, with the same
+            noise whatever the seed, so that runs of as many blocks can be compared.
         seed: of weights, noise and the order of the text.
         tensorboard: whether logs for TensorBoard are written to `output/tensorboard`.
         restart: throws an earlier run in `output` away.
@@ -112,7 +119,9 @@ def pretrain(
         "objective": objective,
         "backend": keras.backend.backend(),
         "corpus": sources(corpus),
-        "heldout": sources(heldout) if heldout else [],
+        "heldout": sources(heldout, "heldout") if heldout else [],
+        "density": density if objective in ("masked", "span") else None,
+        "mean_span": mean_span if objective == "span" else None,
         "size": size,
         "num_experts": 8 if num_experts is None and model != "dense" else num_experts,
         "capacity_factor": capacity_factor,
@@ -151,19 +160,13 @@ def _train(run, settings, tensorboard, verbose):
     keras.utils.set_random_seed(settings["seed"])
     tokenizer = t5_tokenizer(default_tokenizer().proto, sentinels=100)
     objective = make_objective(settings, tokenizer)
+    end = tokenizer.end_token_id
+    order = {name: settings[name] for name in ("batch_size", "window", "seed")}
+    blocks = Blocks(settings["corpus"], tokenizer, end, objective, **order)
+    heldout = None
+    if settings["heldout"]:
+        heldout = Heldout(Blocks(settings["heldout"], tokenizer, end, objective, 1, 1), settings)
     task = make_task(settings, objective.architecture, tokenizer)
-    blocks, heldout = (
-        Blocks(
-            settings[name],
-            tokenizer,
-            tokenizer.end_token_id,
-            objective,
-            settings["batch_size"],
-            settings["window"],
-            settings["seed"],
-        )
-        for name in ("corpus", "heldout")
-    )
     network = keras.Model(task.input, task.output, name="network")
     network.compile(
         make_optimizer(settings, task),
@@ -194,7 +197,7 @@ def _train(run, settings, tensorboard, verbose):
         epochs=settings["steps"] // settings["steps_per_save"],
         initial_epoch=run.epoch,
         shuffle=False,
-        validation_data=_Kept(heldout, settings) if settings["heldout"] else None,
+        validation_data=heldout,
         verbose=verbose,
         callbacks=callbacks,
     )
@@ -224,15 +227,31 @@ class Feed:
         return place
 
 
-class _Kept(keras.utils.PyDataset):
-    """The first batches of a text, the same each time."""
+class Heldout(keras.utils.PyDataset):
+    """The first batches of a text, the same each time, and for runs of another seed or batch size.
+
+    Args:
+        blocks: `Blocks` in batches and windows of one, in the order of the text.
+        settings: of the run.
+
+    Raises:
+        ValueError: if they make no batch.
+    """
 
     def __init__(self, blocks, settings):
         super().__init__()
+        size = settings["batch_size"]
+        rows = itertools.islice(blocks.batches(), size * settings["heldout_batches"])
         # Not the next time round: a short text has fewer.
-        batches = itertools.islice(blocks.batches(), settings["heldout_batches"])
+        rows = [row for row, _ in itertools.takewhile(lambda x: x[1]["epoch"] == 0, rows)]
+        if len(rows) < size:
+            raise ValueError(
+                f"`heldout` must make {size} blocks of {blocks.objective.block} tokens or more. "
+                f"Received: {', '.join(blocks.names)}"
+            )
         self.batches = [
-            batch for batch, place in itertools.takewhile(lambda x: x[1]["epoch"] == 0, batches)
+            keras.tree.map_structure(lambda *x: np.concatenate(x), *rows[first : first + size])
+            for first in range(0, len(rows) - size + 1, size)
         ]
 
     def __len__(self):
