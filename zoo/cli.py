@@ -162,6 +162,8 @@ def _parser():
         ("clip", "largest norm of all gradients; 0: any"),
         ("router-z-weight", "of the routers' z-loss"),
         ("dropout", "everywhere"),
+        ("density", "share of the tokens that masked and span hide"),
+        ("mean-span", "tokens that span hides in one place, in the mean"),
         ("residual-scale", "of the initial weights that end a layer"),
     ):
         add(f"--{name}", type=float, metavar="X", help=text)
