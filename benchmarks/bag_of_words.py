@@ -35,7 +35,7 @@ def scores(task, data_dir=None, overlap=False):
         examples = load(task, split, data_dir)
         outputs = _outputs(model, words(examples.texts), task)
         name = "val" if number == 0 else split
-        for metric, score in evaluate(task, examples.labels, outputs).items():
+        for metric, score in evaluate(task, examples, outputs).items():
             found[f"{name}_{metric}"] = score
     return found
 

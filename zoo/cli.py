@@ -13,7 +13,7 @@ import sys
 from zoo.catalogue import list_presets
 from zoo.files import require_absent
 from zoo.recipes import preset_recipe
-from zoo.tasks.task import TASKS, recipe
+from zoo.tasks.task import SUITES, TASKS, recipe
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SAMPLERS = ("greedy", "beam", "top_k", "top_p", "contrastive")
@@ -55,15 +55,25 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser(
-        "prepare", help="turn GLUE's raw files into a folder that tfds.load opens, without network"
+        "prepare",
+        help="turn GLUE's and SuperGLUE's raw files into a folder that tfds.load opens, offline",
     )
     add = command.add_argument
     add("tasks", nargs="*", metavar="TASK", help="e.g. glue/cola; default: all that are there")
     add(
-        "--from", dest="source", metavar="DIR", required=True, help="folder with CoLA/train.tsv ..."
+        "--from",
+        dest="source",
+        metavar="DIR",
+        required=True,
+        help="folder with CoLA/train.tsv ... or BoolQ/train.jsonl ...",
     )
     add("--data-dir", metavar="OUT", required=True, help="TensorFlow Datasets folder to write to")
     add("--force", action="store_true", help="prepare again what is there already")
+    add(
+        "--partial",
+        action="store_true",
+        help="take DIR/<task>/partial/... where the official file is missing, and mark it so",
+    )
     command.set_defaults(
         run=_prepare,
         interrupted="prepare, without --force, goes on with the tasks that are not there yet",
@@ -81,7 +91,8 @@ def _parser():
         nargs="?",
         default="acceptability",
         metavar="TASK",
-        help="e.g. glue/sst2, or glue: all tasks that the data folder has; default: acceptability, "
+        help="e.g. glue/sst2, or glue or superglue: all tasks of it that the data folder has; "
+        "default: acceptability, "
         "which is generated and needs no data",
     )
     add("--model", help="to build from scratch: switch (default), expert_choice or dense")
@@ -186,6 +197,8 @@ def _parser():
         ("clip", "largest norm of all gradients; 0: any"),
         ("router-z-weight", "of the routers' z-loss"),
         ("dropout", "everywhere"),
+        ("density", "share of the tokens that masked and span hide"),
+        ("mean-span", "tokens that span hides in one place, in the mean"),
         ("residual-scale", "of the initial weights that end a layer"),
     ):
         add(f"--{name}", type=float, metavar="X", help=text)
@@ -314,15 +327,16 @@ def _without_remarks():
 
 
 def _prepare(options):
-    from zoo.tasks.prepare import prepare, tasks_in
+    with _without_remarks():
+        from zoo.tasks.prepare import prepare, tasks_in
 
+        with contextlib.suppress(ImportError):
+            import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
     tasks, left_out = options.tasks, {}
     if not tasks:
-        tasks, left_out = tasks_in(options.source)
-    with _without_remarks(), contextlib.suppress(ImportError):
-        import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
+        tasks, left_out = tasks_in(options.source, options.partial)
     for task in tasks:
-        print(prepare(task, options.source, options.data_dir, force=options.force))
+        print(prepare(task, options.source, options.data_dir, options.force, options.partial))
     for task, file in left_out.items():
         print(f"left out: {task} (no {file})")
 
@@ -353,7 +367,7 @@ def _finetune(options):
         from keras_moe.distribution import process_id
         from zoo.finetuning.run import finetune
         from zoo.finetuning.suite import finetune_suite
-        from zoo.finetuning.summary import SUITES, table
+        from zoo.finetuning.summary import table
 
     if options.task == "acceptability" and process_id() == 0:
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")

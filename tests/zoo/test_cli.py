@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.zoo.tasks import raw_glue
+from tests.zoo.tasks import raw_glue, raw_superglue
 from zoo import cli
 from zoo.recipes import preset_recipe
 from zoo.tasks.task import TASKS, recipe
@@ -25,13 +25,35 @@ def test_prepare_bad_folder(tmp_path, capsys):
 def test_prepare_says_what_it_left_out(tmp_path, capsys):
     for task in raw_glue.GLUE[:2]:
         raw_glue.make(tmp_path / "raw", task)
-    (tmp_path / "raw" / raw_glue.FOLDERS["glue/sst2"] / "train.tsv").unlink()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "raw" / raw_glue.FOLDERS["glue/sst2"] / name).unlink()
     arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("glue/cola: prepared in ")
     assert "left out: glue/sst2 (no SST-2/train.tsv)" in lines
     assert lines[-1] == "left out: glue/wnli (no WNLI/train.tsv)"
+
+
+def test_prepare_superglue_and_partial_data(tmp_path, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    folder = raw_superglue.make(tmp_path / "raw", "super_glue/boolq", tests=False)
+    (folder / "partial").mkdir()
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").rename(folder / "partial" / f"{name}_some.jsonl")
+    raw_superglue.make(tmp_path / "raw", "super_glue/rte")
+    arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("super_glue/rte: prepared in ")
+    left_out = (
+        "left out: super_glue/boolq (no BoolQ/train.jsonl, but files for the option `partial`)"
+    )
+    assert left_out in lines
+    assert cli.main([*arguments, "--partial"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("super_glue/boolq: prepared in ")
+    assert lines[1] == "  train: 3 rows (partial: not the official file)"
 
 
 def test_prepare_into_a_file(tmp_path, capsys):

@@ -29,9 +29,9 @@ class TokenisedTask:
         if split not in self._examples:
             examples = data.load(self.task, split, self.data_dir)
             if split == "train" and self.max_examples is not None:
-                examples = examples._replace(
-                    texts=tuple(column[: self.max_examples] for column in examples.texts),
-                    labels=examples.labels[: self.max_examples],
+                examples = data.Examples(  # in training they belong to no questions
+                    tuple(column[: self.max_examples] for column in examples.texts),
+                    examples.labels[: self.max_examples],
                 )
             self._examples[split] = examples
         return self._examples[split]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo.extras import require
-from zoo.finetuning.summary import average, shown, spread
+from zoo.finetuning.summary import shown, spread, suite_score
 
 
 def compare(*folders, epoch="best"):
@@ -93,7 +93,8 @@ def _averages(summary, tasks, epoch, suite):
     runs = {name: {run["seed"]: run for run in summary["tasks"][name]["runs"]} for name in tasks}
     seeds = [seed for seed in runs[tasks[0]] if all(seed in each for each in runs.values())]
     return {
-        seed: average({name: runs[name][seed][epoch] for name in tasks}, suite) for seed in seeds
+        seed: suite_score({name: runs[name][seed][epoch] for name in tasks}, suite)
+        for seed in seeds
     }
 
 

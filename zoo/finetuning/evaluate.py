@@ -9,9 +9,8 @@ from zoo import tasks
 from zoo.extras import require
 from zoo.finetuning.batches import TokenisedTask
 from zoo.finetuning.classifiers import check_vocabulary
-from zoo.finetuning.scores import predict, score
+from zoo.finetuning.scores import predict
 from zoo.presets import encoder_config, from_preset
-from zoo.tasks.task import get
 
 
 def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch_size=None):
@@ -36,13 +35,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
             or there is no such split.
         FileNotFoundError: if the data is not there.
     """
-    task = get(task)
+    task = tasks.get(task)
     preset, settings = _of_run(preset)
-    write = None
-    if predictions is not None:
-        write = getattr(tasks, "write_submission", None)
-        if write is None:
-            raise ValueError("`predictions` must be None: this version writes no submissions.")
     encoder_config(preset, trained=True)
     for module in ("sklearn", "scipy"):
         require(module)
@@ -60,10 +54,10 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
     )
     outputs = predict(keras.Model(classifier.input, classifier.output), batches)
     examples = data.examples(split)
-    if write is not None:
-        write(task, examples, outputs, predictions, split=split)
+    if predictions is not None:
+        tasks.write_submission(task, examples, outputs, predictions, split)
     labelled = examples.labels.min() >= 0
-    return score(task, examples, outputs) if labelled else {}
+    return tasks.evaluate(task, examples, outputs) if labelled else {}
 
 
 def _of_run(preset):

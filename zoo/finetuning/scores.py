@@ -23,22 +23,6 @@ def predict(model, batches):
     return outputs
 
 
-def score(task, examples, outputs):
-    """The official metrics, some of which are about groups of examples.
-
-    Args:
-        task: a `Task`.
-        examples: the `Examples` of a split.
-        outputs: `[examples, num_classes]` array.
-
-    Returns:
-        Dictionary of metric -> float.
-    """
-    grouped = getattr(examples, "groups", None) is not None
-    options = {"groups": examples.groups, "examples": examples} if grouped else {}
-    return metrics.evaluate(task, examples.labels, outputs, **options)
-
-
 class OfficialMetrics(keras.callbacks.Callback):
     """Adds the task's official metrics on its validation splits to the logs of every epoch.
 
@@ -60,5 +44,5 @@ class OfficialMetrics(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         for split, (examples, batches) in self.splits.items():
             prefix = "val" if split == self.task.validation[0] else split
-            scores = score(self.task, examples, predict(self.model, batches))
+            scores = metrics.evaluate(self.task, examples, predict(self.model, batches))
             logs.update({f"{prefix}_{metric}": value for metric, value in scores.items()})

@@ -8,10 +8,9 @@ from pathlib import Path
 from keras_moe.distribution import process_id
 from zoo.finetuning.run import Bench, label, open_run
 from zoo.finetuning.settings import settle
-from zoo.finetuning.summary import SUITES, summarise
+from zoo.finetuning.summary import summarise
 from zoo.runs import devices, replacing
-from zoo.tasks import data
-from zoo.tasks.task import get
+from zoo.tasks import SUITES, data, get
 
 
 def finetune_suite(
@@ -33,7 +32,7 @@ def finetune_suite(
     end `output` has `summary.json`, for `zoo.compare`.
 
     Args:
-        task: name of a task, or "glue": all tasks that `data_dir` has.
+        task: name of a task, or "glue" or "superglue": all tasks of it that `data_dir` has.
         model: as in `zoo.finetune`.
         seeds: that many, from 0 on; or a list of them.
         data_dir: as in `zoo.finetune`.

@@ -2,19 +2,7 @@
 
 import numpy as np
 
-from zoo.tasks.task import TASKS, get
-
-SUITES = {"glue": tuple(name for name in TASKS if name.startswith("glue/"))}
-
-
-def average(scores, suite):
-    """Mean over tasks of the mean over a task's metrics, as GLUE has it.
-
-    Args:
-        scores: task -> metric -> number.
-        suite: name of a suite.
-    """
-    return float(np.mean([np.mean(list(metrics.values())) for metrics in scores.values()]))
+from zoo.tasks import SUITES, average, get
 
 
 def summarise(runs, output, suite=None, left_out=()):
@@ -85,11 +73,16 @@ def spread(scores):
     return {"mean": float(np.mean(scores)), "sd": sd}
 
 
+def suite_score(scores, suite):
+    """`zoo.tasks.average` as a fraction of 1, as all other scores are."""
+    return average(scores, suite).score / 100
+
+
 def _averages(tasks, epoch, suite):
     """The suite's average of each seed, and their spread."""
     return spread(
         [
-            average({name: task["runs"][n][epoch] for name, task in tasks.items()}, suite)
+            suite_score({name: task["runs"][n][epoch] for name, task in tasks.items()}, suite)
             for n in range(len(next(iter(tasks.values()))["runs"]))
         ]
     )

@@ -1,18 +1,10 @@
-from typing import NamedTuple
-
 import keras
 import numpy as np
 import pytest
 
 from zoo.batches import TokenBatches
 from zoo.finetuning import scores
-from zoo.tasks.task import get
-
-
-class Grouped(NamedTuple):
-    texts: tuple
-    labels: np.ndarray
-    groups: np.ndarray | None
+from zoo.tasks import Examples, get
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +29,17 @@ def test_outputs_are_in_the_order_of_the_examples(batches):
     assert sorted(batches.order[batches.order >= 0]) != batches.order.tolist()
 
 
-def test_groups_reach_the_metrics(monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        scores.metrics, "evaluate", lambda *arguments, **options: given.append(options) or {"f1": 1}
+def test_metrics_of_questions(batches):
+    """Rows of the first question: 0 and 1, which is the likelier one and right; all others: one."""
+    labels, groups = np.array([0, 1, 1, 1, 1, 1, 0]), np.array([0, 0, 1, 2, 3, 4, 5])
+    callback = scores.OfficialMetrics(
+        get("super_glue/copa"), {"validation": (Examples((), labels, groups), batches)}
     )
-    labels, outputs = np.array([0, 1]), np.zeros((2, 2))
-    task = get("glue/cola")
-    scores.score(task, Grouped((["a", "b"],), labels, None), outputs)
-    grouped = Grouped((["a", "b"],), labels, np.array([3, 3]))
-    scores.score(task, grouped, outputs)
-    assert given[0] == {} and given[1]["groups"].tolist() == [3, 3]
-    assert given[1]["examples"] is grouped
+    model = network()
+    callback.set_model(keras.Model(model.input, model.output[:, ::-1]))
+    logs = {}
+    callback.on_epoch_end(0, logs)
+    assert logs == {"val_accuracy": pytest.approx(5 / 6)}
 
 
 def test_official_metrics_of_every_split(batches):
@@ -57,8 +48,8 @@ def test_official_metrics_of_every_split(batches):
     callback = scores.OfficialMetrics(
         task,
         {
-            "validation_matched": (Grouped((), np.zeros(7, int), None), batches),
-            "validation_mismatched": (Grouped((), np.array([0, 1, 1, 0, 0, 0, 0]), None), batches),
+            "validation_matched": (Examples((), np.zeros(7, int)), batches),
+            "validation_mismatched": (Examples((), np.array([0, 1, 1, 0, 0, 0, 0])), batches),
         },
     )
     model = network()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.finetuning.summary import average, shown, spread, summarise, table
+from zoo.finetuning.summary import shown, spread, suite_score, summarise, table
 
 
 def finished(task, seed, metrics, *history):
@@ -81,4 +81,4 @@ def test_pieces():
     assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0}
     assert shown({"mean": 0.25, "sd": None}) == "0.250"
     scores = {"glue/cola": {"matthews": 0.1}, "glue/mrpc": {"f1": 0.5, "accuracy": 0.7}}
-    assert average(scores, "glue") == pytest.approx((0.1 + 0.6) / 2)
+    assert suite_score(scores, "glue") == pytest.approx((0.1 + 0.6) / 2)
