@@ -84,8 +84,10 @@ def _summary(folder):
 def _average(summaries, tasks, epoch):
     """The comparison of the suite's average; `None` where there is none."""
     suite = summaries[0]["suite"]
+    if suite is None:
+        return None
     scores = [_averages(summary, tasks, epoch, suite) for summary in summaries]
-    return _models(scores) if suite and all(scores) else None
+    return _models(scores) if all(scores) else None
 
 
 def _averages(summary, tasks, epoch, suite):

@@ -76,10 +76,10 @@ def test_holm():
 
 
 def test_differences_to_the_first(folders):
-    one = {"glue/rte": ONES, "glue/cola": [0.1, 0.3, 0.2], "glue/sst2": [0.9]}
-    two = {"glue/rte": OTHERS, "glue/cola": [0.2, 0.2, 0.2]}
+    one = {"glue/rte": ONES, "glue/qnli": [0.1, 0.3, 0.2], "glue/sst2": [0.9]}
+    two = {"glue/rte": OTHERS, "glue/qnli": [0.2, 0.2, 0.2]}
     comparison = compare(*folders(one, two, one))
-    assert list(comparison["tasks"]) == ["glue/rte", "glue/cola"]
+    assert list(comparison["tasks"]) == ["glue/rte", "glue/qnli"]
     assert comparison["left_out"] == ["glue/sst2"]
     first, second, third = comparison["tasks"]["glue/rte"]["models"]
     assert first == {"mean": pytest.approx(0.53), "sd": pytest.approx(0.03), "seeds": [0, 1, 2]}
@@ -89,7 +89,7 @@ def test_differences_to_the_first(folders):
     assert third["difference"] == 0 and third["p"] is None is third["p_holm"]
     average = comparison["average"]
     ones, others = (
-        [(a + b) / 2 for a, b in zip(s["glue/rte"], s["glue/cola"], strict=True)]
+        [(a + b) / 2 for a, b in zip(s["glue/rte"], s["glue/qnli"], strict=True)]
         for s in (one, two)
     )
     assert average[1]["p"] == pytest.approx(paired(ones, others)) and "p_holm" not in average[1]
@@ -109,12 +109,12 @@ def test_no_average_without_a_suite_or_common_seeds(folders, tmp_path):
     for folder in tmp_path.iterdir():
         (folder / "summary.json").unlink()
         folder.rmdir()
-    tasks = {"glue/rte": {0: 0.5}, "glue/cola": {1: 0.5}}
+    tasks = {"glue/rte": {0: 0.5}, "glue/qnli": {1: 0.5}}
     assert compare(*folders(tasks, tasks))["average"] is None
 
 
 def test_the_table(folders):
-    one, two = {"glue/rte": ONES, "glue/cola": [0.1]}, {"glue/rte": OTHERS, "glue/cola": [0.2]}
+    one, two = {"glue/rte": ONES, "glue/qnli": [0.1]}, {"glue/rte": OTHERS, "glue/qnli": [0.2]}
     names = folders(one, two)
     lines = comparison_table(compare(*names)).splitlines()
     assert lines[0] == f"| task | metric | {names[0]} | {names[1]} | difference | p |"
@@ -123,12 +123,12 @@ def test_the_table(folders):
     assert lines[2] == (
         f"| glue/rte | accuracy | 0.530 ± 0.030 | 0.620 ± 0.026 | +0.090 | {p:.3f} * |"
     )
-    assert lines[3] == "| glue/cola | accuracy | 0.100 | 0.200 | +0.100 | - |"
+    assert lines[3] == "| glue/qnli | accuracy | 0.100 | 0.200 | +0.100 | - |"
     assert lines[4] == "| average of 2 tasks | | 0.300 | 0.400 | +0.100 | - |"
 
 
 def test_what_cannot_be_compared(folders, tmp_path):
-    names = folders({"glue/rte": ONES}, {"glue/cola": ONES})
+    names = folders({"glue/rte": ONES}, {"glue/qnli": ONES})
     with pytest.raises(ValueError, match="`folders` must have a task in common"):
         compare(*names)
     with pytest.raises(ValueError, match="`folders` must be two or more. Received: 1"):
