@@ -11,8 +11,8 @@ _DENSE = {"batch_size": 32, "learning_rate": 3e-4, "dropout": 0.1, "expert_dropo
 _SPARSE = {"batch_size": 16, "learning_rate": 5e-4, "dropout": 0.1, "expert_dropout": 0.4}
 
 # Epochs, and longer texts than most; a task that is not named has three epochs, and 64 tokens for
-# a sentence or 128 for two. With a sparse preset of size "mini" CoLA and RTE end within five minutes
-# on two CPU cores.
+# a sentence or 128 for two. A sparse preset of size "mini" is done with CoLA or RTE within five
+# minutes on two CPU cores.
 _EPOCHS = {
     "glue/cola": 6,
     "glue/mrpc": 8,

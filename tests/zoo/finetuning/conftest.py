@@ -6,7 +6,7 @@ from zoo.finetuning import batches
 from zoo.models import builders
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(builders.SIZES, "tiny", TINY)
@@ -14,7 +14,7 @@ def small():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def whole(small, tmp_path_factory):
     """A run of ten epochs that nothing disturbed, and its folder."""
     folder = tmp_path_factory.mktemp("run")
@@ -28,14 +28,14 @@ def pretrained(folder, build, **options):
     return str(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def masked_lm(small, tmp_path_factory):
     """The preset of an encoder with experts, as pretraining leaves it."""
     folder = tmp_path_factory.mktemp("masked") / "preset"
     return pretrained(folder, zoo.switch_transformer, num_experts=4)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def dense_masked_lm(small, tmp_path_factory):
     """Likewise, without experts."""
     return pretrained(tmp_path_factory.mktemp("dense") / "preset", zoo.dense_transformer)
