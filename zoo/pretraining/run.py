@@ -1,8 +1,6 @@
 """Pretraining by `model.fit`: text, an objective, and a run that goes on where it stopped."""
 
-import collections
 import contextlib
-import itertools
 import math
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from zoo.models.decoder import CausalLM, CausalLMPreprocessor
 from zoo.models.encoder import EncoderTextClassifierPreprocessor
 from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
 from zoo.models.masked_lm import EncoderMaskedLM
+from zoo.pretraining.feed import Feed, Heldout
 from zoo.pretraining.objectives import OBJECTIVES
-from zoo.pretraining.sources import sources
+from zoo.pretraining.sources import check_apart, described, sources
 from zoo.pretraining.text import Blocks
 from zoo.runs import Run, SaveRun, SeedEpochs, devices
 from zoo.schedules import InverseSquareRoot
@@ -39,6 +38,7 @@ def pretrain(
     corpus=(),
     *,
     heldout=(),
+    data_dir=None,
     objective="masked",
     density=0.15,
     mean_span=3.0,
@@ -79,6 +79,7 @@ def pretrain(
         corpus: list of files or data sets to train on, see
             `zoo.pretraining.sources.sources`.
         heldout: the same to measure the perplexity on, never trained on; none: not measured.
+        data_dir: folder of TensorFlow Datasets, if any of these is one; `None`: its default one.
         objective: "masked" (an encoder), "span" or "prefix" (an encoder-decoder) or "causal" (a
             decoder), see `zoo.pretraining.objectives`.
         density: share of the tokens that "masked" and "span" hide.
@@ -123,12 +124,17 @@ def pretrain(
     """
     parallel = devices(mesh)  # TensorFlow wants it first
     verbose = verbose if process_id() == 0 else 0
+    texts = {
+        "corpus": sources(corpus, "corpus", data_dir),
+        "heldout": sources(heldout, "heldout", data_dir) if heldout else [],
+    }
+    check_apart(**texts)
     settings = {
         "model": model,
         "objective": objective,
         "backend": keras.backend.backend(),
-        "corpus": sources(corpus),
-        "heldout": sources(heldout, "heldout") if heldout else [],
+        **described("corpus", texts["corpus"]),
+        **described("heldout", texts["heldout"]),
         "density": density if objective in ("masked", "span") else None,
         "mean_span": mean_span if objective == "span" else None,
         "size": size,
@@ -161,20 +167,20 @@ def pretrain(
             print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
     with contextlib.nullcontext() if parallel is None else parallel.scope():
-        _train(run, settings, tensorboard, verbose)
+        _train(run, settings, texts, tensorboard, verbose)
     return run.results
 
 
-def _train(run, settings, tensorboard, verbose):
+def _train(run, settings, texts, tensorboard, verbose):
     keras.utils.set_random_seed(settings["seed"])
     tokenizer = t5_tokenizer(default_tokenizer().proto, sentinels=100)
     objective = _objective(settings, tokenizer)
     end = tokenizer.end_token_id
     order = {name: settings[name] for name in ("batch_size", "window", "seed")}
-    blocks = Blocks(settings["corpus"], tokenizer, end, objective, **order)
+    blocks = Blocks(texts["corpus"], tokenizer, end, objective, **order)
     heldout = None
-    if settings["heldout"]:
-        heldout = Heldout(Blocks(settings["heldout"], tokenizer, end, objective, 1, 1), settings)
+    if texts["heldout"]:
+        heldout = Heldout(Blocks(texts["heldout"], tokenizer, end, objective, 1, 1), settings)
     task = _task(settings, objective.architecture, tokenizer)
     network = keras.Model(task.input, task.output, name="network")
     network.compile(
@@ -200,16 +206,19 @@ def _train(run, settings, tensorboard, verbose):
     ]
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(run.folder / "tensorboard"))
-    network.fit(
-        feed.stream(),
-        steps_per_epoch=settings["steps_per_save"],
-        epochs=settings["steps"] // settings["steps_per_save"],
-        initial_epoch=run.epoch,
-        shuffle=False,
-        validation_data=heldout,
-        verbose=verbose,
-        callbacks=callbacks,
-    )
+    try:
+        network.fit(
+            feed.stream(),
+            steps_per_epoch=settings["steps_per_save"],
+            epochs=settings["steps"] // settings["steps_per_save"],
+            initial_epoch=run.epoch,
+            shuffle=False,
+            validation_data=heldout,
+            verbose=verbose,
+            callbacks=callbacks,
+        )
+    finally:
+        feed.close()
     run.finish(network, task)
 
 
@@ -316,63 +325,6 @@ def _optimizer(settings):
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, beta_2=0.98, **options)
     optimizer.exclude_from_weight_decay(var_names=["scale", "bias"])
     return optimizer
-
-
-class Feed:
-    """Batches for `fit`, which takes some before it needs them, and the place after each.
-
-    Args:
-        batches: pairs of a batch and the place of the next one.
-    """
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.places = collections.deque()
-
-    def stream(self):
-        for batch, place in self.batches:
-            self.places.append(place)
-            yield batch
-
-    def place(self, steps):
-        """The place after so many more steps."""
-        for _ in range(steps):
-            place = self.places.popleft()
-        return place
-
-
-class Heldout(keras.utils.PyDataset):
-    """The first batches of a text, the same each time, and for runs of another seed or batch size.
-
-    Args:
-        blocks: `Blocks` in batches and windows of one, in the order of the text.
-        settings: of the run.
-
-    Raises:
-        ValueError: if they make no batch.
-    """
-
-    def __init__(self, blocks, settings):
-        super().__init__()
-        size = settings["batch_size"]
-        rows = itertools.islice(blocks.batches(), size * settings["heldout_batches"])
-        # Not the next time round: a short text has fewer.
-        rows = [row for row, _ in itertools.takewhile(lambda x: x[1]["epoch"] == 0, rows)]
-        if len(rows) < size:
-            raise ValueError(
-                f"`heldout` must make {size} blocks of {blocks.objective.block} tokens or more. "
-                f"Received: {', '.join(blocks.names)}"
-            )
-        self.batches = [
-            keras.tree.map_structure(lambda *x: np.concatenate(x), *rows[first : first + size])
-            for first in range(0, len(rows) - size + 1, size)
-        ]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
 
 
 class StopAtNaN(keras.callbacks.Callback):
