@@ -6,8 +6,8 @@ import numpy as np
 
 from benchmarks.tables import drawn, markdown
 from zoo.finetuning.compare import holm, significance
-from zoo.finetuning.summary import shown, spread
-from zoo.tasks import SUITES, average, get
+from zoo.finetuning.summary import shown, spread, suite_score
+from zoo.tasks import SUITES, get
 
 ZOO = Path(__file__).parent.parent / "zoo"
 PAGE, PICTURE = ZOO / "RESULTS.md", ZOO / "results.png"
@@ -209,7 +209,8 @@ def _averages(kept, suite, model):
     }
     seeds = set.intersection(*map(set, runs.values())) if runs else set()
     return {
-        seed: average({task: runs[task][seed] for task in tasks}, suite) for seed in sorted(seeds)
+        seed: suite_score({task: runs[task][seed] for task in tasks}, suite)
+        for seed in sorted(seeds)
     }
 
 

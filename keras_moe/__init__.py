@@ -1,9 +1,10 @@
 """Mixture of experts for Keras 3, sparse in fact, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, distribution, losses, metrics, optimizers, surgery
+from keras_moe import callbacks, distribution, losses, metrics, optimizers, plots, surgery
 from keras_moe.experts import FeedForwardExperts, LayerExperts, LinearExperts
 from keras_moe.hierarchical import HierarchicalMoE, HierarchicalRouter
 from keras_moe.moe import MixtureOfExperts
+from keras_moe.reading import mixtures, routings
 from keras_moe.routing import (
     ExpertChoiceRouter,
     HashRouter,
@@ -42,6 +43,9 @@ __all__ = [
     "distribution",
     "losses",
     "metrics",
+    "mixtures",
     "optimizers",
+    "plots",
+    "routings",
     "surgery",
 ]

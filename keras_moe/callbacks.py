@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import metrics
-from keras_moe.moe import MixtureOfExperts
+from keras_moe.reading import mixtures
 
 
 class RoutingMetrics(keras.callbacks.Callback):
@@ -14,7 +14,7 @@ class RoutingMetrics(keras.callbacks.Callback):
     logs gain `moe/dropped`, `moe/max_share`, `moe/dead` and `moe/entropy`, with expert choice also
     `moe/untaken` and `moe/experts_per_token` (see `keras_moe.metrics.figures`), and the same with
     `val_` before them for the validation data. Padding is not counted. Layers of one name are told
-    apart by their paths, and by a number where those are equal too.
+    apart as by `keras_moe.mixtures`.
 
     `model.evaluate` shows the figures in the progress bar, without `val_`; Keras keeps what it
     returns to itself, but `keras_moe.metrics.read(layer)` still has them afterwards.
@@ -29,17 +29,7 @@ class RoutingMetrics(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        layers = [
-            layer
-            for layer in model._flatten_layers(include_self=True)
-            if isinstance(layer, MixtureOfExperts)
-        ]
-        names = [layer.name for layer in layers]
-        self.layers = {}
-        for layer in layers:
-            name = layer.name if names.count(layer.name) == 1 else layer.path
-            same = sum(other.path == layer.path for other in self.layers.values())
-            self.layers[f"{name}_{same}" if same else name] = layer
+        self.layers = mixtures(model)
         self.training_figures = self.validation_figures = None
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -41,7 +41,7 @@ def statistics(routing, num_experts=None):
     )
 
     experts_per_token_GS = ops.reshape(_experts_per_token(routing), (groups, tokens))
-    expert_tokens_E = _expert_tokens(routing, num_experts)
+    expert_tokens_E = expert_tokens(routing, num_experts)
     wanted = ops.sum(expert_tokens_E)
     p_GSE = ops.stop_gradient(routing.probabilities)
     entropy_GS = -ops.sum(p_GSE * ops.log(ops.maximum(p_GSE, 1e-30)), axis=-1)
@@ -61,7 +61,7 @@ def experts_per_token_histogram(routing):
     """How many tokens are served by 0, 1, ... experts; the paper finds one or two most often.
 
     Expert Choice (https://arxiv.org/abs/2202.09368). Padding is not counted. Unlike `statistics` it
-    is not kept by the layer: `layer.router(inputs)` gives the routing to call it with.
+    is not kept by the layer: `keras_moe.routings` gives the routings of a model to call it with.
 
     Args:
         routing: a `Routing`.
@@ -93,13 +93,49 @@ def _experts_per_token(routing):
     return by_groups(count_slots, routing.token_index)
 
 
-def _expert_tokens(routing, num_experts):
-    """How many tokens chose each expert (or each expert chose), `[experts]` float32."""
+def expert_tokens(routing, num_experts=None):
+    """How many tokens chose each expert, before any was dropped (or each expert chose).
+
+    Args:
+        routing: a `Routing`.
+        num_experts: integer; `None`: as many as the routing has probabilities.
+
+    Returns:
+        `[experts]` float32.
+    """
+    num_experts = num_experts or routing.probabilities.shape[-1]
     if routing.expert_index is None:
         taken_GEC = routing.token_index < ops.shape(routing.probabilities)[1]
         return ops.sum(ops.cast(taken_GEC, "float32"), axis=(0, 2))
     choices_1N = ops.reshape(routing.expert_index, (1, -1))
     return ops.cast(count(choices_1N, num_experts)[0], "float32")
+
+
+def expert_weights(routing, num_experts=None):
+    """What the output of each expert is multiplied by for each token.
+
+    For a look at some tokens: this is the table that layers never make.
+
+    Args:
+        routing: a `Routing`.
+        num_experts: integer; `None`: as many as the routing has probabilities.
+
+    Returns:
+        `[groups, tokens, experts]` float32 NumPy array, 0 where an expert does not serve a token.
+    """
+    groups, tokens, outcomes = routing.probabilities.shape
+    num_experts = num_experts or outcomes
+    token_GRC, weight_GRC = map(ops.convert_to_numpy, (routing.token_index, routing.weight))
+    pools, rows, _ = token_GRC.shape  # one where the routing pooled the groups
+    expert_R = np.arange(rows)
+    if routing.row_expert is not None:
+        expert_R = ops.convert_to_numpy(routing.row_expert)
+    size = groups * tokens // pools
+    pool, row, slot = np.nonzero(token_GRC < size)
+    weight_TE = np.zeros((groups * tokens, num_experts), "float32")
+    token = pool * size + token_GRC[pool, row, slot]
+    weight_TE[token, expert_R[row]] = weight_GRC[pool, row, slot]
+    return weight_TE.reshape(groups, tokens, num_experts)
 
 
 def figures(totals, expert_tokens, expert_choice=False):

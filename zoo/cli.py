@@ -167,9 +167,12 @@ def _parser():
         "corpus",
         nargs="+",
         metavar="TEXT",
-        help="files (.txt, a document a line; .jsonl; either .gz), or tfds:NAME:SPLIT",
+        help="files (.txt, a document a line; .jsonl or .json; .gz of these), or tfds:NAME:SPLIT",
     )
     add("--heldout", nargs="+", metavar="TEXT", help="the same, to measure the perplexity on")
+    add(
+        "--data-dir", metavar="DIR", help="TensorFlow Datasets folder, if a text is one of its sets"
+    )
     add("--model", help="switch (default), expert_choice or dense")
     add("--objective", help="masked (default), span, prefix or causal")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")

@@ -272,8 +272,12 @@ def replacing(path):
         beside = path.with_name(f"new-{path.name}")
         try:
             yield beside
-        except OSError:  # a full disk, say: what is there stays, and gets the room back
+        except (
+            BaseException
+        ) as error:  # a full disk, say: what is there stays, and gets the room back
             _remove(beside)
+            if isinstance(error, RuntimeError):  # so says HDF5 when it closes a file
+                raise OSError(f"{path} could not be written: {error}") from error
             raise
         if beside.is_dir() and path.is_dir():
             shutil.rmtree(path)

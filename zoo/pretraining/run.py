@@ -1,6 +1,5 @@
 """Pretraining by `model.fit`: text, an objective, and a run that goes on where it stopped."""
 
-import collections
 import contextlib
 import itertools
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 import keras_moe
 from keras_moe.distribution import process_id
 from zoo.pretraining.build import RATES, check, make_objective, make_optimizer, make_task
-from zoo.pretraining.sources import sources
+from zoo.pretraining.feed import Feed, Heldout
+from zoo.pretraining.sources import check_apart, described, sources
 from zoo.pretraining.text import Blocks
 from zoo.runs import EpochLine, Run, SaveRun, SeedEpochs, StopAtNaN, devices
 from zoo.tokenizer import default_tokenizer, t5_tokenizer
@@ -22,6 +22,7 @@ def pretrain(
     corpus=(),
     *,
     heldout=(),
+    data_dir=None,
     objective="masked",
     density=0.15,
     mean_span=3.0,
@@ -62,6 +63,7 @@ def pretrain(
         corpus: list of files or data sets to train on, see
             `zoo.pretraining.sources.sources`.
         heldout: the same to measure the perplexity on, never trained on; none: not measured.
+        data_dir: folder of TensorFlow Datasets, if any of these is one; `None`: its default one.
         objective: "masked" (an encoder), "span" or "prefix" (an encoder-decoder) or "causal" (a
             decoder), see `zoo.pretraining.objectives`.
         density: share of the tokens that "masked" and "span" hide.
@@ -112,12 +114,17 @@ def pretrain(
     """
     parallel = devices(mesh)  # TensorFlow wants it first
     verbose = verbose if process_id() == 0 else 0
+    texts = {
+        "corpus": sources(corpus, "corpus", data_dir),
+        "heldout": sources(heldout, "heldout", data_dir) if heldout else [],
+    }
+    check_apart(**texts)
     settings = {
         "model": model,
         "objective": objective,
         "backend": keras.backend.backend(),
-        "corpus": sources(corpus),
-        "heldout": sources(heldout, "heldout") if heldout else [],
+        **described("corpus", texts["corpus"]),
+        **described("heldout", texts["heldout"]),
         "density": density if objective in ("masked", "span") else None,
         "mean_span": mean_span if objective == "span" else None,
         "size": size,
@@ -150,20 +157,20 @@ def pretrain(
             print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
     with contextlib.nullcontext() if parallel is None else parallel.scope():
-        _train(run, settings, tensorboard, verbose)
+        _train(run, settings, texts, tensorboard, verbose)
     return run.results
 
 
-def _train(run, settings, tensorboard, verbose):
+def _train(run, settings, texts, tensorboard, verbose):
     keras.utils.set_random_seed(settings["seed"])
     tokenizer = t5_tokenizer(default_tokenizer().proto, sentinels=100)
     objective = make_objective(settings, tokenizer)
     end = tokenizer.end_token_id
     order = {name: settings[name] for name in ("batch_size", "window", "seed")}
-    blocks = Blocks(settings["corpus"], tokenizer, end, objective, **order)
+    blocks = Blocks(texts["corpus"], tokenizer, end, objective, **order)
     heldout = None
-    if settings["heldout"]:
-        heldout = Heldout(Blocks(settings["heldout"], tokenizer, end, objective, 1, 1), settings)
+    if texts["heldout"]:
+        heldout = Heldout(Blocks(texts["heldout"], tokenizer, end, objective, 1, 1), settings)
     task = make_task(settings, objective.architecture, tokenizer)
     network = keras.Model(task.input, task.output, name="network")
     network.compile(
@@ -176,9 +183,11 @@ def _train(run, settings, tensorboard, verbose):
             keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
         ],
     )
-    run.open(network)
     place = run.results["history"][-1]["place"] if run.epoch else None
-    feed = Feed(blocks.batches(place))
+    batches = blocks.batches(place)
+    first = next(batches)  # text that cannot be read is refused before an old run is thrown away
+    run.open(network)
+    feed = Feed(itertools.chain([first], batches))
     callbacks = [
         SeedEpochs(settings["seed"]),
         StopAtNaN(run),
@@ -189,74 +198,20 @@ def _train(run, settings, tensorboard, verbose):
     ]
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(run.folder / "tensorboard"))
-    network.fit(
-        feed.stream(),
-        steps_per_epoch=settings["steps_per_save"],
-        epochs=settings["steps"] // settings["steps_per_save"],
-        initial_epoch=run.epoch,
-        shuffle=False,
-        validation_data=heldout,
-        verbose=verbose,
-        callbacks=callbacks,
-    )
+    try:
+        network.fit(
+            feed.stream(),
+            steps_per_epoch=settings["steps_per_save"],
+            epochs=settings["steps"] // settings["steps_per_save"],
+            initial_epoch=run.epoch,
+            shuffle=False,
+            validation_data=heldout,
+            verbose=verbose,
+            callbacks=callbacks,
+        )
+    finally:
+        feed.close()
     run.finish(network, task)
-
-
-class Feed:
-    """Batches for `fit`, which takes some before it needs them, and the place after each.
-
-    Args:
-        batches: pairs of a batch and the place of the next one.
-    """
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.places = collections.deque()
-
-    def stream(self):
-        for batch, place in self.batches:
-            self.places.append(place)
-            yield batch
-
-    def place(self, steps):
-        """The place after so many more steps."""
-        for _ in range(steps):
-            place = self.places.popleft()
-        return place
-
-
-class Heldout(keras.utils.PyDataset):
-    """The first batches of a text, the same each time, and for runs of another seed or batch size.
-
-    Args:
-        blocks: `Blocks` in batches and windows of one, in the order of the text.
-        settings: of the run.
-
-    Raises:
-        ValueError: if they make no batch.
-    """
-
-    def __init__(self, blocks, settings):
-        super().__init__()
-        size = settings["batch_size"]
-        rows = itertools.islice(blocks.batches(), size * settings["heldout_batches"])
-        # Not the next time round: a short text has fewer.
-        rows = [row for row, _ in itertools.takewhile(lambda x: x[1]["epoch"] == 0, rows)]
-        if len(rows) < size:
-            raise ValueError(
-                f"`heldout` must make {size} blocks of {blocks.objective.block} tokens or more. "
-                f"Received: {', '.join(blocks.names)}"
-            )
-        self.batches = [
-            keras.tree.map_structure(lambda *x: np.concatenate(x), *rows[first : first + size])
-            for first in range(0, len(rows) - size + 1, size)
-        ]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
 
 
 class Perplexity(keras.callbacks.Callback):

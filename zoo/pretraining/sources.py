@@ -1,4 +1,4 @@
-"""Documents of text files and of TensorFlow Datasets, from any place on, and mixed.
+"""Documents of text files and of TensorFlow Datasets, from any place on.
 
 A place in a source is a number: bytes of the text of a file, examples of a data set.
 """
@@ -6,42 +6,42 @@ A place in a source is a number: bytes of the text of a file, examples of a data
 import contextlib
 import glob
 import gzip
-import heapq
 import io
 import json
 import os
 import zlib
 
-from zoo.extras import quiet_datasets, require
+from zoo.pretraining import datasets
+from zoo.pretraining.datasets import TFDS
 
 LINES = (".txt", ".txt.gz")
 OBJECTS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-TFDS = "tfds:"
-READERS = 32  # files that are open at a time
 HEAD = 2**20  # bytes of a gzipped file that tell how well it is packed
 
 
-def sources(patterns, argument="corpus"):
+def sources(patterns, argument="corpus", data_dir=None):
     """The files and data sets that patterns name, each once.
 
     Args:
         patterns: one or a list of paths or glob patterns of files, of which each line is a document
             (`.txt`) or an object with one in `text` (`.jsonl`, `.json`), either gzipped or not; or
             "tfds:NAME", or "tfds:NAME:SPLIT", a data set of TensorFlow Datasets with a feature
-            `text`, "tfds:c4/en", say.
+            `text`, "tfds:c4/en", say, that is prepared; nothing is downloaded.
         argument: what errors call the patterns.
+        data_dir: folder of TensorFlow Datasets; `None`: its default one.
 
     Returns:
-        List of strings: whole paths, sorted, then data sets, sorted.
+        List of strings: whole paths, sorted, then data sets, "tfds:FOLDER:SPLIT", sorted.
 
     Raises:
         ValueError: if a pattern names nothing, or a file of another kind.
+        ImportError: if TensorFlow Datasets is not installed, and one is named.
     """
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
-    files, datasets = {}, set()
+    files, prepared = {}, set()
     for pattern in map(os.fspath, patterns):
         if pattern.startswith(TFDS):
-            datasets.add(pattern)
+            prepared.add(datasets.found(pattern, argument, data_dir))
             continue
         found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
         if not found:
@@ -53,9 +53,33 @@ def sources(patterns, argument="corpus"):
                     f"Received: {file}"
                 )
             files.setdefault(os.path.realpath(file), os.path.abspath(file))
-    if not files and not datasets:
+    if not files and not prepared:
         raise ValueError(f"`{argument}` must name one file or more. Received: {patterns!r}")
-    return sorted(files.values()) + sorted(datasets)
+    return sorted(files.values()) + sorted(prepared)
+
+
+def check_apart(corpus, heldout):
+    """Raises a ValueError if a source is in both lists."""
+    trained_on = {os.path.realpath(name) for name in corpus}
+    both = [name for name in heldout if os.path.realpath(name) in trained_on]
+    if both:
+        raise ValueError(
+            f"`heldout` must not be what a model is trained on. Received: {', '.join(both)}"
+        )
+
+
+def described(argument, names):
+    """What tells one list of sources from another, wherever it is kept, for the settings of a run.
+
+    Returns:
+        Dictionary of names, below the folder that all files are in, to bytes of files on disk or
+        examples of data sets; each name begins with the argument's.
+    """
+    files = [name for name in names if not name.startswith(TFDS)]
+    folder = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
+    found = {os.path.relpath(file, folder): os.path.getsize(file) for file in files}
+    found |= {datasets.title(name): datasets.size(name)[1] for name in names[len(files) :]}
+    return {f"{argument} {name}": amount for name, amount in found.items()}
 
 
 def documents(source, first=0):
@@ -72,7 +96,7 @@ def documents(source, first=0):
         ValueError: if the source cannot be read, or is not of the form that it should be.
     """
     if source.startswith(TFDS):
-        yield from _dataset(source, first)
+        yield from datasets.documents(source, first)
         return
     with _explained(source), _opened(source) as file:
         file.seek(first)
@@ -123,23 +147,6 @@ def _number(file, begin):
     return number
 
 
-def _dataset(source, first):
-    tfds = require("tensorflow_datasets")
-    name, split = _named(source)
-    with quiet_datasets():
-        dataset = tfds.load(name, split=split, shuffle_files=False)
-    for number, example in enumerate(dataset.skip(first).as_numpy_iterator(), first + 1):
-        text = example["text"].decode("utf-8", "replace")
-        if text.strip():
-            yield text, number
-
-
-def _named(source):
-    """Name and split of a data set."""
-    name, _, split = source.removeprefix(TFDS).partition(":")
-    return name, split or "train"
-
-
 def size(source):
     """How much text a source has, and the place of its end, as one can know before it is read.
 
@@ -148,13 +155,10 @@ def size(source):
     Returns:
         Pair of bytes and a place, at least 1 each.
     """
-    if not source.startswith(TFDS):
-        found = max(1, _unpacked(source))
-        return found, found
-    name, split = _named(source)
-    with quiet_datasets():
-        info = require("tensorflow_datasets").builder(name).info.splits[split]
-    return max(1, info.num_bytes), max(1, info.num_examples)
+    if source.startswith(TFDS):
+        return datasets.size(source)
+    found = max(1, _unpacked(source))
+    return found, found
 
 
 def _unpacked(file):
@@ -168,55 +172,3 @@ def _unpacked(file):
         while part := text.read1():
             found += len(part)
     return found * on_disk // max(1, len(head))
-
-
-def start(names):
-    """The first place in a mixture."""
-    return [[0, 0] for _ in names[:READERS]]
-
-
-def mixture(names, sizes, read=None):
-    """Documents of several sources in turns, so that all of them end at about the same time.
-
-    Readers, at most 32, have the sources dealt to them and read one after another. The next
-    document is one of the reader that has read the smallest share of what it was dealt.
-
-    Args:
-        names: list of sources.
-        sizes: dictionary of what `size` says of each.
-        read: for each reader how many sources it is through, and its place in the next one.
-
-    Yields:
-        Pairs of such a list, before the document, and a text.
-    """
-    read = [list(place) for place in read or start(names)]
-    dealt = [names[number :: len(read)] for number in range(len(read))]
-    readers = [_in_turn(*pair) for pair in zip(dealt, read, strict=True)]
-    heap = [(_share(dealt[number], sizes, *read[number]), number) for number in range(len(read))]
-    heapq.heapify(heap)
-    while heap:
-        _, number = heapq.heappop(heap)
-        found = next(readers[number], None)
-        if found is not None:
-            text, place = found
-            yield [list(place) for place in read], text
-            read[number] = place
-            heapq.heappush(heap, (_share(dealt[number], sizes, *place), number))
-
-
-def _in_turn(names, place):
-    """Documents of one source after another, and the place after each."""
-    done, first = place
-    for number, name in enumerate(names[done:], done):
-        for text, after in documents(name, first):
-            yield text, [number, after]
-        first = 0
-
-
-def _share(names, sizes, done, place):
-    whole = sum(sizes[name][0] for name in names)
-    share = sum(sizes[name][0] for name in names[:done])
-    if place:
-        in_bytes, end = sizes[names[done]]
-        share += in_bytes * place / end
-    return share / whole

@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 
 from keras_moe.routing.base import positive_integer
-from zoo.pretraining import sources
+from zoo.pretraining.mixture import mixture, start
+from zoo.pretraining.sources import size
 
 LETTERS = 200_000  # that are tokenised at a time
 
@@ -45,7 +46,7 @@ class Blocks:
                 f"Received: window={window}"
             )
         self.names = list(names)
-        self.sizes = {name: sources.size(name) for name in self.names}
+        self.sizes = {name: size(name) for name in self.names}
         self.tokenizer = tokenizer
         self.end = end
         self.objective = objective
@@ -59,7 +60,7 @@ class Blocks:
         `read` is the place in the mixture of sources of the document in which the window begins,
         and `skip` how many of its tokens are in windows before.
         """
-        read = sources.start(self.names)
+        read = start(self.names)
         return {"epoch": epoch, "window": 0, "batch": 0, "read": read, "skip": 0}
 
     def batches(self, place=None):
@@ -128,7 +129,7 @@ class Blocks:
         """The place in the mixture before each document, and its tokens."""
         names = self._rng("files", place["epoch"]).permutation(self.names).tolist()
         group, letters = [], 0
-        for document in sources.mixture(names, self.sizes, place["read"]):
+        for document in mixture(names, self.sizes, place["read"]):
             group.append(document)
             letters += len(document[1])
             if letters >= LETTERS:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -126,12 +127,21 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, text, tmp_path, monke
             assert other[name] == pytest.approx(one[name], abs=1e-4), (one["epoch"], name)
 
 
-def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, monkeypatch):
+def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp_path, monkeypatch):
     results, output = whole
     monkeypatch.setattr(pretraining, "_train", None)
     assert run(text, output) == results
     with pytest.raises(ValueError, match="`output` holds another run, with seed=0.*seed=1"):
         run(text, output, seed=1)
+    text_changed = tmp_path / "text"
+    shutil.copytree(text, text_changed)
+    assert run(text_changed, output) == results
+    with open(text_changed / "train.txt", "a") as file:
+        file.write("the end\n")
+    with pytest.raises(ValueError, match="holds another run, with corpus train.txt="):
+        run(text_changed, output)
+    with pytest.raises(ValueError, match="`heldout` must not be what a model is trained on"):
+        run(text, output, heldout=text / "*.txt")
 
 
 @pytest.mark.parametrize(

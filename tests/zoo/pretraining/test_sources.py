@@ -1,25 +1,18 @@
 import gzip
 import io
-import json
-import resource
 
 import numpy as np
 import pytest
 
-from zoo.pretraining.sources import READERS, documents, mixture, size, sources, start
+from zoo.pretraining.sources import check_apart, described, documents, size, sources
 
 
 def texts(source, first=0):
     return [text for text, _ in documents(source, first)]
 
 
-def mixed(names, read=None):
-    return list(mixture(names, {name: size(name) for name in names}, read))
-
-
 def test_sources(corpus, tmp_path, monkeypatch):
     assert [name.rpartition("/")[2] for name in corpus] == ["a.jsonl.gz", "b.txt", "c.jsonl"]
-    assert sources(["tfds:c4/en", tmp_path / "b.txt"]) == [corpus[1], "tfds:c4/en"]
     assert sources(str(tmp_path / "b.txt")) == sources(tmp_path / "b.txt") == [corpus[1]]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.txt").symlink_to(tmp_path / "b.txt")
@@ -48,48 +41,6 @@ def test_forms(tmp_path):
     with gzip.open(folder / "a.json.gz", "wt") as file:
         file.write('{"text": "b"}\n')
     assert texts(str(folder / "a.json.gz")) == ["b"]
-
-
-class TestMixture:
-    def test_sources_end_together(self, corpus):
-        found = [text for _, text in mixed(corpus)]
-        assert sorted(found) == sorted(text for name in corpus for text in texts(name))
-        assert len(found) == 26 + 13 + 6
-        for half in (found[:23], found[23:]):
-            assert sum("x" in text[1:] for text in half) > 5
-            assert sum("y" in text[1:] for text in half) > 2
-
-    def test_gzipped_text_ends_with_plain_text(self, tmp_path):
-        """Of the last tenth of all documents, either source has its part, 1 in 5 and 4 in 5."""
-        rng = np.random.default_rng(0)
-        lines = ["".join(rng.choice(list("etaoin "), 400)) + "\n" for _ in range(5000)]
-        (tmp_path / "plain.txt").write_text("".join("p" + line for line in lines[:1000]))
-        with gzip.open(tmp_path / "packed.txt.gz", "wt") as file:
-            file.write("".join("g" + line for line in lines[1000:]))
-        found = [text[0] for _, text in mixed(sources([tmp_path / "p*"]))]
-        assert sum(kind == "p" for kind in found[-500:]) == pytest.approx(100, abs=10)
-        assert sum(kind == "p" for kind in found[:500]) == pytest.approx(100, abs=10)
-
-    def test_goes_on_from_any_document(self, corpus, monkeypatch):
-        for readers in (READERS, 2):  # of 2 one has two sources
-            monkeypatch.setattr("zoo.pretraining.sources.READERS", readers)
-            assert len(start(corpus)) == min(3, readers)
-            found = mixed(corpus)
-            for number, (read, _) in enumerate(found):
-                assert mixed(corpus, json.loads(json.dumps(read))) == found[number:]
-
-    def test_a_bounded_number_of_files_is_open(self, tmp_path):
-        for number in range(100):
-            (tmp_path / f"{number}.txt").write_text(f"{number}\n" * 3)
-        names = sources(tmp_path / "*.txt")
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with open(tmp_path / "0.txt") as file:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 50, hard))
-        try:
-            found = mixed(names)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert len(found) == 300 and len(found[0][0]) == 32
 
 
 def test_the_size_of_gzipped_text_is_told_by_its_head(tmp_path):
@@ -126,9 +77,29 @@ def test_bad_input(tmp_path, name, content, message):
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        mixed(sources([tmp_path / name]))
+        for source in sources([tmp_path / name]):
+            size(source), texts(source)
 
 
 def test_no_sources():
     with pytest.raises(ValueError, match="`heldout` must name one file or more"):
         sources([], "heldout")
+
+
+def test_what_is_trained_on_is_not_held_out(corpus, tmp_path):
+    check_apart(corpus[:2], corpus[2:])
+    (tmp_path / "link.txt").symlink_to(corpus[1])
+    with pytest.raises(ValueError, match="`heldout` must not be what.*Received: .*link.txt"):
+        check_apart(corpus, sources(tmp_path / "link.txt"))
+
+
+def test_sources_are_known_by_name_and_size(tmp_path):
+    """Wherever the folder is that they are all in."""
+    for folder in ("here", "there"):
+        for name in ("x/a.txt", "y/a.txt"):
+            (tmp_path / folder / name).parent.mkdir(parents=True)
+            (tmp_path / folder / name).write_text(name * 2)
+        known = described("corpus", sources(tmp_path / folder / "*" / "*"))
+        assert known == {"corpus x/a.txt": 14, "corpus y/a.txt": 14}
+    assert described("heldout", sources(tmp_path / "here/x/a.txt")) == {"heldout a.txt": 14}
+    assert described("heldout", []) == {}

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
+from zoo.pretraining.mixture import mixture
 from zoo.pretraining.objectives import Causal
-from zoo.pretraining.sources import documents, mixture, size, sources
+from zoo.pretraining.sources import documents, size, sources
 from zoo.pretraining.text import Blocks
 
 END = 1
@@ -80,7 +81,7 @@ def test_a_place_does_not_read_what_is_before_it(corpus, monkeypatch):
         begun.append(first)
         return documents(name, first)
 
-    monkeypatch.setattr("zoo.pretraining.sources.documents", noted)
+    monkeypatch.setattr("zoo.pretraining.mixture.documents", noted)
     taken(blocks(corpus).batches(place), 1)
     assert len(begun) == 3 and min(begun) > 50
 
