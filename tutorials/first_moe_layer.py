@@ -117,5 +117,5 @@ loaded = keras.saving.load_model("runs/choice.keras")
 print("difference after loading:", np.abs(loaded.predict(x[:64]) - choice.predict(x[:64])).max())
 
 # %% [markdown]
-# Next: [sharding experts](sharding_experts.ipynb) over devices. The routers and their defaults are in
-# the README's table.
+# Next: [sharding experts](sharding_experts.ipynb) over devices. The routers and their defaults are
+# in the README's table.

@@ -318,7 +318,7 @@ def preset(tmp_path_factory):
 
     router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
     backbone = zoo.switch_transformer(
-        "mini", num_experts=2, router=router, num_decoder_layers=2, **WIDTHS
+        "mini", 2, None, router, gated=False, activation="relu", num_decoder_layers=2, **WIDTHS
     )
     folder = tmp_path_factory.mktemp("cli") / "preset"
     preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.t5_tokenizer(zoo.default_tokenizer().proto), 8, 6)

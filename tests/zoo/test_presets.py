@@ -468,6 +468,7 @@ class TestTransformersFolder:
         folder = tmp_path_factory.mktemp("theirs") / "model"
         router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
         options = {"num_layers": 2, "num_decoder_layers": 2, "hidden_dim": 8, "key_dim": 4}
+        options |= {"gated": False, "activation": "relu"}  # as transformers has Switch's experts
         backbone = zoo.switch_transformer(
             "mini", num_experts=2, router=router, intermediate_dim=12, **options
         )
