@@ -5,8 +5,6 @@ import importlib.resources
 from pathlib import Path
 from typing import NamedTuple
 
-SHIPPED = ("dense_mini_en", "switch_mini_en", "expert_choice_mini_en")
-
 
 class Preset(NamedTuple):
     """What `list_presets` says of a model; `None` where it is not known."""
@@ -21,18 +19,18 @@ class Preset(NamedTuple):
     scores: dict | None
 
 
-def shipped_folder(name):
-    """Where the files of a preset are that comes with the library."""
-    return Path(str(importlib.resources.files("zoo"))) / "assets" / "presets" / name
+def shipped():
+    """The presets that come with the library: name -> folder."""
+    presets = Path(str(importlib.resources.files("zoo"))) / "assets" / "presets"
+    return {folder.name: folder for folder in sorted(presets.glob("*/"))}
 
 
 def list_presets():
     """The models that `from_preset` loads by name.
 
-    The first come with the library, see their cards in `zoo/assets/presets`. The others are those
-    of the hub's google and google-t5, in transformers' format, whose sizes are tested here; none of
-    them has been downloaded in the making of this library. Any other checkpoint of a family that
-    `load_transformers` knows is loaded in the same way.
+    They are those of the hub's google and google-t5, in transformers' format, whose sizes are
+    tested here; none of them has been downloaded in the making of this library. Any other
+    checkpoint of a family that `load_transformers` knows is loaded in the same way.
 
     Returns:
         List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
@@ -77,7 +75,7 @@ def list_presets():
 def did_you_mean(name):
     """A question that ends an error about a name nobody knows; "" if none is like it."""
     by_end = {preset.name.rpartition("/")[2]: preset.name for preset in list_presets()}
-    by_end |= {name: name for name in SHIPPED}
+    by_end |= {name: name for name in shipped()}
     name = str(name).partition("@")[0]
     near = difflib.get_close_matches(name.rpartition("/")[2], by_end, n=1)
     if not near or by_end[near[0]] == name:

@@ -15,7 +15,7 @@ import zoo.models.encoder
 import zoo.models.encoder_decoder
 import zoo.models.masked_lm
 import zoo.models.moe_lstm
-from zoo.catalogue import SHIPPED, did_you_mean, shipped_folder
+from zoo.catalogue import did_you_mean, shipped
 from zoo.conversion import load_transformers
 from zoo.conversion.folder import has_tokenizer
 from zoo.files import written_whole
@@ -34,15 +34,15 @@ def from_preset(
     Example:
 
     ```python
-    model = zoo.from_preset("switch_mini_en", num_classes=2)  # comes with the library
     model = zoo.from_preset("hf://google/switch-base-8")
     model.generate("A <extra_id_0> walks into a bar.", max_length=20)
     ```
 
     Args:
-        preset: name of a model that comes with the library, a folder, or "hf://owner/model" for one
-            on the Hugging Face hub, see `zoo.list_presets`. What is in a folder was saved by
-            `zoo.save_preset` or `save_to_preset`, or by transformers, see `zoo.load_transformers`.
+        preset: a folder, or "hf://owner/model" for one on the Hugging Face hub, see
+            `zoo.list_presets`; or the name of a folder in `zoo/assets/presets`. What is in a folder
+            was saved by `zoo.save_preset` or `save_to_preset`, or by transformers, see
+            `zoo.load_transformers`.
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
             classifiers, and encoders that were pretrained, only.
         load_weights: `False` leaves all weights as they are initialized.
@@ -201,13 +201,13 @@ def _folder(preset, weights):
         )
     if str(preset).startswith("hf://"):
         return download(str(preset), weights)
-    if preset in SHIPPED:
-        return shipped_folder(preset)
+    if preset in shipped():
+        return shipped()[preset]
     folder = Path(preset)
     if not folder.is_dir():
         raise ValueError(
-            f"`preset` must be one of {', '.join(SHIPPED)}, a folder that is there, or "
-            "'hf://owner/model'. "
+            f"`preset` must be {''.join(f'{name}, ' for name in shipped())}a folder that is there, "
+            "or 'hf://owner/model'. "
             f"Received: preset={str(preset)!r}.{did_you_mean(preset)}"
         )
     return folder

@@ -74,7 +74,7 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--epochs", "0"], "`epochs` must be a positive integer"),
         (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
         (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--preset", "no/such/folder"], "`preset` must be one of "),
+        (["--preset", "no/such/folder"], "`preset` must be a folder that is"),
         (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
         (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
         (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
@@ -164,7 +164,7 @@ def test_evaluate(capsys, monkeypatch, scores, arguments, said):
 
 def test_evaluate_bad_input(tmp_path, capsys):
     for arguments, message in (
-        (["no/such/folder", "glue/cola"], "`preset` must be one of "),
+        (["no/such/folder", "glue/cola"], "`preset` must be a folder that is"),
         ([str(tmp_path), "glue/coal"], "`task` must be one of "),
     ):
         assert cli.main(["evaluate", *arguments]) == 2

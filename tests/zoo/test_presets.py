@@ -196,16 +196,18 @@ def test_what_is_no_name():
     [
         ("google/switch-base8", " Did you mean 'hf://google/switch-base-8'?"),
         ("t5_large", " Did you mean 'hf://google-t5/t5-large'?"),
-        ("switch_mini", " Did you mean 'switch_mini_en'?"),
         ("qqq", ""),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(name, hint):
-    expected = (
-        "`preset` must be one of dense_mini_en, switch_mini_en, expert_choice_mini_en, a folder "
-        "that is there, or 'hf://owner/model'. "
-    )
+    expected = "`preset` must be a folder that is there, or 'hf://owner/model'. "
     assert error_of(name) == f"{expected}Received: preset={name!r}.{hint}"
+
+
+def test_a_preset_that_comes_with_the_library(preset, monkeypatch):
+    monkeypatch.setattr("zoo.presets.shipped", lambda: {"tiny_en": preset})
+    assert zoo.from_preset("tiny_en").num_classes == 2
+    assert error_of("tiny").startswith("`preset` must be tiny_en, a folder that is there, or 'hf:")
 
 
 def test_the_hub_is_asked(preset, monkeypatch):
