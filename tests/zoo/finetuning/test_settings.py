@@ -72,5 +72,5 @@ def test_a_preset_of_another_kind(tmp_path):
     zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
     with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
         settle("glue/cola", preset=tmp_path)
-    with pytest.raises(ValueError, match="`preset` must be a folder that is.*, a folder that is"):
+    with pytest.raises(ValueError, match="`preset` must be a folder that is there"):
         settle("glue/cola", preset=tmp_path / "none")
