@@ -95,7 +95,7 @@ def test_schedules():
 def test_optimizers():
     model = backbone()
     adamw = build.make_optimizer({**SETTINGS, "clip": 0.25}, model)
-    assert type(adamw) is keras.optimizers.AdamW and adamw.global_clipnorm == 0.25
+    assert isinstance(adamw, keras.optimizers.AdamW) and adamw.global_clipnorm == 0.25
     assert build.make_optimizer({**SETTINGS, "clip": 0}, model).global_clipnorm is None
     adafactor = build.make_optimizer({**SETTINGS, "optimizer": "adafactor", "accumulate": 2}, model)
     assert isinstance(adafactor, keras_moe.optimizers.Adafactor)
