@@ -117,14 +117,16 @@ def train(model, callbacks=()):
     """Trains a model on blocks of 32 tokens, sentences end to end."""
     stream = [token for text in sentences for token in [*encode(text), 1]]
     blocks = np.array(stream[: len(stream) // 32 * 32], "int32").reshape(-1, 32)
-    objective = Masked(32, sentinel=8099) if SHIPPED else Causal(31)
+    objective = Causal(31)
+    if SHIPPED:  # hidden tokens are replaced by the one after the vocabulary and 99 more
+        objective = Masked(32, sentinel=8099, ordinary=(3, 8000))
     rng = np.random.default_rng(0)
-    x, labels, _ = objective(rng.permutation(blocks), rng)
+    x, labels, counts = objective(rng.permutation(blocks), rng)
     model.compile(
         keras.optimizers.Adam(RATE), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 2}
-    model.fit(x, labels, callbacks=list(callbacks), **options)
+    model.fit(x, labels, sample_weight=counts, callbacks=list(callbacks), **options)
 
 
 def watch(epoch, logs=None):

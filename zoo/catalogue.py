@@ -1,6 +1,8 @@
 """Published models that have a name here; needs no Keras."""
 
 import difflib
+import importlib.resources
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -17,8 +19,14 @@ class Preset(NamedTuple):
     scores: dict | None
 
 
+def shipped():
+    """The presets that come with the library: name -> folder."""
+    presets = Path(str(importlib.resources.files("zoo"))) / "assets" / "presets"
+    return {folder.name: folder for folder in sorted(presets.glob("*/"))}
+
+
 def list_presets():
-    """The published models that `from_preset` loads by name.
+    """The models that `from_preset` loads by name.
 
     They are those of the hub's google and google-t5, in transformers' format, whose sizes are
     tested here; none of them has been downloaded in the making of this library. Any other
@@ -67,6 +75,7 @@ def list_presets():
 def did_you_mean(name):
     """A question that ends an error about a name nobody knows; "" if none is like it."""
     by_end = {preset.name.rpartition("/")[2]: preset.name for preset in list_presets()}
+    by_end |= {name: name for name in shipped()}
     name = str(name).partition("@")[0]
     near = difflib.get_close_matches(name.rpartition("/")[2], by_end, n=1)
     if not near or by_end[near[0]] == name:

@@ -12,7 +12,8 @@ import sys
 
 from zoo.catalogue import list_presets
 from zoo.files import require_absent
-from zoo.tasks.task import TASKS, recipe
+from zoo.recipes import preset_recipe
+from zoo.tasks.task import SUITES, TASKS, recipe
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SAMPLERS = ("greedy", "beam", "top_k", "top_p", "contrastive")
@@ -54,15 +55,25 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser(
-        "prepare", help="turn GLUE's raw files into a folder that tfds.load opens, without network"
+        "prepare",
+        help="turn GLUE's and SuperGLUE's raw files into a folder that tfds.load opens, offline",
     )
     add = command.add_argument
     add("tasks", nargs="*", metavar="TASK", help="e.g. glue/cola; default: all that are there")
     add(
-        "--from", dest="source", metavar="DIR", required=True, help="folder with CoLA/train.tsv ..."
+        "--from",
+        dest="source",
+        metavar="DIR",
+        required=True,
+        help="folder with CoLA/train.tsv ... or BoolQ/train.jsonl ...",
     )
     add("--data-dir", metavar="OUT", required=True, help="TensorFlow Datasets folder to write to")
     add("--force", action="store_true", help="prepare again what is there already")
+    add(
+        "--partial",
+        action="store_true",
+        help="take DIR/<task>/partial/... where the official file is missing, and mark it so",
+    )
     command.set_defaults(
         run=_prepare,
         interrupted="prepare, without --force, goes on with the tasks that are not there yet",
@@ -80,9 +91,18 @@ def _parser():
         nargs="?",
         default="acceptability",
         metavar="TASK",
-        help="e.g. glue/sst2; default: acceptability, which is generated and needs no data",
+        help="e.g. glue/sst2, or glue or superglue: all tasks of it that the data folder has; "
+        "default: acceptability, "
+        "which is generated and needs no data",
     )
-    add("--model", help="switch (default), expert_choice, dense, or the folder of a preset")
+    add("--model", help="to build from scratch: switch (default), expert_choice or dense")
+    add("--preset", help="to start from: a name, a folder or hf://owner/model")
+    add(
+        "--train",
+        metavar="WHICH",
+        help="all (default), frozen_experts, non_experts, experts or lora; always the head",
+    )
+    add("--lora-rank", type=int, metavar="N", help="of --train lora; default: 8")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
     add("--data-dir", metavar="DIR", help="TensorFlow Datasets folder, see prepare")
     add("--output", metavar="DIR", help="default: runs/<task>-<model>-<backend>-seed<seed>")
@@ -90,9 +110,17 @@ def _parser():
     add("--epochs", type=int, metavar="N", help="passes over the training data; see below")
     add("--batch-size", type=int, metavar="N", help="examples per step; see below")
     add("--learning-rate", type=float, metavar="RATE", help="peak of the schedule; see below")
-    add("--max-length", type=int, metavar="N", help="tokens per example; default: 64, at most 512")
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens per example, at most 512; default: 64, see below for presets",
+    )
     add("--max-examples", type=int, metavar="N", help="only so many training examples")
+    add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")
+    add("--expert-dropout", type=float, metavar="RATE", help="of the experts; see below")
     add("--seed", type=int, metavar="N", help="of weights, dropout and order; default: 0")
+    add("--seeds", type=int, metavar="N", help="a run for each of the seeds 0 to N-1, and a table")
     add(
         "--mesh",
         type=_mesh,
@@ -104,13 +132,30 @@ def _parser():
     ).add_argument
     add("--size", help="mini (default), small or base")
     add("--num-experts", type=int, metavar="N", help="experts per sparse block; default: 8")
-    add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")
-    add(
-        "--expert-dropout", type=float, metavar="RATE", help="of the experts; default: as --dropout"
-    )
     command.set_defaults(
         run=_finetune, interrupted="finetune, without --restart, goes on from here"
     )
+
+    command = commands.add_parser(
+        "evaluate", help="the official metrics of a run or of a preset's classifier on a split"
+    )
+    add = command.add_argument
+    add("preset", metavar="RUN|PRESET", help="folder of a run, or what --preset of finetune takes")
+    add("task", metavar="TASK", help="e.g. glue/sst2")
+    add("--split", help="default: the first validation split; test splits have no labels")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
+    add("--data-dir", metavar="DIR", help="TensorFlow Datasets folder, see prepare")
+    add("--predictions", metavar="DIR", help="folder to write the submission file to")
+    add("--batch-size", type=int, metavar="N", help="examples at a time; default: as the run's")
+    command.set_defaults(run=_evaluate, interrupted="nothing is kept")
+
+    command = commands.add_parser(
+        "compare", help="runs of several seeds side by side, with tests of their differences"
+    )
+    add = command.add_argument
+    add("folders", nargs="+", metavar="RUNS", help="folders that finetune --seeds wrote")
+    add("--epoch", default="best", help="best (on the validation data; default) or last")
+    command.set_defaults(run=_compare, interrupted="nothing is kept")
 
     command = commands.add_parser(
         "pretrain",
@@ -122,9 +167,12 @@ def _parser():
         "corpus",
         nargs="+",
         metavar="TEXT",
-        help="files (.txt, a document a line; .jsonl; either .gz), or tfds:NAME:SPLIT",
+        help="files (.txt, a document a line; .jsonl or .json; .gz of these), or tfds:NAME:SPLIT",
     )
     add("--heldout", nargs="+", metavar="TEXT", help="the same, to measure the perplexity on")
+    add(
+        "--data-dir", metavar="DIR", help="TensorFlow Datasets folder, if a text is one of its sets"
+    )
     add("--model", help="switch (default), expert_choice or dense")
     add("--objective", help="masked (default), span, prefix or causal")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
@@ -152,6 +200,9 @@ def _parser():
         ("clip", "largest norm of all gradients; 0: any"),
         ("router-z-weight", "of the routers' z-loss"),
         ("dropout", "everywhere"),
+        ("density", "share of the tokens that masked and span hide"),
+        ("mean-span", "tokens that span hides in one place, in the mean"),
+        ("residual-scale", "of the initial weights that end a layer"),
     ):
         add(f"--{name}", type=float, metavar="X", help=text)
     add(
@@ -225,11 +276,23 @@ def _capacity(text):
 
 def _recipes():
     """The tasks and the defaults of each, as a table."""
-    lines = ["tasks, and the defaults for each:"]
-    lines.append(f"  {'':14}{'epochs':>7}{'batch size':>12}{'learning rate':>15}{'dropout':>9}")
+    lines = [
+        "tasks, and the defaults for each; of models from scratch, and on the right of presets:"
+    ]
+    heads = ("epochs", "batch size", "learning rate", "dropout", "| epochs", "max length")
+    lines.append(" " * 20 + "".join(f"{head:>{len(head) + 2}}" for head in heads))
     for task in TASKS:
-        epochs, batch_size, learning_rate, dropout = recipe(task).values()
-        lines.append(f"  {task:14}{epochs:7}{batch_size:12}{learning_rate:15}{dropout:9}")
+        preset = preset_recipe(task, sparse=True)
+        figures = (*recipe(task).values(), preset["epochs"], preset["max_length"])
+        cells = zip(heads, figures, strict=True)
+        lines.append(f"  {task:18}" + "".join(f"{x:{len(head) + 2}}" for head, x in cells))
+    for kind in ("sparse", "dense"):
+        preset = preset_recipe(next(iter(TASKS)), sparse=kind == "sparse")
+        names = ("batch_size", "learning_rate", "dropout", "expert_dropout")
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {preset[name]}" for name in names if preset[name] is not None
+        )
+        lines.append(f"{kind} presets: {figures}")
     return "\n".join(lines)
 
 
@@ -267,15 +330,16 @@ def _without_remarks():
 
 
 def _prepare(options):
-    from zoo.tasks.prepare import prepare, tasks_in
+    with _without_remarks():
+        from zoo.tasks.prepare import prepare, tasks_in
 
+        with contextlib.suppress(ImportError):
+            import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
     tasks, left_out = options.tasks, {}
     if not tasks:
-        tasks, left_out = tasks_in(options.source)
-    with _without_remarks(), contextlib.suppress(ImportError):
-        import tensorflow  # noqa: F401  (TensorFlow Datasets would, between the lines below)
+        tasks, left_out = tasks_in(options.source, options.partial)
     for task in tasks:
-        print(prepare(task, options.source, options.data_dir, force=options.force))
+        print(prepare(task, options.source, options.data_dir, options.force, options.partial))
     for task, file in left_out.items():
         print(f"left out: {task} (no {file})")
 
@@ -304,17 +368,48 @@ def _finetune(options):
     _choose_backend(options)
     with _without_remarks():
         from keras_moe.distribution import process_id
-        from zoo.training import finetune
+        from zoo.finetuning.run import finetune
+        from zoo.finetuning.suite import finetune_suite
+        from zoo.finetuning.summary import table
 
     if options.task == "acceptability" and process_id() == 0:
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")
-    results = finetune(**_given(options), verbose=1 if sys.stdout.isatty() else 2)
+    if options.seed is not None and options.seeds is not None:
+        raise ValueError(f"`seed` must be left out with `seeds`. Received: seed={options.seed}")
+    given = {**_given(options), "verbose": 1 if sys.stdout.isatty() else 2}
+    if options.task in SUITES or options.seeds is not None:
+        given.setdefault("seeds", [given.pop("seed", 0)])
+        summary = finetune_suite(**given)
+        if process_id() == 0:
+            print(f"\n{table(summary)}\n")
+            print(f"saved: {summary['folder']}")
+        return
+    results = finetune(**given)
     if process_id() > 0:
         return
-    best = results["best"]
-    scores = ", ".join(f"{name} {best[name]:.4f}" for name in results["metrics"])
-    print(f"best epoch {best['epoch']} of {len(results['history'])}: {scores}")
+    for epoch, entry in (("best", results["best"]), ("last", results["history"][-1])):
+        scores = ", ".join(f"{name} {entry[name]:.4f}" for name in results["metrics"])
+        print(f"{epoch} epoch {entry['epoch']} of {len(results['history'])}: {scores}")
     print(f"saved: {results['preset']}")
+
+
+def _evaluate(options):
+    _choose_backend(options)
+    with _without_remarks():
+        from zoo.finetuning.evaluate import evaluate
+    scores = evaluate(**_given(options))
+    if scores:
+        print(", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
+    if options.predictions:
+        print(f"saved: {options.predictions}")
+    elif not scores:
+        print("this split has no labels; --predictions writes what is to be submitted")
+
+
+def _compare(options):
+    from zoo.finetuning.compare import compare, comparison_table
+
+    print(comparison_table(compare(*options.folders, epoch=options.epoch)))
 
 
 def _pretrain(options):

@@ -15,7 +15,7 @@ import zoo.models.encoder
 import zoo.models.encoder_decoder
 import zoo.models.masked_lm
 import zoo.models.moe_lstm
-from zoo.catalogue import did_you_mean
+from zoo.catalogue import did_you_mean, shipped
 from zoo.conversion import load_transformers
 from zoo.conversion.folder import has_tokenizer
 from zoo.files import written_whole
@@ -26,7 +26,9 @@ HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
 LANGUAGE_MODELS = (*HEADLESS, zoo.models.moe_lstm.LstmCausalLM)
 
 
-def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
+def from_preset(
+    preset, num_classes=None, load_weights=True, dtype=None, dropout=None, expert_dropout=None
+):
     """Loads a model with its weights, and its tokenizer where it has one.
 
     Example:
@@ -38,14 +40,17 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
 
     Args:
         preset: a folder, or "hf://owner/model" for one on the Hugging Face hub, see
-            `zoo.list_presets`. What is in it was saved by `zoo.save_preset` or `save_to_preset`,
-            or by transformers, see `zoo.load_transformers`.
+            `zoo.list_presets`; or the name of a folder in `zoo/assets/presets`. What is in a folder
+            was saved by `zoo.save_preset` or `save_to_preset`, or by transformers, see
+            `zoo.load_transformers`.
         num_classes: makes a new head of that many classes; `None` keeps the saved one. For text
             classifiers, and encoders that were pretrained, only.
         load_weights: `False` leaves all weights as they are initialized.
         dtype: dtype or dtype policy of the backbone's layers; "auto" for the policy that it was
             saved with, or of a checkpoint of transformers the dtype of its files; `None` for Keras'
             own.
+        dropout: rate of the zoo's own models instead of the saved one, experts left out.
+        expert_dropout: the same of the experts' hidden units.
 
     Returns:
         A `zoo.EncoderTextClassifier`, `zoo.EncoderMaskedLM`, `zoo.Seq2SeqLM`, `zoo.CausalLM` or
@@ -53,7 +58,7 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
 
     Raises:
         ValueError: if there is no such preset, or one in which something is missing or damaged, or
-            `num_classes` is out of range.
+            `num_classes` or a rate is out of range, or for a model without such a rate.
         OSError: if the hub cannot be reached and the cache does not have the model.
         ImportError: if a package is missing that the files or the hub need.
     """
@@ -61,7 +66,16 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         raise ValueError(
             f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
         )
-    folder = _folder(preset, load_weights)
+    rates = {"dropout": dropout, "expert_dropout": expert_dropout}
+    for name, rate in rates.items():
+        if rate is not None and not (isinstance(rate, Real) and 0 <= rate < 1):
+            raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={rate!r}")
+    model = _loaded(_folder(preset, load_weights), preset, num_classes, load_weights, dtype)
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    return _with_rates(model, rates) if rates else model
+
+
+def _loaded(folder, preset, num_classes, load_weights, dtype):
     if _is_of_transformers(folder):
         _only_classifiers_have_heads(preset, num_classes)
         return load_transformers(folder, dtype, load_weights)
@@ -88,6 +102,67 @@ def from_preset(preset, num_classes=None, load_weights=True, dtype=None):
         options["preprocessor"] = None
     with explained(folder):
         return task.from_preset(str(folder), **options)
+
+
+def _with_rates(model, rates):
+    """The model anew, with other rates of dropout and the same weights."""
+    config = model.get_config()
+    backbone = config["backbone"]["config"]
+    for name in rates:
+        if name not in backbone or (name == "expert_dropout" and not backbone["router"]):
+            raise ValueError(
+                f"`{name}` must be None for a model that has no such rate. "
+                f"Received: {name}={rates[name]}"
+            )
+    backbone |= rates
+    if "dropout" in config and "dropout" in rates:  # of a head
+        config["dropout"] = rates["dropout"]
+    new = type(model).from_config({**config, "preprocessor": None})
+    new.preprocessor = model.preprocessor
+    new.set_weights(model.get_weights())
+    return new
+
+
+def encoder_config(preset, trained=False):
+    """The config of the encoder of a preset, which is read without its weights.
+
+    Args:
+        preset: as in `from_preset`.
+        trained: whether it must be a text classifier's; else an encoder that was pretrained will
+            do, of which `from_preset` makes a classifier.
+
+    Raises:
+        ValueError: if there is no such preset, or it is of another kind of model.
+        OSError: if the hub cannot be reached and the cache does not have the preset.
+        ImportError: if the hub needs a package that is missing.
+    """
+    folder = _folder(preset, weights=False)
+    encoder = False
+    if not _is_of_transformers(folder):
+        task = _task_class(folder, num_classes=1)
+        config = json.loads((folder / "config.json").read_text())
+        kind = keras.saving.get_registered_object(config["registered_name"])
+        encoder = issubclass(task, keras_hub.models.TextClassifier) and issubclass(
+            kind, zoo.models.encoder.EncoderBackbone
+        )
+    if not encoder:
+        raise ValueError(
+            "`preset` must be of a text classifier, or of an encoder that guesses hidden tokens. "
+            f"Received: preset={str(preset)!r}"
+        )
+    if trained and not _names_a_classifier(folder / "task.json"):
+        raise ValueError(
+            "`preset` must be of a text classifier, and this one has no trained classifier. "
+            f"Received: preset={str(preset)!r}"
+        )
+    return config["config"]
+
+
+def _names_a_classifier(path):
+    if not path.is_file():
+        return False
+    named = keras.saving.get_registered_object(json.loads(path.read_text())["registered_name"])
+    return issubclass(named, keras_hub.models.TextClassifier)
 
 
 def _saved_dtype(folder):
@@ -122,14 +197,17 @@ def require_generation(preset):
 def _folder(preset, weights):
     if not isinstance(preset, (str, os.PathLike)):
         raise ValueError(
-            f"`preset` must be a folder, or 'hf://owner/model'. Received: preset={preset!r}"
+            f"`preset` must be a name, a folder, or 'hf://owner/model'. Received: preset={preset!r}"
         )
     if str(preset).startswith("hf://"):
         return download(str(preset), weights)
+    if preset in shipped():
+        return shipped()[preset]
     folder = Path(preset)
     if not folder.is_dir():
         raise ValueError(
-            "`preset` must be a folder that is there, or 'hf://owner/model'. "
+            f"`preset` must be {''.join(f'{name}, ' for name in shipped())}a folder that is there, "
+            "or 'hf://owner/model'. "
             f"Received: preset={str(preset)!r}.{did_you_mean(preset)}"
         )
     return folder

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -83,6 +84,60 @@ class SaveRun(keras.callbacks.Callback):
         self.run.save(self.model, logs, seconds, **self.more())
 
 
+class StopAtNaN(keras.callbacks.Callback):
+    """Raises a FloatingPointError at the step whose loss is not finite.
+
+    It goes before the callbacks that read or save what an epoch made.
+
+    Args:
+        run: a `Run`, which then has what it had.
+    """
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(float(logs["loss"])):
+            self._stop(logs["loss"], batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        # What the last step of the epoch made of the weights.
+        if not math.isfinite(float(logs.get("val_loss", 0.0))):
+            self._stop(logs["val_loss"], self.params["steps"])
+
+    def _stop(self, loss, steps):
+        done = self.run.epoch * self.params["steps"]
+        kept = f"the weights of step {done}" if done else "no weights yet"
+        raise FloatingPointError(
+            f"The loss must be finite. Received: {float(loss)} at step {done + steps}; "
+            f"{self.run.folder} has {kept}"
+        )
+
+
+class EpochLine(keras.callbacks.ProgbarLogger):
+    """Keras' progress bar, with each routing figure averaged over the layers.
+
+    There are eight figures per sparse layer. `History` and `SaveRun` get them all: only what is
+    shown at the end of an epoch is shortened. It goes after the callbacks that add to the logs.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shortened(logs))
+
+    @staticmethod
+    def _shortened(logs):
+        short, figures = {}, {}
+        for name, value in logs.items():
+            layer, _, figure = name.rpartition("/")
+            if layer:  # "moe_2/dropped" or "val_moe_2/dropped"
+                prefix = "val_moe" if layer.startswith("val_") else "moe"
+                figures.setdefault(f"{prefix}/{figure}", []).append(value)
+            else:
+                short[name] = value
+        return short | {name: np.mean(values) for name, values in figures.items()}
+
+
 class Run:
     """The folder of a run: `results.json`, and the weights that it names.
 
@@ -157,7 +212,7 @@ class Run:
         best = self.results["best"]
         if best is None or self.last or entry[primary] > best[primary]:
             best = entry
-        with _replacing(self._weights(epoch)) as path:
+        with replacing(self._weights(epoch)) as path:
             model.save_weights(path)
         self.results["history"].append(entry)
         self.results |= {"best": best, "parameters": model.count_params()}
@@ -172,7 +227,7 @@ class Run:
         path = self._weights(self.results["best"]["epoch"])
         with explained(path):
             model.load_weights(path)
-        with _replacing(self.folder / "preset") as path:
+        with replacing(self.folder / "preset") as path:
             classifier.save_to_preset(str(path))
         self.results |= {"finished": True, "preset": str(self.folder / "preset")}
         self._write()
@@ -203,12 +258,12 @@ class Run:
             ) from error
 
     def _write(self):
-        with _replacing(self.folder / "results.json") as path:
+        with replacing(self.folder / "results.json") as path:
             path.write_text(json.dumps(self.results, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """A path to write to; what was written takes the place of `path` only when all went well.
 
     Of several processes, which write the same, it is what the first one wrote.
@@ -217,8 +272,12 @@ def _replacing(path):
         beside = path.with_name(f"new-{path.name}")
         try:
             yield beside
-        except OSError:  # a full disk, say: what is there stays, and gets the room back
+        except (
+            BaseException
+        ) as error:  # a full disk, say: what is there stays, and gets the room back
             _remove(beside)
+            if isinstance(error, RuntimeError):  # so says HDF5 when it closes a file
+                raise OSError(f"{path} could not be written: {error}") from error
             raise
         if beside.is_dir() and path.is_dir():
             shutil.rmtree(path)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from tests.zoo.tasks import raw_glue
+from tests.zoo.tasks import raw_glue, raw_superglue
 from zoo import cli
+from zoo.recipes import preset_recipe
 from zoo.tasks.task import TASKS, recipe
 
 
@@ -24,13 +25,35 @@ def test_prepare_bad_folder(tmp_path, capsys):
 def test_prepare_says_what_it_left_out(tmp_path, capsys):
     for task in raw_glue.GLUE[:2]:
         raw_glue.make(tmp_path / "raw", task)
-    (tmp_path / "raw" / raw_glue.FOLDERS["glue/sst2"] / "train.tsv").unlink()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "raw" / raw_glue.FOLDERS["glue/sst2"] / name).unlink()
     arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("glue/cola: prepared in ")
     assert "left out: glue/sst2 (no SST-2/train.tsv)" in lines
     assert lines[-1] == "left out: glue/wnli (no WNLI/train.tsv)"
+
+
+def test_prepare_superglue_and_partial_data(tmp_path, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    folder = raw_superglue.make(tmp_path / "raw", "super_glue/boolq", tests=False)
+    (folder / "partial").mkdir()
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").rename(folder / "partial" / f"{name}_some.jsonl")
+    raw_superglue.make(tmp_path / "raw", "super_glue/rte")
+    arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("super_glue/rte: prepared in ")
+    left_out = (
+        "left out: super_glue/boolq (no BoolQ/train.jsonl, but files for the option `partial`)"
+    )
+    assert left_out in lines
+    assert cli.main([*arguments, "--partial"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("super_glue/boolq: prepared in ")
+    assert lines[1] == "  train: 3 rows (partial: not the official file)"
 
 
 def test_prepare_into_a_file(tmp_path, capsys):
@@ -51,10 +74,12 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--epochs", "0"], "`epochs` must be a positive integer"),
         (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
         (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--model", os.curdir, "--size", "base"], "`size` must be left out"),
-        (["--model", os.curdir, "--num-experts", "4"], "`num_experts` must be left out"),
-        (["--model", os.curdir, "--dropout", "0.5"], "`dropout` must be left out"),
-        (["--model", os.curdir, "--expert-dropout", "0"], "`expert_dropout` must be left out"),
+        (["--preset", "no/such/folder"], "`preset` must be a folder that is"),
+        (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
+        (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
+        (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
+        (["--seeds", "0"], "`seeds` must be a positive integer"),
+        (["--seeds", "2", "--seed", "1"], "`seed` must be left out with `seeds`"),
     ],
 )
 def test_finetune_bad_input(tmp_path, capsys, arguments, message):
@@ -63,6 +88,88 @@ def test_finetune_bad_input(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("zoo: ") and message in error and error.count("\n") == 1
     assert not output.exists()
+
+
+SUMMARY = {
+    "folder": "out",
+    "suite": None,
+    "tasks": {
+        "glue/rte": {
+            "metrics": ["accuracy"],
+            "runs": [
+                {"seed": n, "seconds": 1.0, "best": {"accuracy": n / 4}, "last": {"accuracy": 0}}
+                for n in (1, 2)
+            ],
+            "best": {"accuracy": {"mean": 0.375, "sd": 0.125}},
+            "last": {"accuracy": {"mean": 0.0, "sd": 0.0}},
+        }
+    },
+    "averages": None,
+    "left_out": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["glue/rte", "--seeds", "2"], {"task": "glue/rte", "seeds": 2}),
+        (["glue"], {"task": "glue", "seeds": [0]}),
+        (["glue", "--seed", "3", "--train", "lora"], {"task": "glue", "seeds": [3]}),
+    ],
+)
+def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
+    called = []
+    monkeypatch.setattr(
+        "zoo.finetuning.suite.finetune_suite", lambda **options: called.append(options) or SUMMARY
+    )
+    assert cli.main(["finetune", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| glue/rte | accuracy | 0.375 ± 0.125 | 0.000 ± 0.000 | 2 | 2 |" in lines
+    assert lines[-1] == "saved: out"
+    assert called[0].items() >= given.items() and "seed" not in called[0]
+    assert called[0].get("train") == ("lora" if "lora" in arguments else None)
+
+
+def test_compare(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    assert cli.main(["compare", *folders]) == 0
+    assert "| glue/rte | accuracy | 0.375 ± 0.177 |" in capsys.readouterr().out
+    assert cli.main(["compare", *folders, "--epoch", "last"]) == 0
+    assert "| glue/rte | accuracy | 0.000 ± 0.000 |" in capsys.readouterr().out
+    assert cli.main(["compare", folders[0], str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("zoo: `folders` must each have the `summary.json`")
+
+
+@pytest.mark.parametrize(
+    ("scores", "arguments", "said"),
+    [
+        ({"f1": 0.5, "accuracy": 0.75}, ["--split", "test"], ["f1 0.5000, accuracy 0.7500"]),
+        ({}, ["--predictions", "out"], ["saved: out"]),
+        ({}, [], ["this split has no labels; --predictions writes what is to be submitted"]),
+    ],
+)
+def test_evaluate(capsys, monkeypatch, scores, arguments, said):
+    called = []
+    monkeypatch.setattr(
+        "zoo.finetuning.evaluate.evaluate", lambda **options: called.append(options) or scores
+    )
+    assert cli.main(["evaluate", "folder", "glue/mrpc", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines() == said
+    given = dict(zip((n.removeprefix("--") for n in arguments[::2]), arguments[1::2], strict=True))
+    assert called == [{"preset": "folder", "task": "glue/mrpc", **given}]
+
+
+def test_evaluate_bad_input(tmp_path, capsys):
+    for arguments, message in (
+        (["no/such/folder", "glue/cola"], "`preset` must be a folder that is"),
+        ([str(tmp_path), "glue/coal"], "`task` must be one of "),
+    ):
+        assert cli.main(["evaluate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
 
 
 def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
@@ -107,12 +214,12 @@ def test_missing_backend(capsys, monkeypatch):
 
 
 def test_interrupt(tmp_path, capsys, monkeypatch):
-    import zoo.training
+    import zoo.finetuning.run
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zoo.training, "finetune", interrupted)
+    monkeypatch.setattr(zoo.finetuning.run, "finetune", interrupted)
     monkeypatch.setattr(importlib.import_module("zoo.tasks.prepare"), "prepare", interrupted)
     assert cli.main(["finetune"]) == 130
     expected = "zoo: interrupted; finetune, without --restart, goes on from here\n"
@@ -129,7 +236,14 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     for task in TASKS:
         (line,) = (line for line in lines if re.match(rf"  {task} +\d", line))
-        assert [float(figure) for figure in line.split()[1:]] == list(recipe(task).values())
+        preset = preset_recipe(task, sparse=True)
+        expected = [*recipe(task).values(), preset["epochs"], preset["max_length"]]
+        assert [float(figure) for figure in line.split()[1:]] == expected
+    (line,) = (line for line in lines if line.startswith("sparse presets: "))
+    for name, value in preset.items():
+        if name not in ("epochs", "max_length"):
+            assert f"{name.replace('_', ' ')} {value}" in line
+    assert "expert" not in next(line for line in lines if line.startswith("dense presets: "))
 
 
 def say(lines, then=""):
@@ -204,7 +318,7 @@ def preset(tmp_path_factory):
 
     router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
     backbone = zoo.switch_transformer(
-        "mini", num_experts=2, router=router, num_decoder_layers=2, **WIDTHS
+        "mini", 2, None, router, gated=False, activation="relu", num_decoder_layers=2, **WIDTHS
     )
     folder = tmp_path_factory.mktemp("cli") / "preset"
     preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.t5_tokenizer(zoo.default_tokenizer().proto), 8, 6)

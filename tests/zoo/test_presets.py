@@ -141,6 +141,33 @@ def test_options(preset):
     assert zoo.from_preset(preset, dtype="bfloat16").backbone.dtype_policy.name == "bfloat16"
 
 
+def test_other_rates_of_dropout(tmp_path):
+    widths = {"num_layers": 2, "num_heads": 2, "hidden_dim": 8, "key_dim": 4, "expert_dim": 6}
+    backbone = zoo.switch_transformer("mini", num_experts=2, architecture="encoder", **widths)
+    preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 12)
+    zoo.EncoderTextClassifier(backbone, 2, preprocessor).save_to_preset(str(tmp_path / "saved"))
+    model = zoo.from_preset(tmp_path / "saved", dropout=0.3, expert_dropout=0.4)
+    assert model.dropout == model.backbone.dropout == 0.3
+    assert model.backbone.expert_dropout == 0.4
+    layers = list(model._flatten_layers())
+    assert {layer.rate for layer in layers if isinstance(layer, keras.layers.Dropout)} == {0.3}
+    experts = [layer for layer in layers if isinstance(layer, keras_moe.FeedForwardExperts)]
+    assert [layer.dropout for layer in experts] == [0.4]
+    as_saved = zoo.from_preset(tmp_path / "saved")
+    for ours, theirs in zip(model.get_weights(), as_saved.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    text = ["a text"]
+    np.testing.assert_array_equal(model.predict(text), as_saved.predict(text))
+
+
+def test_rates_that_are_none(preset):
+    for name in ("dropout", "expert_dropout"):
+        message = error_of(preset, **{name: 1.0})
+        assert message == f"`{name}` must be in [0, 1). Received: {name}=1.0"
+    message = "`expert_dropout` must be None for a model that has no such rate. "
+    assert error_of(preset, expert_dropout=0.4) == f"{message}Received: expert_dropout=0.4"
+
+
 def test_auto_is_the_dtype_that_was_saved(preset, tmp_path):
     zoo.from_preset(preset, dtype="bfloat16").save_to_preset(str(tmp_path))
     for dtype, name in (("auto", "bfloat16"), (None, "float32")):
@@ -159,7 +186,8 @@ def test_no_preset(tmp_path):
 
 def test_what_is_no_name():
     assert (
-        error_of(None) == "`preset` must be a folder, or 'hf://owner/model'. Received: preset=None"
+        error_of(None)
+        == "`preset` must be a name, a folder, or 'hf://owner/model'. Received: preset=None"
     )
 
 
@@ -174,6 +202,12 @@ def test_what_is_no_name():
 def test_an_unknown_name_suggests_the_nearest(name, hint):
     expected = "`preset` must be a folder that is there, or 'hf://owner/model'. "
     assert error_of(name) == f"{expected}Received: preset={name!r}.{hint}"
+
+
+def test_a_preset_that_comes_with_the_library(preset, monkeypatch):
+    monkeypatch.setattr("zoo.presets.shipped", lambda: {"tiny_en": preset})
+    assert zoo.from_preset("tiny_en").num_classes == 2
+    assert error_of("tiny").startswith("`preset` must be tiny_en, a folder that is there, or 'hf:")
 
 
 def test_the_hub_is_asked(preset, monkeypatch):
@@ -436,6 +470,7 @@ class TestTransformersFolder:
         folder = tmp_path_factory.mktemp("theirs") / "model"
         router = keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None)
         options = {"num_layers": 2, "num_decoder_layers": 2, "hidden_dim": 8, "key_dim": 4}
+        options |= {"gated": False, "activation": "relu"}  # as transformers has Switch's experts
         backbone = zoo.switch_transformer(
             "mini", num_experts=2, router=router, intermediate_dim=12, **options
         )

@@ -98,8 +98,9 @@ def switch_transformer(
     "c-2048" every one), expert kernels start at scale 0.1, and the routers have
     `keras_moe.SwitchRouter`'s defaults. `zoo.switch_transformer("base", num_experts=8)` has the
     parameters of google/switch-base-8, and "c-2048" those of Switch-C, 1.6 trillion. To be written
-    for transformers (`zoo.save_transformers`) a model must route as there, without a capacity or
-    with so many tokens of a sequence:
+    for transformers (`zoo.save_transformers`) a model must have experts without gates ("mini" needs
+    `gated=False, activation="relu"`), and route as there, without a capacity or with so many tokens
+    of a sequence:
     `router=keras_moe.SwitchRouter(capacity_factor=0, eval_capacity_factor=0, min_capacity=64)`.
 
     Args:
@@ -209,6 +210,14 @@ def hash_transformer(
     defaults = {"router": keras_moe.HashRouter()}
     given = {"num_experts": num_experts, "vocabulary_size": vocabulary_size, "router": router}
     return _make(architecture, size, defaults, {**given, **options})
+
+
+# What `zoo.finetune` and `zoo.pretrain` build by name.
+MODELS = {
+    "switch": switch_transformer,
+    "expert_choice": expert_choice_transformer,
+    "dense": dense_transformer,
+}
 
 
 def _make(architecture, size, defaults, options):

@@ -1,150 +1,52 @@
-"""Documents of text files or TensorFlow Datasets, as blocks of tokens, and those as batches.
+"""Documents as blocks of tokens, and those as batches.
+
+B blocks of a batch, W blocks of a window, L tokens of a block.
 
 Nothing is drawn that does not depend on seed, epoch and place alone, and nothing is kept but one
 window of blocks: whoever knows the place of a batch goes on with the next one.
 """
 
-import glob
-import gzip
-import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 
 from keras_moe.routing.base import positive_integer
-from zoo.extras import quiet_datasets, require
+from zoo.pretraining.mixture import mixture, start
+from zoo.pretraining.sources import size
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
-TFDS = "tfds:"
-
-
-def sources(patterns):
-    """The files and data sets that patterns name, each once.
-
-    Args:
-        patterns: list of paths or glob patterns of files, of which each line is a document
-            (`.txt`) or an object with one in `text` (`.jsonl`), either gzipped or not; or
-            "tfds:NAME", or "tfds:NAME:SPLIT", a data set of TensorFlow Datasets with a feature
-            `text`, "tfds:c4/en", say.
-
-    Returns:
-        Sorted list of strings.
-
-    Raises:
-        ValueError: if a pattern names nothing, or a file of another kind.
-    """
-    found = set()
-    for pattern in map(str, patterns):
-        files = [pattern] if pattern.startswith(TFDS) else glob.glob(pattern)
-        if not files:
-            raise ValueError(f"`corpus` must name files that are there. Received: {pattern}")
-        for file in files:
-            if not file.startswith(TFDS) and not file.endswith(SUFFIXES):
-                raise ValueError(
-                    f"`corpus` must name files that end in {', '.join(SUFFIXES)}. Received: {file}"
-                )
-        found.update(files)
-    if not found:
-        raise ValueError(f"`corpus` must name one file or more. Received: {patterns!r}")
-    return sorted(found)
-
-
-def documents(source, first=0):
-    """The texts of one source, from the number `first` on.
-
-    Raises:
-        ValueError: if it cannot be read, or is not of the form that it should be.
-    """
-    if source.startswith(TFDS):
-        yield from _dataset(source, first)
-        return
-    opened = gzip.open if source.endswith(".gz") else open
-    number = 0
-    try:
-        with opened(source, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if number >= first:
-                    yield json.loads(line)["text"] if ".jsonl" in source else line.rstrip("\n")
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"`corpus` must be readable text. Received: {source}, line {number + 1}: {error}"
-        ) from error
-
-
-def _dataset(source, first):
-    tfds = require("tensorflow_datasets")
-    name, split = _named(source)
-    with quiet_datasets():
-        dataset = tfds.load(name, split=split, shuffle_files=False)
-    for example in dataset.skip(first).as_numpy_iterator():
-        yield example["text"].decode()
-
-
-def _named(source):
-    """Name and split of a data set."""
-    name, _, split = source.removeprefix(TFDS).partition(":")
-    return name, split or "train"
-
-
-def interleaved(names):
-    """Documents of several sources in turns, so that all of them end at about the same time.
-
-    The next document is one of the source of which the smallest share has been read: characters,
-    over the bytes of all of it, on disk.
-
-    Args:
-        names: list of sources.
-
-    Yields:
-        Texts.
-    """
-    sizes = [_size(name) for name in names]
-    shares = [0.0] * len(names)
-    texts = [documents(name) for name in names]
-    while min(shares) < float("inf"):
-        number = shares.index(min(shares))
-        text = next(texts[number], None)
-        if text is None:
-            shares[number] = float("inf")
-        else:
-            shares[number] += (len(text) + 1) / sizes[number]
-            yield text
-
-
-def _size(source):
-    if not source.startswith(TFDS):
-        return max(1, Path(source).stat().st_size)
-    name, split = _named(source)
-    with quiet_datasets():
-        return require("tensorflow_datasets").builder(name).info.splits[split].num_bytes
+LETTERS = 200_000  # that are tokenised at a time
 
 
 class Blocks:
     """Batches of an objective, made of packed documents, from any place on.
 
-    Documents follow one another, each with the end token behind it, and are cut into blocks. A
-    window of blocks at a time is shuffled. Of the last window of an epoch what fills no batch is
-    left out.
+    Documents follow one another, each with the end token behind it, and are cut into blocks; a
+    model attends, and routes, across the end tokens in a block. A window of blocks at a time is
+    shuffled. What the end of an epoch has beyond whole batches is left out.
 
     Args:
-        names: list of sources, see `sources`.
-        tokenizer: function of a text to a list of token ids.
+        names: list of sources, see `zoo.pretraining.sources.sources`.
+        tokenizer: function of a list of texts to a list of lists of token ids.
         end: id of the token that ends a text.
         objective: of `zoo.pretraining.objectives`.
         batch_size: blocks.
-        window: blocks that are shuffled together.
+        window: blocks that are shuffled together, whole batches.
         seed: integer.
+
+    Raises:
+        ValueError: if an argument is out of range, or a source cannot be read.
     """
 
     def __init__(self, names, tokenizer, end, objective, batch_size, window=8192, seed=0):
         positive_integer("batch_size", batch_size)
         positive_integer("window", window)
-        if window < batch_size:
+        if window % batch_size:
             raise ValueError(
-                f"`window` must be at least the batch size, {batch_size}. Received: window={window}"
+                f"`window` must be a multiple of the batch size, {batch_size}. "
+                f"Received: window={window}"
             )
         self.names = list(names)
+        self.sizes = {name: size(name) for name in self.names}
         self.tokenizer = tokenizer
         self.end = end
         self.objective = objective
@@ -152,67 +54,90 @@ class Blocks:
         self.window = window
         self.seed = seed
 
-    def start(self):
-        """The place of the first batch, as JSON can keep it."""
-        return {"epoch": 0, "documents": 0, "rest": 0, "window": 0, "batch": 0}
+    def start(self, epoch=0):
+        """The place of the first batch of an epoch, as JSON can keep it.
+
+        `read` is the place in the mixture of sources of the document in which the window begins,
+        and `skip` how many of its tokens are in windows before.
+        """
+        read = start(self.names)
+        return {"epoch": epoch, "window": 0, "batch": 0, "read": read, "skip": 0}
 
     def batches(self, place=None):
-        """Endless pairs of a batch, as the objective has it, and the place of the next one."""
-        place = dict(place or self.start())
-        while True:
-            batches = 0
-            for place_of_window, blocks in self._windows(place):
-                full = len(blocks) // self.batch_size
-                batches += full
-                rng = self._rng(place_of_window)
-                order = rng.permutation(len(blocks))
-                for number in range(full):
-                    rows = order[number * self.batch_size : (number + 1) * self.batch_size]
-                    if number >= place_of_window["batch"]:
-                        after = {**place_of_window, "batch": number + 1}
-                        noise = self._rng(place_of_window, number)
-                        yield self.objective(blocks[np.sort(rows)], noise), after
-            if batches == 0:
-                raise ValueError(
-                    f"`corpus` must hold {self.batch_size} blocks of {self.objective.block} tokens "
-                    f"or more. Received: {', '.join(self.names)}"
-                )
-            place = {**self.start(), "epoch": place["epoch"] + 1}
+        """Endless batches from a place on.
 
-    def _rng(self, place, *more):
-        return np.random.default_rng((self.seed, place["epoch"], place["window"], *more))
+        Args:
+            place: of the first batch; `None`: the start.
+
+        Yields:
+            Pairs of a batch, as the objective has it, and the place of the next one.
+
+        Raises:
+            ValueError: if a source cannot be read, or all of them make no batch.
+        """
+        place = place or self.start()
+        while True:
+            full = 0
+            for place_of_window, blocks_WL in self._windows(place):
+                full += len(blocks_WL) // self.batch_size
+                yield from self._shuffled(place_of_window, blocks_WL)
+            if full == 0:
+                raise ValueError(
+                    f"The texts must make {self.batch_size} blocks of {self.objective.block} "
+                    f"tokens or more. Received: {', '.join(self.names)}"
+                )
+            place = self.start(place["epoch"] + 1)
+
+    def _shuffled(self, place, blocks_WL):
+        """Batches of a window, but for those before the place, and the place after each."""
+        order_W = self._rng("order", place["epoch"], place["window"]).permutation(len(blocks_WL))
+        for batch in range(place["batch"], len(blocks_WL) // self.batch_size):
+            rows_B = order_W[batch * self.batch_size : (batch + 1) * self.batch_size]
+            noise = self._rng("noise", place["epoch"], place["window"], batch)
+            yield self.objective(blocks_WL[np.sort(rows_B)], noise), {**place, "batch": batch + 1}
+
+    def _rng(self, purpose, *numbers):
+        # Numbers alone would not do: a seed sequence takes (1, 2) and (1, 2, 0) for the same.
+        return np.random.default_rng((zlib.crc32(purpose.encode()), self.seed, *numbers))
 
     def _windows(self, place):
         """Windows of blocks of the rest of an epoch, and the place of the first batch of each."""
-        texts = interleaved(self.names)
-        place, rest = dict(place), []
-        for _ in range(place["documents"]):
-            text = next(texts)
-        if place["rest"]:  # what the window before left of its last document
-            rest = self._tokens(text)[-place["rest"] :]
-        size = self.window * self.objective.block
-        parts, held = [np.array(rest, "int32")], len(rest)
-        read = place["documents"]
-        for text in texts:
-            tokens = self._tokens(text)
-            parts.append(np.array(tokens, "int32"))
-            read, held = read + 1, held + len(tokens)
-            while held >= size:
-                packed = np.concatenate(parts)
+        size, skip = self.window * self.objective.block, place["skip"]
+        parts, held = [], 0
+        for read, tokens in self._documents(place):
+            parts.append(tokens[skip:])
+            held += len(tokens) - skip
+            skip = 0
+            if held < size:
+                continue
+            packed = np.concatenate(parts)
+            while len(packed) >= size:
                 yield place, packed[:size].reshape(self.window, -1)
-                held -= size
-                place = {
-                    "epoch": place["epoch"],
-                    "documents": read,
-                    "rest": held,
+                packed = packed[size:]  # all of it is of the last document
+                place = self.start(place["epoch"]) | {
                     "window": place["window"] + 1,
-                    "batch": 0,
+                    "read": read,
+                    "skip": len(tokens) - len(packed),
                 }
-                parts = [packed[size:]]
-        packed = np.concatenate(parts)
-        full = len(packed) // self.objective.block
+            parts, held = [packed], len(packed)
+        full = held // self.objective.block
         if full:
+            packed = np.concatenate(parts)
             yield place, packed[: full * self.objective.block].reshape(full, -1)
 
-    def _tokens(self, text):
-        return [*self.tokenizer(text), self.end]
+    def _documents(self, place):
+        """The place in the mixture before each document, and its tokens."""
+        names = self._rng("files", place["epoch"]).permutation(self.names).tolist()
+        group, letters = [], 0
+        for document in mixture(names, self.sizes, place["read"]):
+            group.append(document)
+            letters += len(document[1])
+            if letters >= LETTERS:
+                yield from self._tokens(group)
+                group, letters = [], 0
+        yield from self._tokens(group)
+
+    def _tokens(self, group):
+        ids = self.tokenizer([text for _, text in group]) if group else []
+        for (read, _), tokens in zip(group, ids, strict=True):
+            yield read, np.array([*tokens, self.end], "int32")

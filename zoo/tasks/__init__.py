@@ -2,7 +2,32 @@
 
 from zoo.tasks.data import Examples, load
 from zoo.tasks.metrics import evaluate
-from zoo.tasks.prepare import Prepared, prepare
-from zoo.tasks.task import TASKS, Task, get
+from zoo.tasks.mixtures import mixture, rates
+from zoo.tasks.prepare import Prepared, prepare, prepared_in
+from zoo.tasks.submission import write_submission
+from zoo.tasks.suites import Average, average
+from zoo.tasks.task import SUITES, TASKS, Task, get
+from zoo.tasks.text_scores import score_text
+from zoo.tasks.text_to_text import TextExamples, load_text, text_to_text
 
-__all__ = ["TASKS", "Examples", "Prepared", "Task", "evaluate", "get", "load", "prepare"]
+__all__ = [
+    "SUITES",
+    "TASKS",
+    "Average",
+    "Examples",
+    "Prepared",
+    "Task",
+    "TextExamples",
+    "average",
+    "evaluate",
+    "get",
+    "load",
+    "load_text",
+    "mixture",
+    "prepare",
+    "prepared_in",
+    "rates",
+    "score_text",
+    "text_to_text",
+    "write_submission",
+]

@@ -1,15 +1,19 @@
-"""From the official raw GLUE files to directories that plain `tfds.load` opens, offline."""
+"""From official raw files to directories that plain `tfds.load` opens, offline."""
 
 import contextlib
 import io
+import json
 import os
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from zoo.extras import quiet_datasets, require
-from zoo.tasks import raw
-from zoo.tasks.task import TASKS, get
+from zoo.tasks import raw, raw_files, raw_superglue
+from zoo.tasks.task import SUITES, get
+
+# In a prepared folder: what of it is not as in the official files.
+_REMARKS = "raw_files.json"
 
 
 class Prepared(NamedTuple):
@@ -20,7 +24,10 @@ class Prepared(NamedTuple):
         directory: Where `tfds.load` finds it.
         rows: A dict from split to its number of rows.
         fresh: False where it had been prepared before and nothing was done.
-        missing: The test splits that the raw files do not have.
+        missing: The splits that the raw files do not have.
+        partial: The splits that are not from the official files. What is measured with them is
+            to be called partial.
+        repeated: A dict from split to how many lines were left out because they repeat others.
     """
 
     task: str
@@ -28,28 +35,35 @@ class Prepared(NamedTuple):
     rows: dict[str, int]
     fresh: bool
     missing: tuple[str, ...]
+    partial: tuple[str, ...] = ()
+    repeated: dict[str, int] = {}
 
     def __str__(self):
         verb = "prepared" if self.fresh else "already prepared, nothing done"
         lines = [f"{self.task}: {verb} in {self.directory}"]
-        lines += [f"  {split}: {rows:,} rows" for split, rows in self.rows.items()]
-        lines += [f"  {split}: left out, no raw file" for split in self.missing]
+        for split, rows in self.rows.items():
+            mark = " (partial: not the official file)" if split in self.partial else ""
+            if split in self.repeated:
+                mark += f" (left out: {self.repeated[split]} repeated)"
+            lines.append(f"  {split}: {rows:,} rows{mark}")
+        for split in self.missing:
+            note = ", so it can be evaluated but not trained on" if split == "train" else ""
+            lines.append(f"  {split}: left out, no raw file{note}")
         return "\n".join(lines)
 
 
 class _LocalFiles:
-    """A download manager for TFDS's GLUE builder whose downloads are all here already."""
+    """A download manager for TFDS's builders whose downloads are all here already."""
 
     downloaded_size = 0
 
-    def __init__(self, folder, scratch):
-        self._folder = folder
+    def __init__(self, scratch):
         self._scratch = scratch
 
     def download_and_extract(self, url):
-        """The folder that holds `CoLA/` and so on, whichever of them is asked for."""
+        """Some folder: each split is told its file later."""
         del url
-        return str(self._folder)
+        return str(self._scratch)
 
     def download(self, urls):
         """The three files of MRPC, under the builder's own names for them."""
@@ -57,17 +71,20 @@ class _LocalFiles:
 
 
 @quiet_datasets()
-def prepare(task, source, data_dir, force=False):
-    """Prepares a GLUE task from its official raw files.
+def prepare(task, source, data_dir, force=False, partial=False):
+    """Prepares a task of GLUE or SuperGLUE from its official raw files.
 
     All files are checked before anything is written, and the finished directory is moved into
     place in one step: whatever goes wrong, `data_dir` stays as it was.
 
     Args:
-        task: A GLUE `Task` or the name of one.
-        source: The folder that holds the official raw files as `CoLA/train.tsv` and so on.
+        task: A `Task` or the name of one.
+        source: The folder that holds the official raw files as `CoLA/train.tsv` or
+            `BoolQ/train.jsonl` and so on.
         data_dir: The TensorFlow Datasets directory to write to.
         force: Prepares again what had been prepared before.
+        partial: Takes files such as `MNLI/partial/train_sample.tsv` where the official ones are
+            not there. `Prepared.partial` says so, now and whenever it is asked for again.
 
     Returns:
         A `Prepared`.
@@ -80,57 +97,122 @@ def prepare(task, source, data_dir, force=False):
     task = get(task)
     if task.name == "acceptability":
         raise ValueError(
-            "`task` must be a GLUE task, for this one is generated and needs no preparing. "
-            f"Received: task={task.name!r}"
+            "`task` must be a GLUE task or one of SuperGLUE: this one is generated, without raw "
+            f"files. Received: task={task.name!r}"
         )
+    present = prepared_in(task, data_dir)
+    if present is not None and not force:
+        return present
     tfds = require("tensorflow_datasets")
     data_dir = Path(data_dir).expanduser()
-    present = tfds.builder(task.name, data_dir=str(data_dir))
-    if present.is_prepared() and not force:
-        rows = {split: info.num_examples for split, info in present.info.splits.items()}
-        return _prepared(task, present.data_dir, rows, fresh=False)
     _check_folder(data_dir)
+    target = tfds.builder(task.dataset, data_dir=str(data_dir))
     source = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = raw.check(present.builder_config, source, scratch)
-        files = _LocalFiles(source, Path(scratch))
+        files = _check(task, target.builder_config, source, scratch, partial)
         with _staging(data_dir) as stage:
-            built = _build(tfds.builder(task.name, data_dir=str(stage)), files, rows)
-            _move(built, Path(present.data_dir), stage / "replaced")
-    return _prepared(task, present.data_dir, rows, fresh=True)
+            builder = tfds.builder(task.dataset, data_dir=str(stage))
+            built = _build(builder, _LocalFiles(Path(scratch)), files)
+            _remark(built, files)
+            _move(built, Path(target.data_dir), stage / "replaced")
+    return prepared_in(task, data_dir)._replace(fresh=True)
 
 
 @quiet_datasets()
-def tasks_in(source):
-    """The GLUE tasks that a folder has training data of, and those that it has not.
+def prepared_in(task, data_dir=None):
+    """What a TensorFlow Datasets directory holds of a task.
 
     Args:
-        source: The folder that holds the official raw files as `CoLA/train.tsv` and so on.
+        task: A `Task` or the name of one.
+        data_dir: The directory; `None` for the default one.
 
     Returns:
-        Tuple of the list of those that it has, and a dict from the name of each other one to the
-        file that is missing.
+        A `Prepared`, or `None` if the task is not prepared there, as `acceptability` never is.
+
+    Raises:
+        ImportError: If TensorFlow Datasets is not installed.
+    """
+    task = get(task)
+    if task.name == "acceptability":
+        return None
+    data_dir = None if data_dir is None else str(Path(data_dir).expanduser())
+    builder = require("tensorflow_datasets").builder(task.dataset, data_dir=data_dir)
+    if not builder.is_prepared():
+        return None
+    rows = {split: info.num_examples for split, info in builder.info.splits.items()}
+    missing = tuple(split for split in task.splits if split not in rows)
+    found = Prepared(task.name, str(builder.data_dir), rows, False, missing)
+    path = Path(builder.data_dir) / _REMARKS
+    if not path.is_file():
+        return found
+    remarks = json.loads(path.read_text())
+    return found._replace(partial=tuple(remarks["partial"]), repeated=remarks["repeated"])
+
+
+@quiet_datasets()
+def tasks_in(source, partial=False):
+    """The tasks that a folder has labelled data of, and those that it has not.
+
+    A task's files tell which suite it is of: `RTE/train.tsv` is GLUE's and `RTE/train.jsonl`
+    SuperGLUE's.
+
+    Args:
+        source: The folder that holds the official raw files, see `prepare`.
+        partial: As in `prepare`.
+
+    Returns:
+        Tuple of the list of those that it has, and a dict from the name of each other one of the
+        suites that it has tasks of to the file that is missing.
 
     Raises:
         ValueError: If there are none.
         ImportError: If TensorFlow Datasets is not installed.
     """
     tfds = require("tensorflow_datasets")
+    source = Path(source).expanduser()
     found, left_out = [], {}
-    for name in TASKS:
-        if name != "acceptability":
-            folder = tfds.builder(name).builder_config.data_dir
-            paths = [Path(source).expanduser() / folder / file for file in raw.TRAINING_FILES]
-            if any(path.is_file() for path in paths):
+    for suite in SUITES.values():
+        absent = {}
+        for name in suite:
+            folder, names = _names(tfds.builder(get(name).dataset).builder_config)
+            if any(raw_files.find(source / folder, file, partial)[0] for file in names):
                 found.append(name)
             else:
-                left_out[name] = f"{folder}/{raw.TRAINING_FILES[0]}"
+                absent[name] = f"{folder}/{names[0]}"
+                if any(raw_files.find(source / folder, file, True)[0] for file in names):
+                    absent[name] += ", but files for the option `partial`"
+        if len(absent) < len(suite):
+            left_out |= absent
     if not found:
         raise ValueError(
-            "`source` must hold official GLUE files such as CoLA/train.tsv. "
-            f"Received: source={str(source)!r}"
+            "`source` must hold official files of GLUE or SuperGLUE, such as CoLA/train.tsv or "
+            f"CB/train.jsonl. Received: source={str(source)!r}"
         )
     return found, left_out
+
+
+def _names(config):
+    """The folder of a task and the names of its labelled files."""
+    if hasattr(config, "data_dir"):
+        names, folder, more = raw.names(config), config.data_dir, raw.OTHER_NAMES.get(config.name)
+    else:
+        names, folder, more = raw_superglue.FILES, raw_superglue.folder_name(config), None
+    labelled = [file for split, file in names.items() if not split.startswith("test")]
+    return folder, labelled + list(more or ())
+
+
+def _check(task, config, source, scratch, partial):
+    if task.name in SUITES["glue"]:
+        return raw.check(config, source, scratch, partial)
+    return raw_superglue.check(config, source, scratch, partial)
+
+
+def _remark(built, files):
+    partial = [split for split, file in files.items() if file.partial]
+    repeated = {split: file.repeated for split, file in files.items() if file.repeated}
+    if partial or repeated:
+        remarks = {"partial": partial, "repeated": repeated}
+        (built / _REMARKS).write_text(json.dumps(remarks) + "\n")
 
 
 def _check_folder(data_dir):
@@ -140,11 +222,6 @@ def _check_folder(data_dir):
             "`data_dir` must be a folder that can be written to. "
             f"Received: data_dir={str(data_dir)!r}"
         )
-
-
-def _prepared(task, directory, rows, fresh):
-    missing = tuple(split for split in task.splits if split not in rows)
-    return Prepared(task.name, str(directory), rows, fresh, missing)
 
 
 @contextlib.contextmanager
@@ -162,15 +239,21 @@ def _staging(data_dir):
         raise
 
 
-def _build(builder, files, rows):
+def _build(builder, manager, files):
     """Lets TFDS's own builder write the splits that have raw files; returns their folder."""
     split_generators = builder._split_generators
-    builder._make_download_manager = lambda **_: files
-    builder._split_generators = lambda manager: [
-        split for split in split_generators(manager) if str(split.name) in rows
-    ]
+
+    def with_files(manager):
+        splits = [split for split in split_generators(manager) if str(split.name) in files]
+        for split in splits:
+            split.gen_kwargs["data_file"] = str(files[str(split.name)].path)
+        return splits
+
+    builder._make_download_manager = lambda **_: manager
+    builder._split_generators = with_files
     with contextlib.redirect_stdout(io.StringIO()):  # It would announce the staging folder.
         builder.download_and_prepare()
+    rows = {split: file.rows for split, file in files.items()}
     written = {split: info.num_examples for split, info in builder.info.splits.items()}
     if written != rows:
         raise ValueError(

@@ -10,49 +10,61 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+from zoo.tasks import raw_files
+from zoo.tasks.raw_files import RawFile, wrong
+
 # The official files of these two come from scraped text whose stray line ends and tabs break a
 # few rows in ten thousand (https://github.com/nyu-mll/GLUE-baselines/issues/5). TFDS leaves the
 # short ones out; one row in a thousand is where a file stops being official.
 _RAGGED = ("qqp", "mnli")
 _TOLERANCE = 1000
 
-TRAINING_FILES = ("train.tsv", "msr_paraphrase_train.txt")
+_HELD_OUT = {"validation": "dev", "test": "test"}
+
+_MICROSOFT = "msr_paraphrase_train.txt"
+OTHER_NAMES = {"mrpc": (_MICROSOFT,)}
 
 _COLA_COLUMNS = ("source", "label", "mark", "sentence")
 _MRPC_COLUMNS = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
 
 
-def check(config, folder, scratch):
+def names(config):
+    """The official names of the files of a task.
+
+    Args:
+        config: The TFDS `GlueConfig`.
+
+    Returns:
+        A dict from split to the name of its file. MRPC's have other names in Microsoft's form.
+    """
+    parts = ("_matched", "_mismatched") if config.name == "mnli" else ("",)
+    stems = {split + part: stem + part for split, stem in _HELD_OUT.items() for part in parts}
+    return {split: f"{stem}.tsv" for split, stem in {"train": "train", **stems}.items()}
+
+
+def check(config, source, scratch, partial=False):
     """Checks the raw files of one task.
 
     Args:
         config: The TFDS `GlueConfig`, which names the columns, classes and the sub-folder.
-        folder: The folder that holds `CoLA/`, `SST-2/` and so on.
+        source: The folder that holds `CoLA/`, `SST-2/` and so on.
         scratch: An existing empty folder, for MRPC in the form that TFDS reads.
+        partial: Whether files of the sub-folder `partial/`, with the same columns and perhaps
+            others, stand in for official ones that are not there.
 
     Returns:
-        A dict from split to its number of rows. Test splits without a file are left out.
+        A dict from split to its `RawFile`. Training and test splits without a file are left out.
 
     Raises:
         ValueError: If anything is not as in the official files; the sentence names the file,
             the line and what was expected there.
     """
-    folder = Path(folder) / config.data_dir
-    if not folder.is_dir():
-        raise ValueError(
-            f"`source` must hold the folder {config.data_dir!r} of the official GLUE files. "
-            f"Received: source={str(folder.parent)!r}"
-        )
+    folder = raw_files.folder_of(source, config.data_dir, "GLUE")
     if config.name == "mrpc":
         return _check_mrpc(folder, Path(scratch))
-    parts = ("_matched", "_mismatched") if config.name == "mnli" else ("",)
-    counts = {"train": _count(config, folder / "train.tsv", labelled=True)}
-    for split, stem in (("validation", "dev"), ("test", "test")):
-        for part in parts:
-            path = folder / f"{stem}{part}.tsv"
-            if split == "validation" or path.exists():
-                counts[split + part] = _count(config, path, labelled=split != "test")
-    return counts
+    return raw_files.check(
+        folder, names(config), partial, "GLUE", lambda *file: _read(config, *file)
+    )
 
 
 class _Row(NamedTuple):
@@ -62,11 +74,6 @@ class _Row(NamedTuple):
 
 def _rows(path):
     """Yields the rows as TFDS parses them; a byte order mark is not part of the text."""
-    if not path.is_file():
-        raise ValueError(
-            f"`source` must hold the file {path.name!r} of the official GLUE files. "
-            f"Received: a folder {str(path.parent)!r} without it"
-        )
     try:
         with path.open(encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -79,12 +86,6 @@ def _rows(path):
         ) from error
 
 
-def _wrong(path, line, expected, received):
-    return ValueError(
-        f"Line {line} of {str(path)!r} in `source` must have {expected}. Received: {received}"
-    )
-
-
 def _table(path, columns, header=True, ragged=False):
     """Returns the names of the columns and the rows, all of the right width.
 
@@ -95,18 +96,18 @@ def _table(path, columns, header=True, ragged=False):
     names = next(rows, _Row(1, [])).values if header else list(columns)
     missing = [name for name in columns if name not in names]
     if missing:
-        raise _wrong(path, 1, f"the column {missing[0]!r}", f"columns {names}")
+        raise wrong(path, 1, f"the column {missing[0]!r}", f"columns {names}")
     rows = list(rows)
     if not rows:
-        raise _wrong(path, 1 + header, "a row of data", "the end of the file")
+        raise wrong(path, 1 + header, "a row of data", "the end of the file")
     broken = [row for row in rows if len(row.values) != len(names)]
     if broken and not (ragged and len(broken) * _TOLERANCE <= len(rows)):
         line, values = broken[0]
-        raise _wrong(path, line, f"{len(names)} tab-separated columns", f"{len(values)} columns")
+        raise wrong(path, line, f"{len(names)} tab-separated columns", f"{len(values)} columns")
     return names, [row for row in rows if len(row.values) >= len(names)]
 
 
-def _count(config, path, labelled):
+def _read(config, path, labelled):
     """Checks one file of a task other than MRPC."""
     if config.name == "cola" and labelled:
         names, rows = _table(path, _COLA_COLUMNS, header=False)
@@ -117,7 +118,7 @@ def _count(config, path, labelled):
         names, rows = _table(path, columns, ragged=config.name in _RAGGED)
     if label in names:
         _check_labels(path, rows, names.index(label), config.label_classes, labelled)
-    return len(rows)
+    return RawFile(path, len(rows))
 
 
 def _check_labels(path, rows, column, classes, labelled):
@@ -128,7 +129,7 @@ def _check_labels(path, rows, column, classes, labelled):
         value = values[column]
         valid = value in allowed if classes else _is_score(value)
         if not valid and not (value == "-1" and not labelled):
-            raise _wrong(path, line, expected, repr(value))
+            raise wrong(path, line, expected, repr(value))
 
 
 def _is_score(text):
@@ -144,42 +145,46 @@ def _check_mrpc(folder, scratch):
     That form is one training file and a list of the pairs that are for validation. The other,
     which the GLUE download script writes, has been split into train.tsv and dev.tsv.
     """
-    if (folder / "msr_paraphrase_train.txt").exists() and (folder / "dev_ids.tsv").exists():
+    if (folder / _MICROSOFT).exists() and (folder / "dev_ids.tsv").exists():
+        path = folder / _MICROSOFT
         rows, dev_ids = _mrpc_original(folder)
-    elif (folder / "train.tsv").exists() and (folder / "dev.tsv").exists():
-        train, dev = (_mrpc_pairs(folder / name) for name in ("train.tsv", "dev.tsv"))
+    elif (folder / "dev.tsv").exists():
+        path = folder / "dev.tsv"
+        dev = _mrpc_pairs(path)
+        train = _mrpc_pairs(folder / "train.tsv") if (folder / "train.tsv").exists() else []
         # Ids of our own: an original one might stand in both files.
         rows = [(row[0], str(n), str(n), *row[3:]) for n, row in enumerate(train + dev)]
         dev_ids = [row[1:3] for row in rows[len(train) :]]
     else:
         raise ValueError(
-            "`source` must hold MRPC as 'msr_paraphrase_train.txt' and 'dev_ids.tsv', or as "
+            f"`source` must hold MRPC as {_MICROSOFT!r} and 'dev_ids.tsv', or as "
             f"'train.tsv' and 'dev.tsv'. Received: a folder {str(folder)!r} without them"
         )
     # The builder skips three bytes of the training file, which must be a byte order mark.
     _write(scratch / "train", [_MRPC_COLUMNS, *rows], encoding="utf-8-sig")
     _write(scratch / "dev_ids", dev_ids)
-    counts = {"train": len(rows) - len(dev_ids), "validation": len(dev_ids)}
+    found = {"train": RawFile(path, len(rows) - len(dev_ids))} if len(rows) > len(dev_ids) else {}
+    found["validation"] = RawFile(path, len(dev_ids))
     for name in ("msr_paraphrase_test.txt", "test.tsv"):
         if (folder / name).exists():
             test = _mrpc_pairs(folder / name, labelled=False)
             _write(scratch / "test", [_MRPC_COLUMNS, *test])
-            return counts | {"test": len(test)}
-    return counts
+            return found | {"test": RawFile(folder / name, len(test))}
+    return found
 
 
 def _mrpc_original(folder):
     path = folder / "dev_ids.tsv"
     _, dev_ids = _table(path, ("#1 ID", "#2 ID"), header=False)
-    rows = _mrpc_pairs(folder / "msr_paraphrase_train.txt")
+    rows = _mrpc_pairs(folder / _MICROSOFT)
     known = {row[1:3] for row in rows}
     for line, pair in dev_ids:
         if tuple(pair) not in known:
-            expected = "the two ids of a pair in 'msr_paraphrase_train.txt'"
-            raise _wrong(path, line, expected, pair)
+            expected = f"the two ids of a pair in {_MICROSOFT!r}"
+            raise wrong(path, line, expected, pair)
     chosen = {tuple(pair) for _, pair in dev_ids}
     if all(row[1:3] in chosen for row in rows):
-        raise _wrong(path, 1, "pairs that leave some for training", "all pairs")
+        raise wrong(path, 1, "pairs that leave some for training", "all pairs")
     return rows, [row[1:3] for row in rows if row[1:3] in chosen]
 
 

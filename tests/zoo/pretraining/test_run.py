@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -25,7 +26,7 @@ QUICK = {
     "steps_per_save": 2,
     "batch_size": 4,
     "length": 16,
-    "learning_rate": 0.01,
+    "learning_rate": 0.05,
     "warmup_steps": 1,
     "window": 8,
     "heldout_batches": 2,
@@ -55,6 +56,8 @@ def text(tmp_path_factory):
 
 def run(text, output, **options):
     given = {"heldout": [text / "heldout.txt"], **QUICK, **options}
+    if given.get("model") == "dense" and "num_experts" not in options:
+        del given["num_experts"]
     return pretrain(given.pop("model", "switch"), [text / "train.txt"], output=output, **given)
 
 
@@ -124,12 +127,21 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, text, tmp_path, monke
             assert other[name] == pytest.approx(one[name], abs=1e-4), (one["epoch"], name)
 
 
-def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, monkeypatch):
+def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp_path, monkeypatch):
     results, output = whole
     monkeypatch.setattr(pretraining, "_train", None)
     assert run(text, output) == results
     with pytest.raises(ValueError, match="`output` holds another run, with seed=0.*seed=1"):
         run(text, output, seed=1)
+    text_changed = tmp_path / "text"
+    shutil.copytree(text, text_changed)
+    assert run(text_changed, output) == results
+    with open(text_changed / "train.txt", "a") as file:
+        file.write("the end\n")
+    with pytest.raises(ValueError, match="holds another run, with corpus train.txt="):
+        run(text_changed, output)
+    with pytest.raises(ValueError, match="`heldout` must not be what a model is trained on"):
+        run(text, output, heldout=text / "*.txt")
 
 
 @pytest.mark.parametrize(
@@ -214,9 +226,23 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
         ({"learning_rate": 0}, "`learning_rate` must be a positive number"),
         ({"clip": -1}, "`clip` must not be negative"),
         ({"dropout": 1}, r"`dropout` must be in \[0, 1\)"),
-        ({"window": 2}, "`window` must be at least the batch size, 4"),
-        ({"heldout": ["nothing.txt"]}, "`corpus` must name files that are there"),
+        ({"residual_scale": 0}, r"`residual_scale` must be in \(0, 1\]"),
+        ({"window": 10}, "`window` must be a multiple of the batch size, 4"),
+        ({"heldout": ["nothing.txt"]}, "`heldout` must name files that are there"),
+        ({"heldout_batches": 1, "batch_size": 80, "window": 80}, "`heldout` must make 80 blocks"),
+        ({"density": 0}, r"`density` must be in \(0, 1\)"),
+        ({"objective": "span", "mean_span": 0}, "`mean_span` must be at least 1"),
         ({"accumulate": 0}, "`accumulate` must be a positive integer"),
+        ({"accumulate": 4}, "`accumulate` must divide the steps, 6. Received: accumulate=4"),
+        ({"warmup_steps": 6}, "`warmup_steps` must be less than the steps, 6"),
+        ({"seed": -1}, "`seed` must be from 0 to 4294967295. Received: seed=-1"),
+        ({"num_experts": 0}, "`num_experts` must be a positive integer"),
+        ({"capacity_factor": 0}, "`capacity_factor` must be a positive number, or None, or 'def"),
+        (
+            {"model": "expert_choice", "capacity_factor": None},
+            "`capacity_factor` must be a positive number, or 'default'. Received: .*=None",
+        ),
+        ({"model": "dense", "num_experts": 4}, "`num_experts` must be left out of a dense model"),
     ],
 )
 def test_bad_input(text, tmp_path, options, message):

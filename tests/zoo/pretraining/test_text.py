@@ -1,37 +1,24 @@
-import gzip
 import itertools
 import json
 
 import numpy as np
 import pytest
 
+from zoo.pretraining.mixture import mixture
 from zoo.pretraining.objectives import Causal
-from zoo.pretraining.text import Blocks, documents, interleaved, sources
+from zoo.pretraining.sources import documents, size, sources
+from zoo.pretraining.text import Blocks
 
 END = 1
 
 
-def tokenizer(text):
+def tokenizer(texts):
     """A token for each letter, from 2."""
-    return [ord(letter) - ord("a") + 2 for letter in text]
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """Three sources of 26, 13 and 6 documents, of 9, 9 and 19 letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": letter * 9, "title": "t"}) + "\n" for letter in letters)
-    lines = (letter + "x" * 8 + "\n" for letter in letters[:13])
-    (tmp_path / "b.txt").write_text("".join(lines))
-    (tmp_path / "c.jsonl").write_text(
-        "".join(json.dumps({"text": letter + "y" * 18}) + "\n" for letter in letters[:6])
-    )
-    return sources([tmp_path / "*.jsonl*", tmp_path / "b.txt"])
+    return [[ord(letter) - ord("a") + 2 for letter in text] for text in texts]
 
 
 def blocks(corpus, **options):
-    options = {"batch_size": 2, "window": 5, "seed": 3, **options}
+    options = {"batch_size": 2, "window": 4, "seed": 3, **options}
     return Blocks(corpus, tokenizer, END, Causal(6), **options)
 
 
@@ -44,93 +31,107 @@ def taken(batches, number):
     return rows, place
 
 
-def test_sources(corpus, tmp_path):
-    assert [name.rpartition("/")[2] for name in corpus] == ["a.jsonl.gz", "b.txt", "c.jsonl"]
-    assert sources(["tfds:c4/en"]) == ["tfds:c4/en"]
-    assert list(documents(corpus[1], 11)) == ["lxxxxxxxx", "mxxxxxxxx"]
-    assert list(documents(corpus[2], 5)) == ["f" + "y" * 18]
-
-
-def test_sources_end_together(corpus):
-    texts = list(interleaved(corpus))
-    assert len(texts) == 26 + 13 + 6
-    assert sorted(texts) == sorted(text for name in corpus for text in documents(name))
-    for half in (texts[:23], texts[23:]):
-        assert sum("xx" in text for text in half) > 2 and sum("yy" in text for text in half) > 0
+def packed(names):
+    """The text in the order of one epoch, one token after another."""
+    texts = [text for _, text in mixture(names, {name: size(name) for name in names})]
+    return [token for tokens in tokenizer(texts) for token in [*tokens, END]]
 
 
 def test_an_epoch_is_the_packed_text(corpus):
     """45 documents of 26*10 + 13*10 + 6*20 = 510 tokens are 72 blocks of 7, and 6 tokens more.
 
-    Windows of 5 blocks make 2 batches of 2 each, one block is left out; the last has 2 blocks.
+    They are 18 windows of 2 batches; the order of the sources, which matters where two have read
+    the same share, is an epoch's own.
     """
-    packed = [t for text in interleaved(corpus) for t in [*tokenizer(text), END]]
-    assert len(packed) == 510
-    rows, _ = taken(blocks(corpus).batches(), 14 * 2 + 1)
+    rows, place = taken(blocks(corpus).batches(), 36)
+    assert (place["epoch"], place["window"], place["batch"]) == (0, 17, 2)
     found = [tuple(row) for batch in rows for row in batch]
-    windows = [
-        [tuple(packed[i : i + 7]) for i in range(first, min(first + 35, 504), 7)]
-        for first in range(0, 504, 35)
-    ]
-    assert [len(window) for window in windows] == [5] * 14 + [2]
-    for number, window in enumerate(windows[:14]):
-        of_window = found[4 * number : 4 * number + 4]
-        assert all(window.count(row) >= of_window.count(row) for row in of_window)
-    assert sorted(found[56:]) == sorted(windows[14])
-    assert found[:20] != [row for window in windows[:5] for row in window[:4]]  # shuffled
+    orders = []
+    for names in itertools.permutations(corpus):
+        text = packed(names)
+        assert len(text) == 510
+        whole = [tuple(text[first : first + 7]) for first in range(0, 504, 7)]
+        orders.append([sorted(whole[n : n + 4]) for n in range(0, 72, 4)])
+        assert found != whole
+    assert [sorted(found[n : n + 4]) for n in range(0, 72, 4)] in orders
+
+
+def test_what_makes_no_batch_is_left_out(tmp_path):
+    """50 tokens are 7 blocks of 7: a window of 4, one of 3 with one batch of 2."""
+    (tmp_path / "a.txt").write_text("aaaa\n" * 10)
+    rows, place = taken(blocks(sources(tmp_path / "a.txt")).batches(), 4)
+    assert np.shape(rows) == (4, 2, 7)
+    assert [place[name] for name in ("epoch", "window", "batch")] == [1, 0, 1]
 
 
 def test_goes_on_from_any_place(corpus):
-    """Across windows and epochs, of which each has 29 batches."""
-    made = blocks(corpus)
-    whole, _ = taken(made.batches(), 64)
-    for number in (1, 2, 3, 28, 29, 30, 61):
-        rows, place = taken(made.batches(), number)
-        assert rows == whole[:number]
+    """Across windows and epochs, of which each has 36 batches."""
+    whole, _ = taken(blocks(corpus).batches(), 80)
+    for number, (_, place) in enumerate(itertools.islice(blocks(corpus).batches(), 79), 1):
         place = json.loads(json.dumps(place))
-        rest, _ = taken(blocks(corpus).batches(place), 64 - number)
+        made = blocks(corpus).batches(place)
+        assert taken(made, min(8, 80 - number))[0] == whole[number : number + 8], number
+
+
+def test_a_place_does_not_read_what_is_before_it(corpus, monkeypatch):
+    _, place = taken(blocks(corpus).batches(), 30)
+    begun = []
+
+    def noted(name, first=0):
+        begun.append(first)
+        return documents(name, first)
+
+    monkeypatch.setattr("zoo.pretraining.mixture.documents", noted)
+    taken(blocks(corpus).batches(place), 1)
+    assert len(begun) == 3 and min(begun) > 50
+
+
+@pytest.mark.parametrize("lengths", [(199, 30), (30, 199), (199,), (199, 5, 299, 13, 14)])
+def test_documents_longer_than_windows(tmp_path, lengths):
+    """One of 200 tokens has 7 windows of 28, and 4 tokens of the next."""
+    lines = [letter * length for letter, length in zip("abcde", lengths, strict=False)]
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    names = sources(tmp_path / "long.txt")
+    per_epoch = (sum(lengths) + len(lengths)) // 14
+    whole, _ = taken(blocks(names).batches(), 2 * per_epoch)
+    found = sorted(row for batch in whole[:per_epoch] for row in batch)
+    text = packed(names)
+    cut = [text[first : first + 7] for first in range(0, 14 * per_epoch, 7)]
+    assert found == sorted(cut)
+    for number in range(1, 2 * per_epoch):
+        _, place = taken(blocks(names).batches(), number)
+        rest, _ = taken(blocks(names).batches(place), 2 * per_epoch - number)
         assert rest == whole[number:], number
 
 
-def test_a_document_longer_than_windows(tmp_path):
-    """One of 200 tokens, more than 5 windows of 35; the second one begins where it ends."""
-    (tmp_path / "long.txt").write_text("a" * 199 + "\n" + "b" * 30 + "\n")
-    made = blocks([str(tmp_path / "long.txt")])
-    whole, _ = taken(made.batches(), 12)
-    for number in range(1, 12):
-        _, place = taken(made.batches(), number)
-        assert taken(made.batches(place), 12 - number)[0] == whole[number:]
+def test_texts_are_tokenised_together(corpus, monkeypatch):
+    whole, _ = taken(blocks(corpus).batches(), 40)
+    groups = []
+    made = blocks(corpus)
+    made.tokenizer = lambda texts: groups.append(len(texts)) or tokenizer(texts)
+    assert taken(made.batches(), 36)[0] == whole[:36] and groups == [45]
+    monkeypatch.setattr("zoo.pretraining.text.LETTERS", 1)
+    assert taken(blocks(corpus).batches(), 40)[0] == whole
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(corpus):
-    whole, _ = taken(blocks(corpus).batches(), 58)
-    assert whole[:29] != whole[29:]
-    assert taken(blocks(corpus, seed=4).batches(), 29)[0] != whole[:29]
+    whole, _ = taken(blocks(corpus).batches(), 72)
+    assert whole[:36] != whole[36:]
+    assert taken(blocks(corpus, seed=4).batches(), 36)[0] != whole[:36]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.txt", None, "`corpus` must name files that are there. Received: .*none.txt"),
-        ("a.csv", "x", "`corpus` must name files that end in .jsonl, .jsonl.gz, .txt, .txt.gz"),
-        (
-            "a.jsonl",
-            '{"text": "ab"}\n{"t": 1}\n',
-            "must be readable text. Received: .*, line 2: 'text'",
-        ),
-        ("a.txt.gz", "not gzip", "must be readable text. Received: .*a.txt.gz, line 1: Not a gzi"),
-        ("a.txt", "ab\n", "`corpus` must hold 2 blocks of 7 tokens or more. Received: .*a.txt"),
-    ],
-)
-def test_bad_input(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        next(blocks(sources([tmp_path / name])).batches())
+def test_random_streams_differ(corpus):
+    """NumPy's generators of (seed, 0, 0) and of (seed, 0, 0, 0) are the same."""
+    made = blocks(corpus)
+    streams = [("order", 0, 0), ("noise", 0, 0, 0), ("files", 0), ("noise", 0, 0, 1)]
+    assert len({made._rng(*stream).integers(2**32) for stream in streams}) == 4
 
 
-def test_bad_arguments(corpus):
-    with pytest.raises(ValueError, match="`corpus` must name one file or more"):
-        sources([])
-    with pytest.raises(ValueError, match="`window` must be at least the batch size, 6"):
-        blocks(corpus, batch_size=6)
+def test_bad_arguments(corpus, tmp_path):
+    with pytest.raises(ValueError, match="`window` must be a multiple of the batch size, 3"):
+        blocks(corpus, batch_size=3)
+    with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+        blocks(corpus, batch_size=0)
+    (tmp_path / "a.txt").write_text("ab\n")
+    with pytest.raises(ValueError, match="must make 2 blocks of 7 tokens or more. Received: .*a.t"):
+        next(blocks(sources(tmp_path / "a.txt")).batches())

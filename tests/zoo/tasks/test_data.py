@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from tests.zoo.tasks import raw_glue
-from zoo.tasks import get, load, prepare
+from tests.zoo.tasks import raw_glue, raw_superglue
+from zoo.tasks import TASKS, get, load, prepare
 from zoo.tasks.acceptability import SIZES
+from zoo.tasks.data import features, group
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -41,17 +42,92 @@ def test_texts_and_labels(no_network, tmp_path, task, dtype):
         assert found == sorted((*texts, y) for texts, y in raw_glue.examples(task, split))
 
 
+# Rows and questions of the files of three lines.
+ROWS = raw_superglue.EXAMPLES | {"super_glue/copa": 6, "super_glue/record": 12}
+QUESTIONS = raw_superglue.EXAMPLES | {"super_glue/multirc": 6}
+
+
+@pytest.mark.parametrize("task", raw_superglue.SUPERGLUE)
+def test_rows_and_questions(no_network, tmp_path, task):
+    raw_superglue.make(tmp_path / "raw", task)
+    prepare(task, tmp_path / "raw", tmp_path / "out")
+    for split in get(task).splits:
+        found = load(task, split, tmp_path / "out")
+        count = ROWS[task]
+        assert len(found.texts) == len(TASKS[task].inputs)
+        assert all(len(texts) == count for texts in found.texts)
+        assert found.labels.shape == found.groups.shape == (count,)
+        assert found.labels.dtype == found.groups.dtype == np.int32
+        assert found.groups[0] == 0 and set(np.diff(found.groups)) <= {0, 1}
+        assert found.groups[-1] + 1 == QUESTIONS[task]
+        assert all(type(text) is str for texts in found.texts for text in texts)
+        assert (set(found.labels) == {-1}) is (split == "test")
+
+
+def test_multirc_in_groups(no_network, tmp_path):
+    raw_superglue.make(tmp_path / "raw", "super_glue/multirc")
+    prepare("super_glue/multirc", tmp_path / "raw", tmp_path / "out")
+    found = load("super_glue/multirc", "train", tmp_path / "out")
+    assert sorted(found.ids) == [(n // 3, 2 * (n // 3) + (n % 3) // 2, n) for n in range(9)]
+    assert found.candidates is None and found.answers is None
+    for row, (paragraph, question, answer) in enumerate(found.ids):
+        expected = "Who? she" if answer % 3 == 2 else f"Which? {('this', 'that')[answer % 3]}"
+        assert found.texts[0][row] == expected
+        assert found.texts[1][row] == f"Sent 1: train {paragraph}. "
+        assert found.labels[row] == (1, 0, paragraph % 2)[answer % 3]
+        if answer % 3 == 1:
+            assert found.ids[row - 1] == (paragraph, question, answer - 1)  # in their order
+
+
+def test_record_has_candidates_and_answers(no_network, tmp_path):
+    raw_superglue.make(tmp_path / "raw", "super_glue/record")
+    prepare("super_glue/record", tmp_path / "raw", tmp_path / "out")
+    found = load("super_glue/record", "validation", tmp_path / "out")
+    assert found.candidates == ["Ann", "Bob"] * 6
+    assert len(found.answers) == 6
+    for row, (_, query) in enumerate(found.ids):
+        right = ("Ann",) if query % 2 == 0 else ("Ann", "Bob")
+        assert found.answers[found.groups[row]] == right
+        assert found.labels[row] == (found.candidates[row] in right)
+    assert load("super_glue/record", "test", tmp_path / "out").answers == [()] * 6
+
+
+def test_features_are_those_of_tensorflow_datasets(no_network, tmp_path):
+    raw_superglue.make(tmp_path / "raw", "super_glue/wic")
+    prepare("super_glue/wic", tmp_path / "raw", tmp_path / "out")
+    found = sorted(features("super_glue/wic", "train", tmp_path / "out"), key=lambda x: x["idx"])
+    raw = raw_superglue.lines("super_glue/wic", "train")
+    assert found == [{k: v for k, v in row.items() if k != "version"} for row in raw]
+
+
+def test_group_brings_questions_together():
+    ids = [(0, 1, 5), (0, 0, 2), (0, 1, 4), (0, 0, 1)]
+    groups, order = group(ids, get("super_glue/multirc"))
+    assert groups.tolist() == [0, 0, 1, 1]
+    assert order == [2, 0, 3, 1]
+    groups, order = group([3, 3, 1, 1], get("super_glue/copa"))
+    assert (groups.tolist(), order) == ([0, 0, 1, 1], [0, 1, 2, 3])
+    groups, order = group([3, 1, 3], get("glue/rte"))
+    assert (groups.tolist(), order) == ([0, 1, 2], [0, 1, 2])
+
+
 def test_tfds_load_is_the_door(monkeypatch, tmp_path):
     calls = []
 
     def fake(name, **kwargs):
         calls.append((name, kwargs))
-        return {"sentence": np.array([b"one", b"two"]), "label": np.array([1, 0]), "idx": [0, 1]}
+        return {
+            "sentence": np.array([b"one", b"two"]),
+            "label": np.array([1, 0]),
+            "idx": np.array([7, 3]),
+        }
 
     monkeypatch.setattr("tensorflow_datasets.load", fake)
     examples = load("glue/sst2", "validation", str(tmp_path))
     assert examples.texts == (["one", "two"],)
     assert examples.labels.tolist() == [1, 0]
+    assert examples.ids == [7, 3]
+    assert examples.groups.tolist() == [0, 1]
     [(name, kwargs)] = calls
     assert name == "glue/sst2"
     assert kwargs["split"] == "validation"
@@ -66,7 +142,7 @@ def test_what_is_not_prepared_is_downloaded(monkeypatch, tmp_path):
         downloads.append(kwargs["download"])
         if not kwargs["download"]:
             return real(name, **kwargs)
-        return {"sentence": np.array([b"one"]), "label": np.array([1])}
+        return {"sentence": np.array([b"one"]), "label": np.array([1]), "idx": np.array([0])}
 
     monkeypatch.setattr("tensorflow_datasets.load", fake)
     monkeypatch.setattr("socket.getaddrinfo", lambda *args: [])
@@ -108,7 +184,7 @@ def test_a_proxy_may_know_more_than_the_resolver(no_network, monkeypatch, tmp_pa
     def fake(name, **kwargs):
         if not kwargs["download"]:
             raise AssertionError
-        return {"sentence": np.array([b"one"]), "label": np.array([1])}
+        return {"sentence": np.array([b"one"]), "label": np.array([1]), "idx": np.array([0])}
 
     monkeypatch.setattr("tensorflow_datasets.load", fake)
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})

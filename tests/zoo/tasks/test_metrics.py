@@ -2,10 +2,10 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.tasks import TASKS, evaluate
+from zoo.tasks import TASKS, Examples, evaluate
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
@@ -40,7 +40,11 @@ def test_matthews():
     assert scores == pytest.approx({"matthews": 1 / 3, "accuracy": 2 / 3})
 
 
-@pytest.mark.parametrize("task", ["glue/sst2", "glue/qnli", "glue/rte", "glue/wnli"])
+ACCURACY_ALONE = ["glue/sst2", "glue/qnli", "glue/rte", "glue/wnli"]
+ACCURACY_ALONE += [f"super_glue/{name}" for name in ("boolq", "rte", "wic", "wsc")]
+
+
+@pytest.mark.parametrize("task", ACCURACY_ALONE)
 def test_accuracy_alone(task):
     assert evaluate(task, LABELS, logits(PREDICTIONS)) == pytest.approx({"accuracy": 2 / 3})
 
@@ -63,7 +67,12 @@ def test_spearman_of_a_swap():
     assert scores["spearman"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+UNGROUPED = pytest.mark.parametrize(
+    "task", [task for task in TASKS.values() if not task.grouped], ids=lambda task: task.name
+)
+
+
+@UNGROUPED
 def test_constant_predictions_score_zero_without_a_warning(task):
     labels = [0, 1, 1, 0] if task.labels else [0.0, 1.0, 2.0, 5.0]
     outputs = np.zeros((4, task.num_classes))
@@ -76,7 +85,7 @@ def test_constant_predictions_score_zero_without_a_warning(task):
     assert scores.get("accuracy", 0.5) == 0.5
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+@UNGROUPED
 def test_one_example_scores_without_a_warning(task):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,6 +94,85 @@ def test_one_example_scores_without_a_warning(task):
     assert all(np.isfinite(value) for value in scores.values())
 
 
+def test_macro_f1():
+    # labels 0 0 1 2, predictions 0 1 1 0: F1 of 0: TP 1 FP 1 FN 1: 2/4; of 1: TP 1 FP 1: 2/3;
+    # of 2: 0. A class that nobody names counts as 0: (1/2 + 2/3 + 0) / 3
+    scores = evaluate("super_glue/cb", [0, 0, 1, 2], logits([0, 1, 1, 0], classes=3))
+    assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 7 / 18})
+    scores = evaluate("super_glue/cb", [0, 0], logits([0, 0], classes=3))
+    assert scores == pytest.approx({"accuracy": 1.0, "macro_f1": 1 / 3})
+
+
+def test_multirc_counts_answers_and_questions():
+    # question 0: 1 1 right; question 1: 0 of 1 wrong; question 2: 0 1, the first wrong.
+    # F1 over all: labels 1 1 1 0 1, predictions 1 1 0 1 1: TP 3 FP 1 FN 1: 6/8. Exact: 1 of 3.
+    labels, groups = [1, 1, 1, 0, 1], [0, 0, 1, 2, 2]
+    outputs = logits([1, 1, 0, 1, 1])
+    scores = evaluate("super_glue/multirc", labels, outputs, groups=groups)
+    assert scores == pytest.approx({"f1a": 0.75, "exact_match": 1 / 3})
+
+
+def test_the_order_of_rows_does_not_matter():
+    labels, groups = [1, 0, 1, 1, 1], [0, 2, 1, 0, 2]
+    scores = evaluate("super_glue/multirc", labels, logits([1, 1, 0, 1, 1]), groups=groups)
+    assert scores == pytest.approx({"f1a": 0.75, "exact_match": 1 / 3})
+
+
+def test_copa_takes_the_likelier_choice():
+    # Both rows of question 0 look wrong, the second less so; question 1 chooses its first.
+    outputs = [[3.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 1.0]]
+    scores = evaluate("super_glue/copa", [0, 1, 0, 1], outputs, groups=[0, 0, 1, 1])
+    assert scores == {"accuracy": 0.5}
+
+
+def record(answers=(("Ann",), ("New York", "the city"))):
+    candidates = ["Ann", "Bob", "York", "Rome"]
+    groups = np.array([0, 0, 1, 1])
+    return Examples(([], []), np.array([1, 0, 0, 0]), groups, [], candidates, list(answers))
+
+
+def test_record_compares_the_chosen_entity():
+    # "Bob" against "Ann": 0; "York" against "New York": 2 * 1 / (1 + 2)
+    outputs = [[0.0, 1.0], [0.0, 2.0], [1.0, 1.0], [1.0, 0.0]]
+    expected = {"token_f1": pytest.approx(1 / 3), "exact_match": 0.0}
+    assert evaluate("super_glue/record", record(), outputs) == expected
+    found = evaluate("super_glue/record", record().labels, outputs, examples=record())
+    assert found == expected
+    outputs[0] = [0.0, 3.0]
+    assert evaluate("super_glue/record", record(), outputs)["exact_match"] == 0.5
+
+
+def test_examples_bring_their_labels_and_groups():
+    examples = Examples(([],), np.array([1, 0, 1, 1]), np.array([0, 0, 1, 2]))
+    outputs = logits([1, 0, 1, 0])
+    assert evaluate("super_glue/multirc", examples, outputs)["exact_match"] == pytest.approx(2 / 3)
+    assert evaluate("glue/rte", examples, outputs) == {"accuracy": 0.75}
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 1), st.floats(-5, 5)), min_size=1, max_size=30
+    )
+)
+def test_grouped_metrics_match_a_loop(rows):
+    groups, labels, margins = zip(*rows, strict=True)
+    outputs = np.stack([np.zeros(len(rows)), margins], axis=1)
+    best, exact = {}, dict.fromkeys(groups, True)
+    for question, label, margin in rows:
+        if question not in best or margin > best[question][0]:
+            best[question] = (margin, label)
+        exact[question] &= label == (margin > 0)
+    copa = evaluate("super_glue/copa", labels, outputs, groups=groups)
+    assert copa["accuracy"] == pytest.approx(np.mean([label for _, label in best.values()]))
+    multirc = evaluate("super_glue/multirc", labels, outputs, groups=groups)
+    assert multirc["exact_match"] == pytest.approx(np.mean(list(exact.values())))
+    hits = sum(2 * (label == 1 and margin > 0) for _, label, margin in rows)
+    named = sum((label == 1) + (margin > 0) for _, label, margin in rows)
+    assert multirc["f1a"] == pytest.approx(hits / named if named else 0.0)
+
+
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(0, 1), st.floats(0, 5), st.floats(-9, 9)),
@@ -122,3 +210,22 @@ def test_scores_are_finite_floats_in_range(rows):
 def test_errors(task, labels, outputs, message):
     with pytest.raises(ValueError, match=message):
         evaluate(task, labels, outputs)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("super_glue/copa", {}, "`groups` or `examples` must say which rows are one question"),
+        ("super_glue/multirc", {"groups": [0]}, r"`groups` must be integers of shape \(2,\)"),
+        ("super_glue/copa", {"groups": [0.0, 0.0]}, r"`groups` must be integers.*float64"),
+        ("super_glue/record", {"groups": [0, 0]}, "`examples` must have the candidates and the"),
+        (
+            "super_glue/record",
+            {"groups": [0, 0], "examples": record([("Ann",)] * 3)},
+            "`examples` must have the answers of 1 questions. Received: of 3",
+        ),
+    ],
+)
+def test_errors_of_grouped_tasks(task, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(task, [0, 1], [[0.0, 1.0]] * 2, **options)

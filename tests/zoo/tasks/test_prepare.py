@@ -6,13 +6,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.zoo.tasks import raw_glue
-from zoo.tasks import TASKS, load, prepare
+from tests.zoo.tasks import raw_glue, raw_superglue
+from zoo.tasks import TASKS, load, prepare, prepared_in
 from zoo.tasks.prepare import tasks_in
+from zoo.tasks.raw_files import RawFile
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "glue"
+DATA = Path(__file__).parents[4] / "shared" / "data"
+REAL = DATA / "glue"
+REAL_SUPERGLUE = DATA / "superglue"
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +68,130 @@ def test_tasks_in_a_folder(tmp_path):
         raw_glue.make(tmp_path, task)
     assert tasks_in(tmp_path) == (raw_glue.GLUE, {})
     (tmp_path / "QNLI" / "train.tsv").unlink()
+    (tmp_path / "RTE" / "train.tsv").unlink()
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    (tmp_path / "MRPC" / "dev.tsv").unlink()
     (tmp_path / "MRPC" / "train.tsv").rename(tmp_path / "MRPC" / "msr_paraphrase_train.txt")
     found, left_out = tasks_in(tmp_path)
-    assert found == [task for task in raw_glue.GLUE if task != "glue/qnli"]
-    assert left_out == {"glue/qnli": "QNLI/train.tsv"}
+    assert found == [task for task in raw_glue.GLUE if task != "glue/rte"]
+    assert left_out == {"glue/rte": "RTE/train.tsv"}
+
+
+def test_the_files_tell_which_suite_a_folder_is_of(tmp_path):
+    raw_superglue.make(tmp_path, "super_glue/rte")
+    found, left_out = tasks_in(tmp_path)
+    assert found == ["super_glue/rte"]
+    assert "super_glue/cb" in left_out and not any(name.startswith("glue/") for name in left_out)
+    raw_glue.make(tmp_path, "glue/rte")  # into the same folder
+    assert tasks_in(tmp_path)[0] == ["glue/rte", "super_glue/rte"]
+    for task, rows in (("glue/rte", 4), ("super_glue/rte", 3)):
+        assert prepare(task, tmp_path, tmp_path / "out").rows["train"] == rows
+
+
+def test_no_tasks_in_a_folder(tmp_path):
+    (tmp_path / "CoLA").mkdir()
+    with pytest.raises(ValueError, match="`source` must hold official files of GLUE or SuperGLUE"):
+        tasks_in(tmp_path)
+
+
+@pytest.mark.parametrize("task", raw_superglue.SUPERGLUE)
+def test_superglue(tmp_path, task):
+    raw_superglue.make(tmp_path / "raw", task)
+    prepared = prepare(task, tmp_path / "raw", tmp_path / "out")
+    assert prepared.rows == dict.fromkeys(TASKS[task].splits, raw_superglue.EXAMPLES[task])
+    assert prepared.fresh and not prepared.missing and not prepared.partial
+    dataset = TASKS[task].dataset
+    assert Path(prepared.directory) == tmp_path / "out" / dataset / "1.0.2"
+    tables = tfds.load(dataset, data_dir=str(tmp_path / "out"), download=False)
+    assert set(tables) == set(TASKS[task].splits)
+
+
+@pytest.mark.parametrize("task", ["super_glue/cb", "glue/qnli", "glue/mrpc"])
+def test_without_training_files(tmp_path, task):
+    maker = raw_glue if task in raw_glue.GLUE else raw_superglue
+    folder = maker.make(tmp_path / "raw", task, tests=False)
+    next(folder.glob("train.*")).unlink()
+    prepared = prepare(task, tmp_path / "raw", tmp_path / "out")
+    assert list(prepared.rows) == ["validation"]
+    assert prepared.missing == ("train", "test")
+    note = "  train: left out, no raw file, so it can be evaluated but not trained on"
+    assert note in str(prepared)
+    assert len(load(task, "validation", tmp_path / "out").labels) == prepared.rows["validation"]
+    with pytest.raises(ValueError, match="`split` must be one that was prepared"):
+        load(task, "train", tmp_path / "out")
+
+
+def test_partial_files_stand_in_where_the_official_ones_are_missing(tmp_path):
+    folder = raw_superglue.make(tmp_path / "raw", "super_glue/boolq", tests=False)
+    (folder / "partial").mkdir()
+    (folder / "train.jsonl").rename(folder / "partial" / "train_some.jsonl")
+    rows = [row | {"source": "some"} for row in raw_superglue.lines("super_glue/boolq", "x", 5)]
+    raw_superglue.write(folder / "partial" / "val_not_used.jsonl", rows)
+    official = prepare("super_glue/boolq", tmp_path / "raw", tmp_path / "official")
+    assert list(official.rows) == ["validation"] and not official.partial
+    prepared = prepare("super_glue/boolq", tmp_path / "raw", tmp_path / "out", partial=True)
+    assert prepared.rows == {"train": 3, "validation": 3}
+    assert prepared.partial == ("train",)
+    assert "  train: 3 rows (partial: not the official file)" in str(prepared)
+    assert "  validation: 3 rows\n" in str(prepared)
+    again = prepare("super_glue/boolq", tmp_path / "raw", tmp_path / "out")
+    assert again == prepared._replace(fresh=False)
+    assert prepared_in("super_glue/boolq", tmp_path / "out") == again
+
+
+def test_partial_tables(tmp_path):
+    """MNLI's folder has one of two validation sets, and columns of its own."""
+    folder = tmp_path / "raw" / "MNLI" / "partial"
+    folder.mkdir(parents=True)
+    header = "index\tsentence1\tsentence2\tgold_label"
+    (folder / "train_some.tsv").write_text(header + "\tsource\n0\ta\tb\tneutral\tx\n")
+    (folder / "dev_matched_4columns.tsv").write_text(header + "\n0\tc\td\tentailment\n")
+    raw_glue.make(tmp_path / "raw", "glue/rte")
+    found, left_out = tasks_in(tmp_path / "raw")
+    assert found == ["glue/rte"]
+    assert left_out["glue/mnli"] == "MNLI/train.tsv, but files for the option `partial`"
+    assert tasks_in(tmp_path / "raw", partial=True)[0] == ["glue/mnli", "glue/rte"]
+    with pytest.raises(ValueError, match="`source` must hold the file 'dev_matched.tsv'"):
+        prepare("glue/mnli", tmp_path / "raw", tmp_path / "out")
+    prepared = prepare("glue/mnli", tmp_path / "raw", tmp_path / "out", partial=True)
+    assert prepared.rows == {"train": 1, "validation_matched": 1}
+    assert prepared.partial == ("train", "validation_matched")
+    assert prepared.missing == ("validation_mismatched", "test_matched", "test_mismatched")
+    assert load("glue/mnli", "validation_matched", tmp_path / "out").texts == (["c"], ["d"])
+
+
+def test_two_partial_files_of_a_split_are_refused(tmp_path):
+    folder = raw_superglue.make(tmp_path / "raw", "super_glue/cb")
+    (folder / "partial").mkdir()
+    (folder / "train.jsonl").rename(folder / "partial" / "train_a.jsonl")
+    (folder / "partial" / "train_b.jsonl").write_text("")
+    with pytest.raises(ValueError, match="`source` must hold one partial file for 'train.jsonl'"):
+        prepare("super_glue/cb", tmp_path / "raw", tmp_path / "out", partial=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_nothing_partial_is_refused_as_before(tmp_path):
+    (tmp_path / "raw" / "CB").mkdir(parents=True)
+    with pytest.raises(ValueError, match="`source` must hold the file 'val.jsonl'"):
+        prepare("super_glue/cb", tmp_path / "raw", tmp_path / "out", partial=True)
+
+
+def test_a_repeated_line_is_left_out_and_said(tmp_path):
+    folder = raw_superglue.make(tmp_path / "raw", "super_glue/wic")
+    path = folder / "train.jsonl"
+    path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
+    before = path.read_bytes()
+    prepared = prepare("super_glue/wic", tmp_path / "raw", tmp_path / "out")
+    assert prepared.rows["train"] == 3
+    assert prepared.repeated == {"train": 1}
+    assert "  train: 3 rows (left out: 1 repeated)" in str(prepared)
+    assert prepared_in("super_glue/wic", tmp_path / "out").repeated == {"train": 1}
+    assert path.read_bytes() == before
+
+
+def test_what_is_not_there_is_not_prepared(tmp_path):
+    assert prepared_in("glue/rte", tmp_path) is None
+    assert prepared_in("acceptability", tmp_path) is None
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
@@ -184,7 +307,8 @@ def test_an_interruption_leaves_things_as_they_were(tmp_path, monkeypatch, where
 
 def test_rows_that_tfds_reads_otherwise_are_an_error(tmp_path, monkeypatch):
     raw_glue.make(tmp_path / "raw", "glue/rte")
-    miscounted = {"train": 5, "validation": 4, "test": 4}
+    folder = tmp_path / "raw" / "RTE"
+    miscounted = {"train": RawFile(folder / "train.tsv", 5)}
     monkeypatch.setattr("zoo.tasks.raw.check", lambda *_: miscounted)
     with pytest.raises(ValueError, match="`source` must give as many rows as TensorFlow Datasets"):
         prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
@@ -228,7 +352,18 @@ def test_real_files(tmp_path, task, train, validation):
     assert len(labels) == train and set(np.unique(labels)) == {0, 1}
 
 
+@pytest.mark.skipif(not REAL_SUPERGLUE.exists(), reason="the real SuperGLUE files are not here")
+@pytest.mark.parametrize(
+    ("task", "train", "validation"),
+    [("super_glue/cb", 250, 56), ("super_glue/copa", 400, 100), ("super_glue/wsc", 554, 104)],
+)
+def test_real_superglue_files(tmp_path, task, train, validation):
+    prepared = prepare(task, REAL_SUPERGLUE, tmp_path)
+    assert (prepared.rows["train"], prepared.rows["validation"]) == (train, validation)
+
+
 @pytest.mark.skipif(not (REAL / "QNLI").exists(), reason="the real GLUE files are not here")
-def test_a_real_folder_without_training_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`source` must hold the file 'train.tsv'"):
-        prepare("glue/qnli", REAL, tmp_path)
+def test_a_real_folder_without_training_data(tmp_path):
+    prepared = prepare("glue/qnli", REAL, tmp_path)
+    assert prepared.rows == {"validation": 5463, "test": 5463}
+    assert prepared.missing == ("train",)

@@ -2,13 +2,16 @@ import dataclasses
 
 import pytest
 
-from zoo.tasks import TASKS, get
+from zoo.tasks import SUITES, TASKS, get
 from zoo.tasks.task import recipe
 
 
-def test_the_nine_glue_tasks_and_the_embedded_one():
-    names = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
-    assert set(TASKS) == {"acceptability", *(f"glue/{name}" for name in names)}
+def test_the_tasks_of_the_suites_and_the_embedded_one():
+    glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    super_glue = ["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"]
+    assert SUITES["glue"] == tuple(f"glue/{name}" for name in glue)
+    assert SUITES["superglue"] == tuple(f"super_glue/{name}" for name in super_glue)
+    assert set(TASKS) == {"acceptability", *SUITES["glue"], *SUITES["superglue"]}
 
 
 def test_rows_agree_with_tensorflow_datasets(tmp_path):
@@ -16,12 +19,38 @@ def test_rows_agree_with_tensorflow_datasets(tmp_path):
     for task in TASKS.values():
         if task.name == "acceptability":
             continue
-        features = tfds.builder(task.name, data_dir=str(tmp_path)).info.features
-        assert set(features) == {*task.inputs, "label", "idx"}
+        features = tfds.builder(task.dataset, data_dir=str(tmp_path)).info.features
+        assert set(features) - {"label"} == {*task.features, "idx"}
         if task.labels is None:
             assert features["label"].dtype == "float32"
-        else:
-            assert tuple(features["label"].names) == task.labels
+        elif task.name != "super_glue/record":  # which has answers instead of a label
+            assert tuple(features["label"].names) == task.words
+
+
+def test_the_words_are_the_labels_unless_a_row_is_one_of_several_choices():
+    others = [task.name for task in TASKS.values() if task.words != (task.labels or ())]
+    assert others == ["super_glue/copa"]
+    assert get("super_glue/copa").labels == ("False", "True")
+
+
+def test_features_and_dataset_have_defaults():
+    assert get("glue/rte").features == ("sentence1", "sentence2")
+    assert get("glue/rte").dataset == "glue/rte"
+    assert get("super_glue/wsc").dataset == "super_glue/wsc.fixed"
+
+
+def test_rows_of_three_tasks_belong_together():
+    grouping = {name: task.grouping for name, task in TASKS.items() if task.grouped}
+    assert grouping == {
+        "super_glue/copa": "one",
+        "super_glue/multirc": "each",
+        "super_glue/record": "one",
+    }
+
+
+def test_a_template_has_features_of_the_task():
+    for task in TASKS.values():
+        assert set(task.template or ()) <= set(task.features)
 
 
 def test_every_primary_metric_is_one_of_the_metrics():
@@ -62,6 +91,11 @@ def test_a_task_cannot_be_changed():
         ("GLUE/RTE", "glue/rte"),
         ("sst-2", "glue/sst2"),
         ("acceptable", "acceptability"),
+        ("boolq", "super_glue/boolq"),
+        ("super_glue/copaa", "super_glue/copa"),
+        ("super_glue/wsc.fixed", "super_glue/wsc"),
+        ("glue/coal", "glue/cola"),
+        ("superglue/multi_rc", "super_glue/multirc"),
     ],
 )
 def test_unknown_task_names_the_nearest(name, nearest):
@@ -71,6 +105,11 @@ def test_unknown_task_names_the_nearest(name, nearest):
     assert f"did you mean '{nearest}'?" in message
     assert f"Received: task='{name}'" in message
     assert all(known in message for known in TASKS)
+
+
+def test_a_name_that_both_suites_have_may_be_either():
+    with pytest.raises(ValueError, match="did you mean 'glue/rte' or 'super_glue/rte'?"):
+        get("rte")
 
 
 @pytest.mark.parametrize("name", ["42", "glue/nosuch"])

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import keras
@@ -6,56 +7,12 @@ import pytest
 
 import zoo
 from tests.keras_moe.distribution.several import launched
-from zoo import runs, training
-from zoo.models import builders
-from zoo.tasks.data import Examples
+from tests.zoo.finetuning.small import run
+from zoo import runs
+from zoo.batches import TokenBatches
+from zoo.finetuning import run as finetuning
+from zoo.finetuning import scores
 from zoo.tasks.task import get
-
-TINY = {
-    "num_layers": 1,
-    "sparse_blocks": (1,),
-    "num_heads": 2,
-    "hidden_dim": 16,
-    "key_dim": 8,
-    "intermediate_dim": 32,
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """A tiny model, and sentences short enough for one shape."""
-
-    def load(task, split, data_dir=None):
-        rng = np.random.default_rng(len(split))
-        labels = rng.integers(0, 2, 64 if split == "train" else 21).astype("int32")
-        words = np.array([["bad", "poor", "dull"], ["good", "fine", "great"]])
-        texts = [f"a {words[label][rng.integers(3)]} film" for label in labels]
-        columns = (texts,) if len(get(task).inputs) == 1 else (texts, texts)
-        if get(task).labels is None:
-            labels = labels.astype("float32") * 5
-        return Examples(columns, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builders.SIZES, "tiny", TINY)
-        patch.setattr(training.data, "load", load)
-        yield
-
-
-def run(output, task="glue/cola", model="switch", **options):
-    defaults = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-2}
-    defaults |= {"max_length": 10, "verbose": 0, "output": output}
-    if model in training.MODELS:
-        defaults["size"] = "tiny"
-        if model != "dense":
-            defaults["num_experts"] = 4
-    return training.finetune(task, model, **(defaults | options))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of ten epochs that nothing disturbed, and its folder."""
-    folder = tmp_path_factory.mktemp("run")
-    return run(folder, epochs=10), folder
 
 
 def test_results_and_preset(whole):
@@ -81,8 +38,8 @@ def test_scores_to_regress(tmp_path):
     results = run(tmp_path, task="glue/stsb")
     assert results["metrics"] == ["val_spearman", "val_pearson"]
     # 21 rows in batches of 16: the loss is a mean over examples, whatever fills the last batch up.
-    assert training._loss(get("glue/stsb")).reduction == "mean_with_sample_weight"
-    assert training._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
+    assert finetuning._loss(get("glue/stsb")).reduction == "mean_with_sample_weight"
+    assert finetuning._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
 
 
 def test_two_validation_splits_and_pairs(tmp_path):
@@ -102,7 +59,7 @@ def test_the_official_metrics_come_before_the_routing_figures(whole, tmp_path, c
 def test_the_line_of_an_epoch_has_means_over_the_layers():
     logs = {"loss": 2.0, "moe_2/dead": 0.0, "moe_4/dead": 1.0, "val_moe_2/dead": 3.0}
     logs |= {"val_moe_4/dead": 4.0, "validation_mismatched_accuracy": 0.5}
-    assert training.EpochLine._shortened(logs) == {
+    assert runs.EpochLine._shortened(logs) == {
         "loss": 2.0,
         "validation_mismatched_accuracy": 0.5,
         "moe/dead": (0.0 + 1.0) / 2,
@@ -136,12 +93,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
             patch.setattr(runs.Run, "_write", write)
         else:
 
-            def predict(self, epoch, logs=None, original=training.OfficialMetrics.on_epoch_end):
+            def predict(self, epoch, logs=None, original=scores.OfficialMetrics.on_epoch_end):
                 if epoch == 2:
                     raise Killed
                 original(self, epoch, logs)
 
-            patch.setattr(training.OfficialMetrics, "on_epoch_end", predict)
+            patch.setattr(scores.OfficialMetrics, "on_epoch_end", predict)
         with pytest.raises(Killed):
             run(tmp_path, epochs=10)
     resumed = run(tmp_path, epochs=10)
@@ -153,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch
 
 def test_a_finished_run_is_not_run_again(whole, monkeypatch):
     results, folder = whole
-    monkeypatch.setattr(training, "_build", None)
+    monkeypatch.setattr(finetuning, "build", None)
     assert run(folder, epochs=10) == results
 
 
@@ -202,52 +159,83 @@ def test_weights_that_do_not_fit(whole, tmp_path):
 def test_starts_from_a_preset(whole, tmp_path):
     """One cautious epoch from the trained model is better than the first epoch from scratch."""
     results, _ = whole
-    second = run(tmp_path, model=results["preset"], learning_rate=1e-4)
+    second = run(tmp_path, preset=results["preset"], learning_rate=1e-4)
     assert second["best"]["loss"] < results["history"][0]["loss"]
-    brought = ("size", "num_experts", "dropout", "expert_dropout")
-    assert [second["settings"][name] for name in brought] == [None] * 4
+    settings = second["settings"]
+    assert (settings["model"], settings["preset"]) == (None, results["preset"])
+    assert [settings[name] for name in ("size", "num_experts")] == [None, None]
+    assert (settings["dropout"], settings["expert_dropout"]) == (0.1, 0.4)
+    backbone = zoo.from_preset(second["preset"]).backbone
+    assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.4)
+
+
+def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch):
+    """64 examples in batches of 16 make 4 steps; the third of the second epoch is the seventh."""
+
+    def item(self, index, original=TokenBatches.__getitem__):
+        x, labels, weight = original(self, index)
+        third = self.shuffle_seed is not None and self.epoch == 1 and index == 2
+        return x, labels, weight * (np.nan if third else 1)
+
+    def shuffle(self, epoch, original=TokenBatches.shuffle):
+        self.epoch = epoch
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenBatches, "__getitem__", item)
+        patch.setattr(TokenBatches, "shuffle", shuffle)
+        said = f"must be finite. Received: nan at step 7; {tmp_path} has the weights of step 4"
+        with pytest.raises(FloatingPointError, match=said):
+            run(tmp_path, epochs=3)
+    assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
+    assert len(run(tmp_path, epochs=3)["history"]) == 3
+
+
+def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
+    said = "Received: (nan|inf) at step 1; .* has no weights yet"
+    with pytest.raises(FloatingPointError, match=said):
+        run(tmp_path, max_examples=16, learning_rate=1e38)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    def save(self, path, original=finetuning.trainable.Network.save_weights):
+        if path.name.startswith("new-epoch-2"):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.trainable.Network, "save_weights", save)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, epochs=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-1.weights.h5", "results.json"]
+    assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
 
 
 @pytest.mark.parametrize(
-    "option", [{"size": "base"}, {"num_experts": 4}, {"dropout": 0.5}, {"expert_dropout": 0.5}]
+    ("option", "said"),
+    [
+        ({"train": "experts"}, "with train='all'"),
+        ({"expert_dropout": 0.2}, "with expert_dropout=0.4"),
+        ({"max_length": 12}, "with max_length=10"),
+    ],
 )
-def test_a_preset_refuses_what_it_brings_itself(whole, tmp_path, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError) as error:
-        run(tmp_path / "run", model=whole[0]["preset"], **option)
-    assert str(error.value) == (
-        f"`{name}` must be left out with the folder of a preset, which brings its own. "
-        f"Received: {name}={value!r}, model={whole[0]['preset']!r}"
+def test_another_setting_of_a_preset_is_refused(masked_lm, tmp_path, option, said):
+    (tmp_path / "results.json").write_text(
+        json.dumps(
+            {
+                "settings": finetuning.settle("glue/cola", preset=masked_lm, max_length=10),
+                "metrics": ["val_matthews"],
+                "finished": False,
+                "history": [],
+                "best": None,
+            }
+        )
     )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option", [{"num_experts": 4}, {"expert_dropout": 0.5}])
-def test_a_dense_model_refuses_options_of_experts(tmp_path, option):
-    (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` must be left out with the model 'dense'"):
-        run(tmp_path / "run", model="dense", **option)
-
-
-def test_options_and_their_defaults():
-    names = ("size", "num_experts", "epochs", "dropout", "expert_dropout")
-    task, given = get("glue/sst2"), dict.fromkeys(names)
-    chosen = training._chosen(given, "switch", task)
-    assert [chosen[name] for name in names] == ["mini", 8, 2, 0.2, None]
-    chosen = training._chosen(given, "dense", task)
-    assert [chosen[name] for name in names] == ["mini", None, 2, 0.2, None]
-    typed = dict(zip(names, ["tiny", 4, 7, 0.0, 0.3], strict=True))
-    assert training._chosen(typed, "switch", task).items() >= typed.items()
-
-
-@pytest.mark.parametrize(
-    ("option", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
-)
-def test_dropout_reaches_a_model_built_from_scratch(option, rates):
-    given = {"size": "tiny", "num_experts": 4, "dropout": 0.3, "expert_dropout": None} | option
-    model = training._build(get("glue/cola"), "switch", given | {"max_length": 10})
-    assert (model.backbone.dropout, model.backbone.expert_dropout) == rates
-    assert model.dropout == 0.3
+    given = {"epochs": None, "batch_size": None, "learning_rate": None}
+    with pytest.raises(ValueError, match=f"`output` holds another run, {said}"):
+        run(tmp_path, preset=masked_lm, **(given | option))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +253,12 @@ def test_dropout_reaches_a_model_built_from_scratch(option, rates):
         ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
         ({"max_examples": 3}, "`max_examples` must be at least the batch size"),
         ({"task": "glue/colla"}, "`task` must be one of .*glue/cola"),
-        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
+        (
+            {"train": "none"},
+            "`train` must be one of all, frozen_experts, non_experts, experts, lora",
+        ),
+        ({"train": "lora", "lora_rank": 0}, "`lora_rank` must be a positive integer"),
+        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense, and what"),
         ({"size": "smal"}, "Did you mean 'small'"),
     ],
 )
@@ -278,7 +271,7 @@ def test_bad_input(tmp_path, options, message):
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
 def test_neither_devices_nor_processes_change_a_run(tmp_path):
     """Two processes; on JAX each has two devices."""
-    program = ("-m", "tests.zoo.finetuning")
+    program = ("-m", "tests.zoo.finetuning.on_devices")
     mesh = {"data": 1, "experts": 4} if keras.backend.backend() == "jax" else {"experts": 2}
     (one,) = launched(*program, tmp_path / "one", "null")
     many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)

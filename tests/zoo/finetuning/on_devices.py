@@ -1,17 +1,17 @@
-"""A run that processes can share: `python -m tests.zoo.finetuning FOLDER MESH` prints its epoch."""
+"""A run that processes can share: `python -m tests.zoo.finetuning.on_devices FOLDER MESH`."""
 
 import json
 import sys
 
-from tests.zoo.test_training import TINY
-from zoo import training
+import zoo
+from tests.zoo.finetuning.small import TINY
 from zoo.models import builders
 
 
 def main(folder, mesh):
     builders.SIZES["mini"] = {**builders.SIZES["mini"], **TINY}
     options = {"epochs": 1, "max_examples": 32, "max_length": 8, "batch_size": 8, "dropout": 0.0}
-    results = training.finetune(**options, mesh=json.loads(mesh), output=folder, verbose=0)
+    results = zoo.finetune(**options, mesh=json.loads(mesh), output=folder, verbose=0)
     print(json.dumps(results["history"][0]))
 
 

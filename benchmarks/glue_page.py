@@ -1,0 +1,249 @@
+"""The page `zoo/RESULTS.md` and its picture, made of `benchmarks/results/glue.json` alone."""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.tables import drawn, markdown
+from zoo.finetuning.compare import holm, significance
+from zoo.finetuning.summary import shown, spread, suite_score
+from zoo.tasks import SUITES, get
+
+ZOO = Path(__file__).parent.parent / "zoo"
+PAGE, PICTURE = ZOO / "RESULTS.md", ZOO / "results.png"
+MODELS = ("dense", "switch", "expert_choice")
+WORDS = ("words", "words and overlap")
+ASKED = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb")
+HEAD = """# What the shipped presets reach
+
+Made by `python -m benchmarks.glue --data-dir tfds --train`; figures are in
+`benchmarks/results/glue.json`. Validation sets throughout: the official test sets have no labels.
+"""
+
+
+def write_page(kept):
+    """Writes page and picture.
+
+    Args:
+        kept: content of `benchmarks/results/glue.json`.
+    """
+    draw(kept["pretraining"], PICTURE)
+    PAGE.write_text(page(kept))
+
+
+def page(kept):
+    """The page, in Markdown."""
+    parts = [HEAD, "## Which claims hold\n", *claims(kept), "\n## Pretraining\n"]
+    parts += [pretraining(kept["pretraining"]), "\n![loss by steps, FLOPs, seconds](results.png)\n"]
+    for suite, title in (("glue", "GLUE"), ("superglue", "SuperGLUE")):
+        parts += [f"## {title}\n", scores(kept, suite), "\n", differences(kept, suite), "\n"]
+    return "\n".join(parts)
+
+
+def claims(kept):
+    """One line for each claim, with the numbers that it is judged by."""
+    return [
+        *(_against(kept, model) for model in MODELS),
+        *(_speed(kept["pretraining"], model) for model in MODELS[1:]),
+        *(_average_claim(kept, one, other) for one, other in PAIRS),
+    ]
+
+
+PAIRS = (("switch", "dense"), ("expert_choice", "dense"), ("expert_choice", "switch"))
+
+
+def _against(kept, model):
+    """Whether a pretrained twin beats the same from scratch, and words."""
+    lost = []
+    for task in ASKED:
+        runs = kept["scores"].get(task, {})
+        own = _mean(runs.get(f"{model}-pretrained"), task)
+        rivals = {"scratch": _mean(runs.get(f"{model}-scratch"), task)}
+        rivals |= {name: _words(kept, task, name) for name in WORDS[:1]}
+        if own is None or None in rivals.values():
+            lost.append(f"{task} (not measured)")
+        else:
+            lost += [f"{task} ({name})" for name, score in rivals.items() if score >= own]
+    verdict = "holds" if not lost else f"does not hold on {', '.join(lost)}"
+    return (
+        f"* `{model}`, pretrained, beats itself from scratch and a bag of words on "
+        f"{', '.join(ASKED)}: {verdict}."
+    )
+
+
+def _speed(runs, model):
+    """In what share of its steps a sparse twin reaches the dense one's last loss."""
+    dense, sparse = (runs.get(f"{name}_mini_en") for name in ("dense", model))
+    if not (dense and sparse):
+        return f"* `{model}`: not pretrained yet."
+    share = share_of_steps(sparse["history"], dense["history"])
+    if share is None:
+        return f"* `{model}` does not reach the dense twin's last held-out loss."
+    verdict = "holds" if share <= 0.7 else "does not hold"
+    return (
+        f"* `{model}` reaches the dense twin's last held-out loss in at most 0.7 of its steps: "
+        f"{verdict} ({share:.2f})."
+    )
+
+
+def share_of_steps(history, other):
+    """The share of the steps at which a loss falls to the other's last, between checkpoints.
+
+    Args:
+        history: rows of number, seconds, loss and held-out loss of the checkpoints.
+        other: those of the other run.
+
+    Returns:
+        Number, or `None` if it never does.
+    """
+    aim, before = other[-1][3], None
+    for number, _, _, loss in history:
+        if loss <= aim:
+            part = 1.0 if before is None else (before[1] - aim) / (before[1] - loss)
+            start = 0 if before is None else before[0]
+            return (start + part * (number - start)) / other[-1][0]
+        before = (number, loss)
+    return None
+
+
+def _average_claim(kept, one, other):
+    """Whether one twin's average over GLUE is above another's."""
+    models = [_averages(kept, "glue", f"{name}-pretrained") for name in (one, other)]
+    if not all(models):
+        return f"* `{one}` beats `{other}` on GLUE's average: not measured."
+    means = [np.mean(list(model.values())) for model in models]
+    test, p = significance(models[1], models[0])
+    verdict = "holds" if means[0] > means[1] else "does not hold"
+    chance = "" if p is None else f", p = {p:.3f} over {len(models[0])} seeds"
+    return (
+        f"* `{one}` beats `{other}` on GLUE's average: {verdict} "
+        f"({means[0]:.3f} and {means[1]:.3f}{chance})."
+    )
+
+
+def pretraining(runs):
+    """The table of the runs of pretraining."""
+    rows = []
+    for name, run in runs.items():
+        settings, last = run["settings"], run["history"][-1]
+        tokens = settings["steps"] * settings["batch_size"] * settings["length"]
+        seconds = sum(row[1] for row in run["history"])
+        rows.append(
+            [
+                name,
+                f"{run['figures']['parameters'] / 1e6:.1f}M",
+                f"{run['figures']['active_parameters'] / 1e6:.1f}M",
+                f"{run['figures']['training_flops_per_token'] / 1e6:.1f}M",
+                f"{settings['steps']:,}",
+                f"{tokens / 1e6:.0f}M",
+                f"{seconds / 3600:.1f}",
+                f"{last[2]:.3f}",
+                f"{last[3]:.3f}",
+                f"{np.exp(last[3]):.1f}",
+            ]
+        )
+    header = ["preset", "parameters", "active", "FLOPs per token", "steps", "tokens", "hours"]
+    return markdown([*header, "loss", "held-out loss", "perplexity"], rows)
+
+
+def scores(kept, suite):
+    """The table of the scores of a suite: best epoch, and the last in brackets."""
+    header = ["task", "metric", *WORDS]
+    header += [f"{model}, {begin}" for begin in ("scratch", "pretrained") for model in MODELS]
+    rows = []
+    for task in SUITES[suite]:
+        if task not in kept["scores"] and task not in kept["words"]:
+            continue
+        for metric in get(task).metrics:
+            row = [task.rpartition("/")[2], metric]
+            row += [_shown(_words(kept, task, name, metric)) for name in WORDS]
+            for begin in ("scratch", "pretrained"):
+                for model in MODELS:
+                    entry = kept["scores"].get(task, {}).get(f"{model}-{begin}")
+                    row.append(_cell(entry, metric))
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def differences(kept, suite):
+    """The table of what sparse twins gain over others, and what chance makes of it."""
+    tasks = [task for task in SUITES[suite] if len(_trained(kept, task)) == len(MODELS)]
+    rows = {pair: [] for pair in PAIRS}
+    for pair in PAIRS:
+        for task in tasks:
+            one, other = (_by_seed(_trained(kept, task)[name], task) for name in pair)
+            gain = np.mean(list(one.values())) - np.mean(list(other.values()))
+            rows[pair].append((gain, significance(other, one)[1]))
+    if not tasks:
+        return "No task has runs of all three yet."
+    corrected = {pair: holm([p for _, p in rows[pair]]) for pair in PAIRS}
+    lines = []
+    for number, task in enumerate(tasks):
+        cells = [
+            f"{rows[pair][number][0]:+.3f} (p {_shown(corrected[pair][number])})" for pair in PAIRS
+        ]
+        lines.append([task.rpartition("/")[2], get(task).primary, *cells])
+    return markdown(["task", "metric", *(f"{one} - {other}" for one, other in PAIRS)], lines)
+
+
+def _trained(kept, task):
+    runs = kept["scores"].get(task, {})
+    found = {model: runs.get(f"{model}-pretrained") for model in MODELS}
+    return {model: entry for model, entry in found.items() if entry}
+
+
+def _by_seed(entry, task):
+    return {run["seed"]: run["best"][get(task).primary] for run in entry["runs"]}
+
+
+def _mean(entry, task):
+    return None if entry is None else float(np.mean(list(_by_seed(entry, task).values())))
+
+
+def _averages(kept, suite, model):
+    """Seed -> the suite's average over the tasks that all models have."""
+    tasks = [task for task in SUITES[suite] if len(_trained(kept, task)) == len(MODELS)]
+    runs = {
+        task: {run["seed"]: run["best"] for run in kept["scores"][task][model]["runs"]}
+        for task in tasks
+    }
+    seeds = set.intersection(*map(set, runs.values())) if runs else set()
+    return {
+        seed: suite_score({task: runs[task][seed] for task in tasks}, suite)
+        for seed in sorted(seeds)
+    }
+
+
+def _words(kept, task, name, metric=None):
+    found = kept["words"].get(task, {}).get(name)
+    return found and found[f"val_{metric or get(task).primary}"]
+
+
+def _shown(number):
+    return "-" if number is None else f"{number:.3f}"
+
+
+def _cell(entry, metric):
+    if entry is None:
+        return "-"
+    best, last = (
+        spread([run[epoch][metric] for run in entry["runs"]]) for epoch in ("best", "last")
+    )
+    return f"{shown(best)} ({last['mean']:.3f})"
+
+
+def draw(runs, path):
+    """Held-out loss against steps, FLOPs and seconds."""
+    with drawn(path, 3, figsize=(11, 3.4), sharey=True) as panels:
+        for name, run in runs.items():
+            settings = run["settings"]
+            number, seconds, _, loss = np.array(run["history"]).T
+            steps = number * settings["steps_per_save"]
+            tokens = steps * settings["batch_size"] * settings["length"]
+            flops = tokens * run["figures"]["training_flops_per_token"]
+            for axes, x in zip(panels, (steps, flops, np.cumsum(seconds)), strict=True):
+                axes.plot(x, loss, label=name)
+        for axes, label in zip(panels, ("steps", "training FLOPs", "seconds"), strict=True):
+            axes.set_xlabel(label)
+        panels[0].set_ylabel("held-out loss")
+        panels[0].legend(frameon=False, fontsize=8)

@@ -1,0 +1,101 @@
+import pytest
+
+from benchmarks import glue_page
+from zoo.tasks import SUITES, get
+
+TASKS = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb")
+
+
+def run(task, scores):
+    """What is kept of two seeds; the last epoch is 0.1 worse than the best."""
+    metrics = get(task).metrics
+    runs = [
+        {
+            "seed": seed,
+            "best": dict.fromkeys(metrics, score),
+            "last": dict.fromkeys(metrics, score - 0.1),
+            "seconds": 1.0,
+        }
+        for seed, score in enumerate(scores)
+    ]
+    return {"metrics": metrics, "runs": runs}
+
+
+@pytest.fixture
+def kept():
+    figures = {"parameters": 2e6, "active_parameters": 1e6, "training_flops_per_token": 6e6}
+    settings = {"steps": 40, "steps_per_save": 10, "batch_size": 2, "length": 100}
+    losses = {"dense": (5.0, 4.0, 3.5, 3.0), "switch": (4.0, 2.0, 1.9, 1.8)}
+    losses["expert_choice"] = (4.8, 3.9, 3.4, 3.1)
+    pretraining = {
+        f"{model}_mini_en": {
+            "settings": settings,
+            "figures": figures,
+            "history": [[n, 900.0, loss, loss] for n, loss in enumerate(of_model, 1)],
+        }
+        for model, of_model in losses.items()
+    }
+    scores = {
+        task: {
+            "dense-pretrained": run(task, (0.7, 0.71)),
+            "switch-pretrained": run(task, (0.8, 0.82)),
+            "expert_choice-pretrained": run(task, (0.75, 0.75)),
+            **{f"{model}-scratch": run(task, (0.5, 0.6)) for model in glue_page.MODELS},
+        }
+        for task in TASKS
+    }
+    words = {
+        task: {
+            name: {f"val_{metric}": score for metric in get(task).metrics}
+            for name, score in (("words", 0.72), ("words and overlap", 0.9))
+        }
+        for task in TASKS
+    }
+    return {"pretraining": pretraining, "scores": scores, "words": words}
+
+
+def test_claims(kept):
+    dense, switch, choice, *rest = glue_page.claims(kept)
+    assert dense.endswith(
+        "does not hold on glue/sst2 (words), glue/cola (words), glue/mrpc (words), "
+        "glue/stsb (words)."
+    )
+    assert switch.endswith("glue/stsb: holds.")
+    assert choice.endswith("glue/stsb: holds.")
+    fast, slow, *averages = rest
+    # From 4.0 at the first checkpoint to 2.0 at the second: 3.0 in the middle, 1.5 of 4.
+    assert fast.endswith("in at most 0.7 of its steps: holds (0.38).")
+    assert slow.endswith("does not reach the dense twin's last held-out loss.")
+    # Seed by seed 0.10 and 0.11 more; over two seeds t = 21, p = 0.030.
+    assert averages[0].endswith("holds (0.810 and 0.705, p = 0.030 over 2 seeds).")
+    assert averages[2].startswith("* `expert_choice` beats `switch` on GLUE's average: does not")
+
+
+def test_a_claim_that_nobody_measured(kept):
+    del kept["scores"]["glue/cola"]["switch-scratch"]
+    assert "does not hold on glue/cola (not measured)" in glue_page.claims(kept)[1]
+    kept["scores"] = {}
+    assert glue_page.claims(kept)[-1].endswith("GLUE's average: not measured.")
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [((3.0,), 0.25), ((5.0, 3.0), 0.5), ((5.0, 4.0, 2.0), 0.625), ((4.0,), None)],
+)
+def test_share_of_steps(losses, share):
+    other = [[4, 1.0, 3.0, 3.0]]
+    history = [[n, 1.0, loss, loss] for n, loss in enumerate(losses, 1)]
+    assert glue_page.share_of_steps(history, other) == share
+
+
+def test_page_and_picture(kept, tmp_path):
+    text = glue_page.page(kept)
+    # 40 steps of 2 x 100 tokens in 4 x 900 seconds.
+    assert "| dense_mini_en | 2.0M | 1.0M | 6.0M | 40 | 0M | 1.0 | 3.000 | 3.000 | 20.1 |" in text
+    assert "| sst2 | accuracy | 0.720 | 0.900 | 0.550 ± 0.071 (0.450) |" in text
+    # 0.8 and 0.82 against 0.7 and 0.71: on average 0.105 more, Holm's p of four tasks alike.
+    assert "| sst2 | accuracy | +0.105 (p 0.121) |" in text
+    assert "No task has runs of all three yet." in text  # of SuperGLUE
+    glue_page.draw(kept["pretraining"], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert set(TASKS) < set(SUITES["glue"])

@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+
+import zoo
+from tests.backend import numpy
+from tests.zoo.finetuning.small import run
+from zoo.finetuning.classifiers import build, check_vocabulary
+from zoo.finetuning.settings import settle
+from zoo.tasks.task import get
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"), [({}, (0.3, 0.3)), ({"expert_dropout": 0.5}, (0.3, 0.5))]
+)
+def test_dropout_reaches_a_model_built_from_scratch(options, rates):
+    settings = settle("glue/cola", size="tiny", num_experts=4, dropout=0.3, **options)
+    model = build(get("glue/cola"), settings)
+    assert (model.backbone.dropout, model.backbone.expert_dropout) == rates
+    assert model.dropout == 0.3
+
+
+def test_a_preset_gets_other_rates_and_keeps_its_weights(masked_lm):
+    settings = settle("glue/mnli", preset=masked_lm, dropout=0.3, max_length=12)
+    model = build(get("glue/mnli"), settings)
+    assert (model.backbone.dropout, model.backbone.expert_dropout) == (0.3, 0.4)
+    (experts,) = (x.experts for x in model.backbone._flatten_layers() if hasattr(x, "experts"))
+    assert experts.dropout == 0.4 and model.backbone.get_layer("embedding_dropout").rate == 0.3
+    assert model.num_classes == 3 and model.preprocessor.sequence_length == 12
+    for one, other in zip(
+        zoo.from_preset(masked_lm).backbone.weights, model.backbone.weights, strict=True
+    ):
+        np.testing.assert_array_equal(numpy(one), numpy(other), err_msg=one.path)
+
+
+def test_the_rates_of_a_preset_stay_unless_others_are_given(masked_lm):
+    backbone = zoo.from_preset(masked_lm, num_classes=2).backbone
+    assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.1)
+    other = zoo.from_preset(masked_lm, num_classes=2, expert_dropout=0.2).backbone
+    assert (other.dropout, other.expert_dropout) == (0.1, 0.2)
+
+
+def test_a_preset_without_a_tokenizer(masked_lm, tmp_path):
+    zoo.EncoderTextClassifier(zoo.from_preset(masked_lm).backbone, 2).save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match="`preset` must have a tokenizer"):
+        run(tmp_path / "run", preset=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_that_knows_fewer_pieces_than_its_tokenizer(masked_lm, tmp_path):
+    tokens = zoo.from_preset(masked_lm).preprocessor
+    backbone = zoo.dense_transformer("tiny", 100, architecture="encoder")
+    zoo.EncoderTextClassifier(backbone, 2).save_to_preset(str(tmp_path))
+    tokens.save_to_preset(str(tmp_path))
+    path = tmp_path / "task.json"
+    config = json.loads(path.read_text())
+    config["config"]["preprocessor"] = json.loads((tmp_path / "preprocessor.json").read_text())
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="of at most the 100 pieces that its model knows"):
+        check_vocabulary(zoo.from_preset(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="must have a tokenizer of at most .* 100 pieces"):
+        run(tmp_path / "run", preset=tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,62 @@
+import json
+
+import numpy as np
+import pytest
+
+import zoo
+from tests.zoo.finetuning import small
+from zoo import tasks
+from zoo.finetuning import batches
+
+
+def test_a_run_scores_as_its_best_epoch(whole):
+    results, folder = whole
+    scores = zoo.evaluate(folder, "glue/cola")
+    assert scores == {"matthews": pytest.approx(results["best"]["val_matthews"])}
+    assert zoo.evaluate(results["preset"], "glue/cola", "validation", batch_size=16) == scores
+
+
+def test_another_split_and_its_predictions(whole, tmp_path, monkeypatch):
+    _, folder = whole
+    written = []
+
+    def write(task, examples, outputs, where, split):
+        written.append((task.name, len(examples.labels), outputs.shape, where, split))
+
+    monkeypatch.setattr(tasks, "write_submission", write)
+    assert zoo.evaluate(folder, "glue/cola", "train", predictions=tmp_path)["matthews"] > 0.9
+    assert written == [("glue/cola", 64, (64, 2), tmp_path, "train")]
+
+
+def test_a_split_without_labels_has_predictions_alone(whole, tmp_path, monkeypatch):
+    def load(task, split, data_dir=None):
+        examples = small.load(task, split)
+        return examples._replace(labels=np.full(21, -1, "int32"))
+
+    written = []
+    monkeypatch.setattr(batches.data, "load", load)
+    monkeypatch.setattr(tasks, "write_submission", lambda *given: written.append(given[-1]))
+    assert zoo.evaluate(whole[1], "glue/cola", "test", predictions=tmp_path) == {}
+    assert written == ["test"]
+
+
+def test_what_is_no_trained_classifier(masked_lm, tmp_path):
+    with pytest.raises(ValueError, match="has no trained classifier. Received: preset="):
+        zoo.evaluate(masked_lm, "glue/cola")
+    zoo.from_preset(masked_lm).backbone.save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match="has no trained classifier"):
+        zoo.evaluate(tmp_path, "glue/cola")
+
+
+def test_what_does_not_fit(whole, tmp_path):
+    results, folder = whole
+    with pytest.raises(ValueError, match="of a classifier of 3 classes for 'glue/mnli'.*one of 2"):
+        zoo.evaluate(folder, "glue/mnli")
+    with pytest.raises(ValueError, match="`task` must be one of"):
+        zoo.evaluate(folder, "glue/coal")
+    (tmp_path / "results.json").write_text(json.dumps(results | {"finished": False}))
+    with pytest.raises(ValueError, match="`preset` must be a run that is finished"):
+        zoo.evaluate(tmp_path, "glue/cola")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="`preset` must be a preset or one run"):
+        zoo.evaluate(tmp_path, "glue/cola")

@@ -1,0 +1,76 @@
+import pytest
+
+import zoo
+from zoo.finetuning.settings import settle
+
+NAMES = ("size", "num_experts", "epochs", "dropout", "expert_dropout", "max_length")
+
+
+def some(settings):
+    return [settings[name] for name in NAMES]
+
+
+def test_defaults_of_models_from_scratch():
+    assert settle("glue/sst2") == settle("glue/sst2", "switch")
+    assert some(settle("glue/sst2")) == ["mini", 8, 2, 0.2, None, 64]
+    assert some(settle("glue/sst2", "dense")) == ["mini", None, 2, 0.2, None, 64]
+    typed = dict(zip(NAMES, ["tiny", 4, 7, 0.0, 0.3, 32], strict=True))
+    assert settle("glue/sst2", **typed).items() >= typed.items()
+
+
+def test_defaults_of_presets(masked_lm, dense_masked_lm):
+    settings = settle("glue/rte", preset=masked_lm)
+    assert some(settings) == [None, None, 4, 0.1, 0.4, 128]
+    assert (settings["model"], settings["preset"]) == (None, masked_lm)
+    assert some(settle("glue/rte", preset=dense_masked_lm)) == [None, None, 4, 0.1, None, 128]
+    chosen = settle("glue/rte", preset=masked_lm, dropout=0.0, expert_dropout=0.2, max_length=16)
+    assert some(chosen) == [None, None, 4, 0.0, 0.2, 16]
+
+
+def test_rank_of_lora():
+    assert settle("glue/rte")["lora_rank"] is None
+    assert settle("glue/rte", train="lora")["lora_rank"] == 8
+    assert settle("glue/rte", train="lora", lora_rank=2)["lora_rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "base"}, "`size` must be left out with a preset, which brings its own"),
+        ({"num_experts": 4}, "`num_experts` must be left out with a preset, which brings its own"),
+        ({"model": "switch"}, "`model` must be left out with a preset. Received: model='switch'"),
+        ({"train": "one"}, "`train` must be one of all, frozen_experts, non_experts"),
+        ({"lora_rank": 8}, "`lora_rank` must be left out unless `train` is 'lora'"),
+    ],
+)
+def test_what_a_preset_refuses(masked_lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        settle("glue/cola", preset=masked_lm, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 4}, "`num_experts` must be left out with a model without experts"),
+        ({"expert_dropout": 0.5}, "`expert_dropout` must be left out with a model without experts"),
+        *(
+            ({"train": train}, "`train` must be 'all' or 'lora' for a model without experts")
+            for train in ("frozen_experts", "non_experts", "experts")
+        ),
+    ],
+)
+def test_what_a_dense_model_refuses(dense_masked_lm, options, message):
+    with pytest.raises(ValueError, match=f"{message}. Received: .*, model='dense'"):
+        settle("glue/cola", "dense", **options)
+    if "num_experts" not in options:
+        with pytest.raises(ValueError, match=f"{message}. Received: .*, preset="):
+            settle("glue/cola", preset=dense_masked_lm, **options)
+
+
+def test_a_preset_of_another_kind(tmp_path):
+    backbone = zoo.dense_transformer("tiny", 10, architecture="decoder")
+    zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
+        settle("glue/cola", preset=tmp_path)
+    with pytest.raises(ValueError, match="`preset` must be a folder that is there"):
+        settle("glue/cola", preset=tmp_path / "none")

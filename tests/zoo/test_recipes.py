@@ -1,0 +1,22 @@
+import pytest
+
+from zoo.recipes import preset_recipe
+
+
+def test_experts_want_more_dropout_smaller_batches_and_higher_rates():
+    sparse, dense = (preset_recipe("glue/sst2", sparse) for sparse in (True, False))
+    assert (sparse["dropout"], sparse["expert_dropout"]) == (0.1, 0.4)  # Switch, Table 4
+    assert (dense["dropout"], dense["expert_dropout"]) == (0.1, None)
+    assert sparse["batch_size"] < dense["batch_size"]  # ST-MoE, section 4.3
+    assert sparse["learning_rate"] > dense["learning_rate"]
+    assert sparse.keys() == dense.keys()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_small_tasks_have_more_epochs_and_pairs_more_tokens(sparse):
+    epochs, lengths = (
+        {task: preset_recipe(f"glue/{task}", sparse)[name] for task in ("cola", "rte", "mnli")}
+        for name in ("epochs", "max_length")
+    )
+    assert epochs["mnli"] == 3 < min(epochs["cola"], epochs["rte"])
+    assert lengths == {"cola": 64, "rte": 128, "mnli": 128}

@@ -1,0 +1,76 @@
+"""A task's examples, read and tokenised once for all runs on it."""
+
+import keras
+
+from zoo.batches import TokenBatches
+from zoo.tasks import data
+
+
+class TokenisedTask:
+    """The splits of a task as token ids, each made when it is first asked for.
+
+    Args:
+        task: a `Task`.
+        data_dir: TensorFlow Datasets directory, see `zoo.tasks.load`.
+        max_length: tokens per example; longer ones are cut, and batches are at most as long.
+        max_examples: only so many training examples; `None`: all.
+    """
+
+    def __init__(self, task, data_dir, max_length, max_examples=None):
+        self.task = task
+        self.data_dir = data_dir
+        self.max_length = max_length
+        self.max_examples = max_examples
+        self._examples = {}
+        self._tokens = {}
+
+    def examples(self, split):
+        """The `Examples` of a split."""
+        if split not in self._examples:
+            examples = data.load(self.task, split, self.data_dir)
+            if split == "train" and self.max_examples is not None:
+                examples = data.Examples(  # in training they belong to no questions
+                    tuple(column[: self.max_examples] for column in examples.texts),
+                    examples.labels[: self.max_examples],
+                )
+            self._examples[split] = examples
+        return self._examples[split]
+
+    def batches(self, split, preprocessor, batch_size, shuffle_seed=None):
+        """The `TokenBatches` of a split.
+
+        Args:
+            split: name of it.
+            preprocessor: of a classifier; every call must hand over one that does the same.
+            batch_size: rows per batch.
+            shuffle_seed: see `TokenBatches`; `None` keeps the order and every example.
+
+        Raises:
+            ValueError: if there are not enough examples for one batch.
+        """
+        labels = self.examples(split).labels
+        lengths = [length for length in (16, 32, 64, 128, 256) if length < self.max_length]
+        batches = TokenBatches(
+            *self._tokenised(split, preprocessor),
+            labels,
+            batch_size,
+            [*lengths, self.max_length],
+            shuffle_seed,
+        )
+        if not len(batches):
+            raise ValueError(
+                f"`batch_size` must be at most the number of examples, {len(labels)}. "
+                f"Received: batch_size={batch_size}"
+            )
+        return batches
+
+    def _tokenised(self, split, preprocessor):
+        if split not in self._tokens:
+            texts = self.examples(split).texts
+            # With `y` named, KerasHub does not take a pair of texts for texts and labels.
+            tokens = preprocessor(texts if len(texts) > 1 else texts[0], y=None)
+            token_ids, mask = (
+                keras.ops.convert_to_numpy(tokens[name]) for name in ("token_ids", "padding_mask")
+            )
+            self._tokens[split] = token_ids, mask.astype(bool)
+        return self._tokens[split]

@@ -1,0 +1,116 @@
+"""Fine-tuning over seeds and tasks."""
+
+import contextlib
+import gc
+import json
+from pathlib import Path
+
+from keras_moe.distribution import process_id
+from zoo.finetuning.run import Bench, label, open_run
+from zoo.finetuning.settings import settle
+from zoo.finetuning.summary import summarise
+from zoo.runs import devices, replacing
+from zoo.tasks import SUITES, data, get
+
+
+def finetune_suite(
+    task="glue",
+    model=None,
+    *,
+    seeds=5,
+    data_dir=None,
+    output=None,
+    restart=False,
+    mesh=None,
+    verbose="auto",
+    **options,
+):
+    """Fine-tunes on a task, or on all tasks of a suite, with several seeds.
+
+    Every run is one of `zoo.finetune`, in the folder `<output>/<task>/seed<k>`: an interrupted one
+    is gone on with, a finished one not repeated. Runs on a task differ in the seed alone. In the
+    end `output` has `summary.json`, for `zoo.compare`.
+
+    Args:
+        task: name of a task, or "glue" or "superglue": all tasks of it that `data_dir` has.
+        model: as in `zoo.finetune`.
+        seeds: that many, from 0 on; or a list of them.
+        data_dir: as in `zoo.finetune`.
+        output: folder; by default named after task, model and backend.
+        restart: throws earlier runs away.
+        mesh: as in `zoo.finetune`.
+        verbose: as in `zoo.finetune`.
+        **options: other arguments of `zoo.finetune`, but for the seed.
+
+    Returns:
+        The content of `summary.json`; `zoo.finetuning.summary.table` shows it.
+
+    Raises:
+        ValueError: as `zoo.finetune`, before anything is trained.
+        FileNotFoundError: if there is data for none of the tasks.
+        FloatingPointError: as `zoo.finetune`.
+    """
+    parallel = devices(mesh)
+    seeds = _seeds(seeds)
+    suite = task if task in SUITES else None
+    tasks = SUITES[task] if suite else (get(task).name,)
+    settings = {
+        name: [settle(name, model, seed=seed, **options) for seed in seeds] for name in tasks
+    }
+    first = settings[tasks[0]][0]
+    name = f"{task.replace('/', '-')}-{label(first)}"
+    output = Path(output or Path("runs") / name)
+    runs = {
+        task: [
+            open_run(output / task.replace("/", "-") / f"seed{s['seed']}", s, restart) for s in each
+        ]
+        for task, each in settings.items()
+    }
+    left_out = _without_data(runs, data_dir) if suite else {}
+    if len(left_out) == len(tasks):
+        raise FileNotFoundError(next(iter(left_out.values())))
+    with contextlib.nullcontext() if parallel is None else parallel.scope():
+        for name in tasks:
+            if name not in left_out:
+                bench = Bench(settings[name][0], data_dir)
+                for run in runs[name]:
+                    _say(f"{name}, seed {run.results['settings']['seed']}", verbose)
+                    bench.train(run, verbose)
+                del bench
+                gc.collect()  # a model and its compiled functions refer to each other
+    done = {name: runs[name] for name in tasks if name not in left_out}
+    summary = summarise(done, output, suite, left_out)
+    if process_id() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / "summary.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _seeds(seeds):
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            "`seeds` must be a positive integer, or a list of different ones. "
+            f"Received: seeds={seeds}"
+        )
+    return chosen
+
+
+def _without_data(runs, data_dir):
+    """The tasks that are to be trained on and cannot be, and why."""
+    reasons = {}
+    for name, each in runs.items():
+        if all(run.finished for run in each):
+            continue
+        try:
+            for split in ("train", *get(name).validation):
+                data.load(name, split, data_dir)
+        except (FileNotFoundError, ValueError) as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def _say(text, verbose):
+    if verbose and process_id() == 0:
+        print(text, flush=True)
