@@ -53,9 +53,7 @@ def encode(text):
 def make(name):
     """`"switch"` or `"expert_choice"`: a model whose backbone has mixtures of experts."""
     if SHIPPED:
-        model = zoo.from_preset(f"{name}_mini_en")
-        model.preprocessor = None  # it gets tokens here, not texts
-        return model
+        return zoo.from_preset(f"{name}_mini_en")
     builder = {"switch": zoo.switch_transformer, "expert_choice": zoo.expert_choice_transformer}
     backbone = builder[name](
         "mini",

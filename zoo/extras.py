@@ -8,6 +8,7 @@ _NEEDED_BY = {
     "glue": "GLUE tasks and metrics need",
     "hub": "models of the hub and files of safetensors need",
     "torch": "files of PyTorch need",
+    "tensorboard": "logs for TensorBoard need",
 }
 
 
@@ -16,7 +17,7 @@ def require(module, extra="glue"):
 
     Args:
         module: The dotted name of the module.
-        extra: The name of the extra, "glue", "hub" or "torch".
+        extra: The name of the extra, "glue", "hub", "torch" or "tensorboard".
 
     Returns:
         The module.

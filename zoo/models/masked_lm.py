@@ -50,3 +50,7 @@ class EncoderMaskedLM(keras_hub.models.Task):
         inputs = {**backbone.input, "mask_positions": places}
         outputs = head(backbone(backbone.input), mask_positions=places)
         super().__init__(inputs=inputs, outputs=outputs, name=name, trainable=trainable)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Leaves tokens as they are: which of them to hide, an objective says, not a text."""
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)

@@ -9,6 +9,7 @@ import numpy as np
 
 import keras_moe
 from keras_moe.distribution import process_id
+from zoo.extras import require
 from zoo.pretraining.build import RATES, check, make_objective, make_optimizer, make_task
 from zoo.pretraining.feed import Feed, Heldout
 from zoo.pretraining.sources import check_apart, described, sources
@@ -111,6 +112,7 @@ def pretrain(
         ValueError: if an argument is out of range, if text cannot be read, or `output` holds a run
             with other settings.
         FloatingPointError: if the loss is not finite; the last checkpoint stays.
+        ImportError: if a package is missing that the text or TensorBoard needs.
     """
     parallel = devices(mesh)  # TensorFlow wants it first
     verbose = verbose if process_id() == 0 else 0
@@ -156,6 +158,9 @@ def pretrain(
         if process_id() == 0:
             print(f"{run.folder} holds this run, finished: nothing to do")
         return run.results
+    if tensorboard:
+        for module in ("tensorboard", "tensorflow"):  # which writes the logs, whatever the backend
+            require(module, "tensorboard")
     with contextlib.nullcontext() if parallel is None else parallel.scope():
         _train(run, settings, texts, tensorboard, verbose)
     return run.results
@@ -196,7 +201,7 @@ def _train(run, settings, texts, tensorboard, verbose):
         EpochLine(),
         SaveRun(run, lambda: {"place": feed.place(settings["steps_per_save"])}),
     ]
-    if tensorboard:
+    if tensorboard and process_id() == 0:
         callbacks.append(keras.callbacks.TensorBoard(run.folder / "tensorboard"))
     try:
         network.fit(

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import keras
 import numpy as np
@@ -211,6 +212,16 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             run(text, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "epoch-1.weights.h5"}
+
+
+def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
+    whole = run(text, tmp_path, tensorboard=True, steps=4)
+    logs = [path for path in (tmp_path / "tensorboard").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in logs} == {"train", "validation"} and whole["finished"]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"logs for TensorBoard need .*keras-moe\[tensorboard\]"):
+        run(text, tmp_path / "other", tensorboard=True)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
