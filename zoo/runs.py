@@ -85,32 +85,49 @@ class SaveRun(keras.callbacks.Callback):
 
 
 class StopAtNaN(keras.callbacks.Callback):
-    """Raises a FloatingPointError at the step whose loss is not finite.
+    """Raises a FloatingPointError that says at which step the loss was not finite.
 
-    It goes before the callbacks that read or save what an epoch made.
+    It goes before the callbacks that read or save what an epoch made. An accelerator is not waited
+    for at every step: some more may be under way when a loss becomes known.
 
     Args:
         run: a `Run`, which then has what it had.
     """
 
+    async_safe = True  # Keras hands the losses over in threads, in any order
+
     def __init__(self, run):
         super().__init__()
         self.run = run
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self.losses, self.checked = {}, 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._check()
+
     def on_train_batch_end(self, batch, logs=None):
-        if not math.isfinite(float(logs["loss"])):
-            self._stop(logs["loss"], batch + 1)
+        self.losses[batch] = float(logs["loss"])
 
     def on_epoch_end(self, epoch, logs=None):
+        self._check()
         # What the last step of the epoch made of the weights.
-        if not math.isfinite(float(logs.get("val_loss", 0.0))):
-            self._stop(logs["val_loss"], self.params["steps"])
+        loss = float(logs.get("val_loss", 0.0))
+        if not math.isfinite(loss):
+            self._stop(loss, self.params["steps"])
+
+    def _check(self):
+        """Looks at the losses that follow those it has seen."""
+        while (loss := self.losses.pop(self.checked, None)) is not None:
+            self.checked += 1
+            if not math.isfinite(loss):
+                self._stop(loss, self.checked)
 
     def _stop(self, loss, steps):
         done = self.run.epoch * self.params["steps"]
         kept = f"the weights of step {done}" if done else "no weights yet"
         raise FloatingPointError(
-            f"The loss must be finite. Received: {float(loss)} at step {done + steps}; "
+            f"The loss must be finite. Received: {loss} at step {done + steps}; "
             f"{self.run.folder} has {kept}"
         )
 
@@ -121,6 +138,8 @@ class EpochLine(keras.callbacks.ProgbarLogger):
     There are eight figures per sparse layer. `History` and `SaveRun` get them all: only what is
     shown at the end of an epoch is shortened. It goes after the callbacks that add to the logs.
     """
+
+    async_safe = True  # as Keras' own bar
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, self._shortened(logs))

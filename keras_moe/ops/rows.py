@@ -75,7 +75,8 @@ def embedding_lookup(table_MD, index):
 
     The gradient is one tensor, on every backend. TensorFlow's own is a list of rows, which Keras'
     optimizers square one by one: a row that was taken twice would get another second moment than
-    elsewhere, and an Adam step several times as long.
+    elsewhere, and an Adam step several times as long. It is summed in float32 at least: the sum of
+    a common token's gradients would soon stand still in bfloat16.
 
     Args:
         table_MD: `[M, D]` tensor or variable.
@@ -85,7 +86,9 @@ def embedding_lookup(table_MD, index):
         Tensor of shape `index.shape + [D]`.
     """
     if keras.backend.backend() != "tensorflow":
-        return ops.take(table_MD, index, axis=0)
+        table_MD = ops.convert_to_tensor(table_MD)
+        wide = keras.backend.result_type(table_MD.dtype, "float32")
+        return ops.cast(ops.take(ops.cast(table_MD, wide), index, axis=0), table_MD.dtype)
     import tensorflow as tf
 
     def forward(table_MD):
