@@ -1,4 +1,7 @@
-"""Tokenised examples in batches of a few lengths: short texts cost little, few steps compile."""
+"""Tokenised examples in batches of a few lengths: short texts cost little, few steps compile.
+
+L lengths that a batch may have, of which K are chosen.
+"""
 
 import keras
 import numpy as np
@@ -78,3 +81,31 @@ class TokenBatches(keras.utils.PyDataset):
             "padding_mask": mask.astype("int32"),
         }
         return x, self.labels[rows], weight
+
+
+def few_lengths(counts, most, multiple=8):
+    """The lengths of batches that pad examples least.
+
+    Args:
+        counts: tokens of each example.
+        most: how many lengths there may be.
+        multiple: of which each length is one, but for the last, which is the longest example's.
+
+    Returns:
+        Ascending list of integers.
+    """
+    counts = np.maximum(counts, 1)
+    lengths = np.arange(multiple, max(counts) + multiple, multiple)
+    lengths[-1] = max(counts)
+    fits_L = np.searchsorted(np.sort(counts), lengths, side="right")  # examples up to each length
+    # By dynamic programming: tokens of all examples up to the length that is the last of K.
+    tokens_L, choices = fits_L * lengths, []
+    for _ in range(most - 1):
+        tokens_LL = tokens_L[:, None] + (fits_L - fits_L[:, None]) * lengths  # before, and last
+        tokens_LL[np.tril_indices(len(lengths), -1)] = np.iinfo(tokens_LL.dtype).max
+        choices.append(np.argmin(tokens_LL, axis=0))
+        tokens_L = np.min(tokens_LL, axis=0)
+    chosen = [len(lengths) - 1]
+    for choice in reversed(choices):
+        chosen.append(choice[chosen[-1]])
+    return sorted({int(lengths[number]) for number in chosen})

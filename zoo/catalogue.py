@@ -28,15 +28,23 @@ def shipped():
 def list_presets():
     """The models that `from_preset` loads by name.
 
-    They are those of the hub's google and google-t5, in transformers' format, whose sizes are
-    tested here; none of them has been downloaded in the making of this library. Any other
-    checkpoint of a family that `load_transformers` knows is loaded in the same way.
+    They are those that come with the library, pretrained by this project: see the card in each
+    one's folder, `zoo/assets/presets`. And those of the hub's google and google-t5, in
+    transformers' format, whose sizes are tested here; none of them has been downloaded in the
+    making of this library. Any other checkpoint of a family that `load_transformers` knows is
+    loaded in the same way.
 
     Returns:
         List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
         `file_bytes` (about: 4 bytes a parameter, where the weights are float32), `licence`,
         `training_data` and `scores`.
     """
+    text = "262M tokens of English Wikipedia, Wikinews and novels, masked language model"
+    twins = {
+        "dense": ("dense encoder", 3_344_160, 3_344_160),
+        "switch": ("Switch encoder", 12_197_664, 3_350_304),
+        "expert_choice": ("expert choice encoder", 12_203_808, 3_356_448),
+    }
     c4 = "C4, span corruption (https://arxiv.org/abs/1910.10683)"
     supervised = f"{c4}, and supervised tasks"
     switch = {
@@ -67,8 +75,14 @@ def list_presets():
         *((f"google/t5-v1_1-{size}", "T5 1.1", n, n, 4 * n, c4) for size, n in t5_1_1.items()),
     ]
     return [
-        Preset(f"hf://{name}", kind, total, active, file_bytes, "Apache-2.0", data, None)
-        for name, kind, total, active, file_bytes, data in rows
+        *(
+            Preset(f"{name}_mini_en", *sizes, 2 * sizes[1], "CC-BY-SA-3.0", text, None)
+            for name, sizes in twins.items()
+        ),
+        *(
+            Preset(f"hf://{name}", kind, total, active, file_bytes, "Apache-2.0", data, None)
+            for name, kind, total, active, file_bytes, data in rows
+        ),
     ]
 
 

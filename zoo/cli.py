@@ -116,6 +116,7 @@ def _parser():
         metavar="N",
         help="tokens per example, at most 512; default: 64, see below for presets",
     )
+    add("--pairs", metavar="HOW", help="two texts are read apart (default) or together")
     add("--max-examples", type=int, metavar="N", help="only so many training examples")
     add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")
     add("--expert-dropout", type=float, metavar="RATE", help="of the experts; see below")
@@ -244,6 +245,7 @@ def _parser():
     add("target", metavar="DST", help="a folder that is not there yet")
     add("--to", choices=("keras", "transformers"), required=True, help="the format of DST")
     add("--licence", metavar="NAME", help="for the model card; default: as presets says")
+    add("--training-data", metavar="TEXT", help="likewise")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
     add("--dtype", help="of the weights, e.g. bfloat16; auto: as saved; default: float32")
     command.set_defaults(run=_convert, interrupted="DST is not there")
@@ -464,7 +466,7 @@ def _convert(options):
     known = next((p for p in list_presets() if p.name == options.source.partition("@")[0]), None)
     facts = {
         "licence": options.licence or (known and known.licence),
-        "training_data": known and known.training_data,
+        "training_data": options.training_data or (known and known.training_data),
     }
     with _without_remarks():
         from zoo.conversion import save_transformers
@@ -481,11 +483,13 @@ def _convert(options):
 def _presets(options):
     for preset in list_presets():
         print(
-            f"{preset.name:32}{preset.kind:20}{preset.parameters / 1e6:11,.0f}M parameters,"
+            f"{preset.name:32}{preset.kind:23}{preset.parameters / 1e6:11,.0f}M parameters,"
             f"{preset.active_parameters / 1e6:7,.0f}M active, {_size(preset.file_bytes):>16}, "
             f"{preset.licence}, {preset.training_data}"
         )
 
 
 def _size(file_bytes):
-    return "size not known" if file_bytes is None else f"about {file_bytes / 1e9:.1f} GB"
+    if file_bytes is None:
+        return "size not known"
+    return f"about {file_bytes / 1e6:.0f} MB" if file_bytes < 1e9 else f"{file_bytes / 1e9:.1f} GB"

@@ -230,7 +230,8 @@ class SelfAttention(Attention):
     Call arguments:
         inputs: `[batch, length, dim]` tensor.
         position_bias: `[1, heads, length, length]` tensor.
-        padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to.
+        padding_mask: `[batch, length]`, 0 or `False` for padding, which no token attends to. Tokens
+            of different numbers, texts that share a row, do not attend to each other.
         training: boolean.
         token_ids: `[batch, length]` integers, for mixtures whose router hashes them.
         counts: whether mixtures keep losses and statistics of the call.
@@ -243,7 +244,11 @@ class SelfAttention(Attention):
         self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
     ):
         heads = self.project_heads(inputs, padding_mask, training, token_ids, counts=counts)
-        return self.attend(*heads, ops.expand_dims(padding_mask, (1, 2)), position_bias, training)
+        query_B1Q1 = ops.expand_dims(padding_mask, (1, 3))
+        key_B11S = ops.expand_dims(padding_mask, (1, 2))
+        # A query that is padding attends to all: what comes of it, nobody reads.
+        mask_B1QS = (key_B11S != 0) & ((query_B1Q1 == key_B11S) | (query_B1Q1 == 0))
+        return self.attend(*heads, mask_B1QS, position_bias, training)
 
     def project_heads(self, inputs, padding_mask, training, token_ids, first=0, **of_mixture):
         """Queries, keys and values, `[batch, heads, length, key_dim]` each; see `project`.

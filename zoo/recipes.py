@@ -42,11 +42,17 @@ def preset_recipe(task, sparse):
 
     Returns:
         A dict of `epochs`, `batch_size`, `learning_rate`, `dropout`, `expert_dropout` (`None` of a
-        dense model) and `max_length`.
+        dense model), `max_length` and `pairs` (`None` of a task with one text).
     """
     task = get(task)
     return {
         "epochs": _EPOCHS.get(task.name, 3),
         **(_SPARSE if sparse else _DENSE),
         "max_length": _MAX_LENGTH.get(task.name, 64 if len(task.inputs) == 1 else 128),
+        "pairs": pairs(task),
     }
+
+
+def pairs(task):
+    """How the two texts of a task's examples are read unless told otherwise, see `zoo.finetune`."""
+    return "apart" if len(get(task).inputs) == 2 else None

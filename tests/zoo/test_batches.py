@@ -1,7 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from zoo.batches import TokenBatches
+from zoo.batches import TokenBatches, few_lengths
 
 LENGTHS = (4, 8)
 
@@ -65,3 +69,26 @@ def test_training_order_depends_on_seed_and_epoch_alone(examples):
     assert straight[0] != straight[1]
     assert straight != orders(1, range(4))
     assert all(len(set(order)) == 10 and -1 not in order for order in straight)  # 11 is odd
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 4))
+def test_no_other_few_lengths_pad_less(counts, most):
+    def padded(lengths):
+        return sum(min(length for length in lengths if length >= count) for count in counts)
+
+    lengths = few_lengths(counts, most, multiple=4)
+    longest = max([1, *counts])
+    allowed = {min(length, longest) for length in range(4, longest + 4, 4)}
+    assert lengths == sorted(set(lengths)) and len(lengths) <= most
+    assert set(lengths) <= allowed and lengths[-1] == longest
+    others = (
+        {*some, longest}
+        for number in range(min(most, len(allowed)))
+        for some in itertools.combinations(allowed - {longest}, number)
+    )
+    assert padded(lengths) == min(padded(some) for some in others)
+
+
+def test_few_lengths_are_multiples_of_eight_by_default():
+    assert few_lengths([3, 9, 9, 30, 31], 3) == [8, 16, 31]

@@ -163,3 +163,11 @@ def test_rows_of_a_weight_that_are_used_often_move_like_others(kind):
     moved = before - numpy(table)
     np.testing.assert_allclose(moved[used], 0.1, rtol=1e-4)
     np.testing.assert_array_equal(np.delete(moved, used, axis=0), 0)
+
+
+def test_gradients_of_an_embedding_are_summed_in_float32():
+    """One by one in bfloat16 the sum would stop at 256, where the next number is 258."""
+    layer = Embedding(2, 1, dtype="mixed_bfloat16")
+    layer.build((1, 512))
+    *_, (by_table,) = run(layer, np.zeros((1, 512)), np.ones((1, 512, 1)))
+    assert by_table.tolist() == [[512], [0]]

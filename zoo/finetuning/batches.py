@@ -2,8 +2,10 @@
 
 import keras
 
-from zoo.batches import TokenBatches
+from zoo.batches import TokenBatches, few_lengths
 from zoo.tasks import data
+
+LENGTHS = 4  # of batches: each is a compilation, and the fewer, the more padding
 
 
 class TokenisedTask:
@@ -49,14 +51,10 @@ class TokenisedTask:
             ValueError: if there are not enough examples for one batch.
         """
         labels = self.examples(split).labels
-        lengths = [length for length in (16, 32, 64, 128, 256) if length < self.max_length]
-        batches = TokenBatches(
-            *self._tokenised(split, preprocessor),
-            labels,
-            batch_size,
-            [*lengths, self.max_length],
-            shuffle_seed,
-        )
+        token_ids, mask = self._tokenised(split, preprocessor)
+        lengths = few_lengths(mask.sum(axis=1), LENGTHS)
+        token_ids, mask = token_ids[:, : lengths[-1]], mask[:, : lengths[-1]]
+        batches = TokenBatches(token_ids, mask, labels, batch_size, lengths, shuffle_seed)
         if not len(batches):
             raise ValueError(
                 f"`batch_size` must be at most the number of examples, {len(labels)}. "

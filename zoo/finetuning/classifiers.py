@@ -16,22 +16,27 @@ def build(task, settings):
         settings: see `zoo.finetuning.settings.settle`.
 
     Returns:
-        A `zoo.EncoderTextClassifier` with its preprocessor.
+        A `zoo.EncoderTextClassifier` with its preprocessor, and a new head.
 
     Raises:
         ValueError: if the preset cannot be read, or does not go with its tokenizer.
     """
     if settings["preset"] is None:
-        return _from_scratch(task, settings)
-    classifier = from_preset(
-        settings["preset"],
-        num_classes=task.num_classes,
+        backbone, preprocessor = _from_scratch(settings)
+    else:
+        rates = {name: settings[name] for name in ("dropout", "expert_dropout")}
+        pretrained = from_preset(settings["preset"], num_classes=task.num_classes, **rates)
+        check_vocabulary(pretrained, settings["preset"])
+        backbone, preprocessor = pretrained.backbone, pretrained.preprocessor
+        preprocessor.sequence_length = settings["max_length"]
+    is_apart = settings["pairs"] == "apart"
+    return EncoderTextClassifier(
+        backbone,
+        task.num_classes,
+        preprocessor,
         dropout=settings["dropout"],
-        expert_dropout=settings["expert_dropout"],
+        separator=preprocessor.tokenizer.end_token_id if is_apart else None,
     )
-    check_vocabulary(classifier, settings["preset"])
-    classifier.preprocessor.sequence_length = settings["max_length"]
-    return classifier
 
 
 def check_vocabulary(classifier, preset):
@@ -47,7 +52,7 @@ def check_vocabulary(classifier, preset):
         )
 
 
-def _from_scratch(task, settings):
+def _from_scratch(settings):
     preprocessor = EncoderTextClassifierPreprocessor(
         default_tokenizer(), sequence_length=settings["max_length"]
     )
@@ -63,7 +68,4 @@ def _from_scratch(task, settings):
         options["expert_dropout"] = (
             settings["dropout"] if expert_dropout is None else expert_dropout
         )
-    backbone = MODELS[settings["model"]](**options)
-    return EncoderTextClassifier(
-        backbone, task.num_classes, preprocessor, dropout=settings["dropout"]
-    )
+    return MODELS[settings["model"]](**options), preprocessor

@@ -34,6 +34,7 @@ def finetune(
     dropout=None,
     expert_dropout=None,
     max_length=None,
+    pairs=None,
     max_examples=None,
     seed=0,
     restart=False,
@@ -75,6 +76,8 @@ def finetune(
             `dropout`.
         max_length: tokens per example, at most 512; longer ones are cut; `None`: 64, or for a
             preset likewise.
+        pairs: of texts, where a task has them: read "together" as one text, or "apart", and then
+            compared, see `zoo.EncoderTextClassifier`; `None`: as `zoo.recipes.pairs` has it.
         max_examples: only so many training examples, for a quick look.
         seed: of weights, dropout and the order of the examples.
         restart: throws an earlier run in `output` away.
@@ -108,6 +111,7 @@ def finetune(
         dropout,
         expert_dropout,
         max_length,
+        pairs,
         max_examples,
         seed,
     )

@@ -3,15 +3,17 @@
 import keras
 
 from keras_moe.routing.base import positive_integer
+from zoo import recipes
 from zoo.finetuning.trainable import OF_EXPERTS, TRAIN
 from zoo.models.builders import MODELS
 from zoo.presets import encoder_config
-from zoo.recipes import preset_recipe
 from zoo.tasks.task import get, recipe
 
 # What a model that is built from scratch takes, and what of that has to do with experts.
 _BUILT = ("size", "num_experts")
 _OF_EXPERTS = ("num_experts", "expert_dropout")
+
+PAIRS = ("apart", "together")
 
 # T5's own limit in training (https://arxiv.org/abs/1910.10683, section 3.1.2). Almost all of GLUE
 # is shorter, and attention's memory grows with the square: one head's scores of a batch of 32 are
@@ -33,6 +35,7 @@ def settle(
     dropout=None,
     expert_dropout=None,
     max_length=None,
+    pairs=None,
     max_examples=None,
     seed=0,
 ):
@@ -60,9 +63,10 @@ def settle(
             )
         sparse = model != "dense"
         defaults = {"size": "mini", "num_experts": 8, "max_length": 64, **recipe(task)}
+        defaults["pairs"] = recipes.pairs(task)
     else:
         sparse = _has_experts(encoder_config(preset))
-        defaults = preset_recipe(task, sparse)
+        defaults = recipes.preset_recipe(task, sparse)
     given = {
         "size": size,
         "num_experts": num_experts,
@@ -72,6 +76,7 @@ def settle(
         "dropout": dropout,
         "expert_dropout": expert_dropout,
         "max_length": max_length,
+        "pairs": pairs,
     }
     kind = f"preset={str(preset)!r}" if preset is not None else f"model={model!r}"
     _check_kind(given, train, preset is not None, sparse, kind)
@@ -96,7 +101,7 @@ def settle(
         "max_examples": max_examples,
         "seed": seed,
     }
-    _check(settings)
+    _check(settings, texts=len(task.inputs))
     return settings
 
 
@@ -123,7 +128,16 @@ def _check_kind(given, train, is_preset, sparse, kind):
             )
 
 
-def _check(settings):
+def _check(settings, texts):
+    if texts == 1 and settings["pairs"] is not None:
+        raise ValueError(
+            "`pairs` must be left out for a task with one text. "
+            f"Received: pairs={settings['pairs']!r}, task={settings['task']!r}"
+        )
+    if texts == 2 and settings["pairs"] not in PAIRS:
+        raise ValueError(
+            f"`pairs` must be one of {', '.join(PAIRS)}. Received: pairs={settings['pairs']!r}"
+        )
     for name in ("epochs", "batch_size", "num_experts", "lora_rank"):
         if settings[name] is not None:
             positive_integer(name, settings[name])

@@ -35,15 +35,13 @@ def _widths(layers, heads, width, head_width, hidden, vocabulary=32128, **option
 
 
 _GATED = {"activation": gelu_tanh, "gated": True}
-# "mini" and "small_en" are the project's own, for the shipped tokenizer: the shipped presets are of
-# them, and two CPU cores are enough to fine-tune "mini". The others up to "xxl" are T5's
-# (https://arxiv.org/abs/1910.10683), "xl" and "xxl" those of T5 1.1; the public Switch models have
-# these widths, too. "c-2048" is the Switch-C of Switch Transformers
-# (https://arxiv.org/abs/2101.03961, Table 9), every block of which is sparse; "100m" and "8b" are
-# Expert Choice's (https://arxiv.org/abs/2202.09368, Table 1).
+# "mini" is the project's own, to be pretrained on two CPU cores, with the shipped tokenizer; the
+# shipped presets are of it. The others up to "xxl" are T5's (https://arxiv.org/abs/1910.10683),
+# "xl" and "xxl" those of T5 1.1; the public Switch models have these widths, too. "c-2048" is the
+# Switch-C of Switch Transformers (https://arxiv.org/abs/2101.03961, Table 9), every block of which
+# is sparse; "100m" and "8b" are Expert Choice's (https://arxiv.org/abs/2202.09368, Table 1).
 SIZES = {
     "mini": _widths(4, 3, 192, 64, 512, vocabulary=8192, **_GATED),
-    "small_en": _widths(6, 5, 320, 64, 896, vocabulary=8192, **_GATED),
     "small": _widths(6, 8, 512, 64, 2048),
     "base": _widths(12, 12, 768, 64, 3072),
     "large": _widths(24, 16, 1024, 64, 4096),
@@ -65,10 +63,9 @@ def dense_transformer(size="mini", vocabulary_size=None, architecture="encoder_d
     of their own).
 
     Args:
-        size: "mini", "small_en", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and
-            "8b".
-        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini" and "small_en",
-            which fits the shipped tokenizer, and T5's 32,128.
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         architecture: "encoder_decoder", "encoder" or "decoder".
         **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
             `zoo.DecoderBackbone`, but for experts and routers.
@@ -107,11 +104,11 @@ def switch_transformer(
     `router=keras_moe.SwitchRouter(capacity_factor=0, eval_capacity_factor=0, min_capacity=64)`.
 
     Args:
-        size: "mini", "small_en", "small", "base", "large", "xl", "xxl" or "c-2048".
+        size: "mini", "small", "base", "large", "xl", "xxl" or "c-2048".
         num_experts: experts per sparse block; `None`: those of the paper's model, or 8 up to
             "base".
-        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini" and "small_en",
-            which fits the shipped tokenizer, and T5's 32,128.
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.SwitchRouter` with other settings.
         architecture: "encoder_decoder", "encoder" or "decoder".
         **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
@@ -149,12 +146,11 @@ def expert_choice_transformer(
     and alone not gated.
 
     Args:
-        size: "mini", "small_en", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and
-            "8b".
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
         num_experts: experts per sparse block; `None`: 8 up to "base", 128 up to "xxl", 64 for
             "100m" and "8b".
-        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini" and "small_en",
-            which fits the shipped tokenizer, and T5's 32,128.
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.ExpertChoiceRouter` with other settings.
         architecture: "encoder_decoder", "encoder" or "decoder".
         **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or
@@ -195,12 +191,11 @@ def hash_transformer(
     sparse, and no token is dropped.
 
     Args:
-        size: "mini", "small_en", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and
-            "8b".
+        size: "mini", "small", "base", "large", "xl" or "xxl"; decoders also "100m" and "8b".
         num_experts: experts per sparse block; `None`: 8 up to "base", 128 up to "xxl", 64 for
             "100m" and "8b".
-        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini" and "small_en",
-            which fits the shipped tokenizer, and T5's 32,128.
+        vocabulary_size: rows of the embedding table; `None`: 8,192 for "mini", which fits the
+            shipped tokenizer, and T5's 32,128.
         router: a `keras_moe.HashRouter` with other settings.
         architecture: "encoder_decoder", "encoder" or "decoder".
         **options: any other argument of `zoo.EncoderDecoderBackbone`, `zoo.EncoderBackbone` or

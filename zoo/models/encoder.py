@@ -38,8 +38,9 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
     """A Transformer encoder with mixtures of experts in some blocks.
 
     Inputs are a dictionary of `token_ids` and `padding_mask`, both `[batch, length]`; the output is
-    `[batch, length, hidden_dim]`. By default the second, fourth, ... block is sparse, as in Switch
-    Transformers (https://arxiv.org/abs/2101.03961).
+    `[batch, length, hidden_dim]`. The mask is 0 for padding; tokens of different numbers, those of
+    texts that share a row, do not attend to each other. By default the second, fourth, ... block is
+    sparse, as in Switch Transformers (https://arxiv.org/abs/2101.03961).
 
     Args:
         vocabulary_size: rows of the embedding table.
@@ -252,6 +253,11 @@ class EncoderTextClassifierPreprocessor(keras_hub.models.TextClassifierPreproces
 class EncoderTextClassifier(keras_hub.models.TextClassifier):
     """A linear classifier, or a regressor, on the mean of an encoder's outputs.
 
+    The two texts of a pair are read as one, or each on its own, by the same encoder: with a
+    `separator` the classifier sees the mean `u` of the first text's outputs, `v` of the second's,
+    `|u - v|` and `u * v` (InferSent, Conneau et al. 2017, https://arxiv.org/abs/1705.02364, Figure
+    1; so do GLUE's own baselines). That two texts are alike it then need not learn to see.
+
     `predict`, `evaluate` and `fit` take texts as a list of strings, and pairs of texts as a tuple
     of two such lists: all first texts, then all second ones.
 
@@ -272,6 +278,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         num_classes: integer; 1 makes a regressor, trained on the squared error.
         preprocessor: an `EncoderTextClassifierPreprocessor`; `None` if inputs are tokens already.
         dropout: rate on the mean.
+        separator: id of the token that ends a text, by which a pair is told apart; `None`: it is
+            read as one text.
         name: of the model.
         trainable: whether training changes the weights.
 
@@ -287,26 +295,41 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
     preprocessor_cls = EncoderTextClassifierPreprocessor
 
     def __init__(
-        self, backbone, num_classes, preprocessor=None, dropout=0.1, name=None, trainable=True
+        self,
+        backbone,
+        num_classes,
+        preprocessor=None,
+        dropout=0.1,
+        separator=None,
+        name=None,
+        trainable=True,
     ):
         check_parts(EncoderTextClassifier, backbone, preprocessor)
 
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
-        pooler = MaskedMean(dtype=backbone.dtype_policy, name="pooler")
+        if separator is None:
+            pooler = MaskedMean(dtype=backbone.dtype_policy, name="pooler")
+        else:
+            text_numbers = TextNumbers(separator, name="text_numbers")
+            pooler = PairedMeans(dtype=backbone.dtype_policy, name="pooler")
         output_dropout = Dropout(dropout, dtype=backbone.dtype_policy, name="classifier_dropout")
         logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")
 
         # === Functional model ===
         inputs = backbone.input
-        x = pooler(backbone(inputs), inputs["padding_mask"])
+        mask = inputs["padding_mask"]
+        if separator is not None:
+            mask = text_numbers(inputs["token_ids"], mask)
+        x = pooler(backbone({**inputs, "padding_mask": mask}), mask)
         x = logits(output_dropout(x))
         super().__init__(inputs=inputs, outputs=x, name=name, trainable=trainable)
 
         # === Config ===
         self.num_classes = num_classes
         self.dropout = dropout
+        self.separator = separator
 
     def compile(self, optimizer="auto", loss="auto", *, metrics="auto", **kwargs):
         """As KerasHub's `TextClassifier.compile`; one class means the mean squared error."""
@@ -347,6 +370,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             **super().get_config(),
             "num_classes": self.num_classes,
             "dropout": self.dropout,
+            "separator": self.separator,
         }
 
 
@@ -367,8 +391,58 @@ class MaskedMean(keras.layers.Layer):
     """Mean over the tokens of each sequence that are not padding, `[batch, dim]`."""
 
     def call(self, inputs, padding_mask):
-        mask = ops.expand_dims(ops.cast(padding_mask, inputs.dtype), 2)
-        return ops.sum(inputs * mask, axis=1) / ops.maximum(ops.sum(mask, axis=1), 1.0)
+        mask = ops.cast(ops.cast(padding_mask, "bool"), inputs.dtype)
+        return _mean(inputs, mask)
 
     def compute_output_shape(self, input_shape, *args):
         return (input_shape[0], input_shape[-1])
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class TextNumbers(keras.layers.Layer):
+    """1 for the tokens of the first text of a pair, 2 for those of the second, 0 for padding.
+
+    The first text ends with its first separator, unless that is the row's first token.
+
+    Args:
+        separator: id of the token that ends a text.
+    """
+
+    def __init__(self, separator, **kwargs):
+        super().__init__(**kwargs)
+        self.separator = separator
+
+    def call(self, token_ids, padding_mask):
+        ends_BL = ops.cast(token_ids == self.separator, "int32")
+        ends_BL = ops.pad(ends_BL[:, 1:], ((0, 0), (1, 0)))
+        is_second_BL = ops.cumsum(ends_BL, axis=1) - ends_BL > 0
+        numbers_BL = ops.where(is_second_BL, 2, 1)
+        return ops.where(ops.cast(padding_mask, "bool"), numbers_BL, 0)
+
+    def compute_output_spec(self, token_ids, padding_mask):
+        return keras.KerasTensor(token_ids.shape, dtype="int32")
+
+    def get_config(self):
+        return {**super().get_config(), "separator": self.separator}
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class PairedMeans(keras.layers.Layer):
+    """Means of two texts' tokens, how far they are apart, and their products, `[batch, 4 * dim]`.
+
+    Call arguments:
+        inputs: `[batch, length, dim]` tensor.
+        text_numbers: `[batch, length]` integers: 1, 2, or 0 for padding.
+    """
+
+    def call(self, inputs, text_numbers):
+        u, v = (_mean(inputs, ops.cast(text_numbers == n, inputs.dtype)) for n in (1, 2))
+        return ops.concatenate([u, v, ops.abs(u - v), u * v], axis=-1)
+
+    def compute_output_shape(self, input_shape, *args):
+        return (input_shape[0], 4 * input_shape[-1])
+
+
+def _mean(x_BLD, weight_BL):
+    weight_BL1 = ops.expand_dims(weight_BL, 2)
+    return ops.sum(x_BLD * weight_BL1, axis=1) / ops.maximum(ops.sum(weight_BL1, axis=1), 1.0)

@@ -34,6 +34,14 @@ def test_a_preset_gets_other_rates_and_keeps_its_weights(masked_lm):
         np.testing.assert_array_equal(numpy(one), numpy(other), err_msg=one.path)
 
 
+@pytest.mark.parametrize("begin", ["scratch", "preset"])
+def test_pairs_are_told_apart_by_the_token_that_ends_a_text(masked_lm, begin):
+    options = {"preset": masked_lm} if begin == "preset" else {"size": "tiny", "num_experts": 4}
+    for pairs, separator in (("apart", 1), ("together", None)):
+        model = build(get("glue/rte"), settle("glue/rte", pairs=pairs, **options))
+        assert model.separator == separator
+
+
 def test_the_rates_of_a_preset_stay_unless_others_are_given(masked_lm):
     backbone = zoo.from_preset(masked_lm, num_classes=2).backbone
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.1)

@@ -27,6 +27,16 @@ def test_defaults_of_presets(masked_lm, dense_masked_lm):
     assert some(chosen) == [None, None, 4, 0.0, 0.2, 16]
 
 
+def test_how_pairs_are_read(masked_lm):
+    assert settle("glue/cola")["pairs"] is settle("glue/cola", preset=masked_lm)["pairs"] is None
+    assert settle("glue/rte")["pairs"] == settle("glue/rte", preset=masked_lm)["pairs"] == "apart"
+    assert settle("glue/rte", pairs="together")["pairs"] == "together"
+    with pytest.raises(ValueError, match="`pairs` must be one of apart, together. Received: pai"):
+        settle("glue/rte", pairs="both")
+    with pytest.raises(ValueError, match="`pairs` must be left out for a task with one text"):
+        settle("glue/cola", pairs="apart")
+
+
 def test_rank_of_lora():
     assert settle("glue/rte")["lora_rank"] is None
     assert settle("glue/rte", train="lora")["lora_rank"] == 8
@@ -72,5 +82,5 @@ def test_a_preset_of_another_kind(tmp_path):
     zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
     with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
         settle("glue/cola", preset=tmp_path)
-    with pytest.raises(ValueError, match="`preset` must be a folder that is there"):
+    with pytest.raises(ValueError, match="`preset` must be .*, a folder that is there"):
         settle("glue/cola", preset=tmp_path / "none")

@@ -284,6 +284,32 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
     assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
 
 
+def test_two_texts_that_are_read_apart(tmp_path):
+    """As the encoder reads each on its own, but for the padding, and InferSent's features."""
+    backbone = encoder("dense", dropout=0.0)
+    preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 16)
+    end = preprocessor.tokenizer.end_token_id
+    model = zoo.EncoderTextClassifier(backbone, 3, preprocessor, separator=end)
+    first, second = ["a red dog", "one"], ["two cats sat", "rain fell on all of us"]
+    given = preprocessor((first, second), y=None)
+    ends = np.argwhere(np.asarray(given["token_ids"]) == end)
+    means = [[], []]
+    for row in range(2):
+        begin, between, last = ends[ends[:, 0] == row, 1]
+        for text, part in enumerate((slice(begin, between + 1), slice(between + 1, last + 1))):
+            alone = {name: x[row : row + 1, part] for name, x in given.items()}
+            means[text].append(output(backbone, alone)[0].mean(axis=0))
+    u, v = np.array(means)
+    features = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+    kernel, bias = (ops.convert_to_numpy(weight) for weight in model.weights[-2:])
+    logits = output(model, given)
+    np.testing.assert_allclose(logits, features @ kernel + bias, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.separator == end
+    np.testing.assert_allclose(output(again, given), logits, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dense_classifier_learns_from_a_sparse_one():
     """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
     keras.utils.set_random_seed(0)
