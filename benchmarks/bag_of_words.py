@@ -9,7 +9,7 @@ the regularization is, cross-validation on the training data says.
 import numpy as np
 
 from zoo.extras import require
-from zoo.tasks import evaluate, load
+from zoo.tasks import evaluate, load, validation_splits
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
@@ -31,7 +31,7 @@ def scores(task, data_dir=None, overlap=False):
     words = Words(train.texts, overlap)
     model = _fitted(words(train.texts), train.labels, regression=task.labels is None)
     found = {}
-    for number, split in enumerate(task.validation):
+    for number, split in enumerate(validation_splits(task, data_dir)[0]):
         examples = load(task, split, data_dir)
         outputs = _outputs(model, words(examples.texts), task)
         name = "val" if number == 0 else split

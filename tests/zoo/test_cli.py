@@ -418,7 +418,7 @@ def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatc
 
 def test_generate_and_convert_bad_input(preset, tmp_path, capsys):
     for arguments, message in (
-        (("generate", tmp_path / "none", "a"), "`preset` must be a folder that is there"),
+        (("generate", tmp_path / "none", "a"), "`preset` must be dense_mini_en, "),
         (("generate", preset, "a", "--max-length", 0), "`max_length` must be a positive integer"),
         (("generate", preset, "a", "--batch-size", 0), "`batch_size` must be a positive integer"),
         (("convert", preset, tmp_path, "--to", "keras"), "`folder` must not be there yet"),

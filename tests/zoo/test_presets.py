@@ -205,11 +205,13 @@ def test_what_is_no_name():
     [
         ("google/switch-base8", " Did you mean 'hf://google/switch-base-8'?"),
         ("t5_large", " Did you mean 'hf://google-t5/t5-large'?"),
+        ("switch_mini", " Did you mean 'switch_mini_en'?"),
         ("qqq", ""),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(name, hint):
-    expected = "`preset` must be a folder that is there, or 'hf://owner/model'. "
+    names = ", ".join(sorted(SHIPPED))
+    expected = f"`preset` must be {names}, a folder that is there, or 'hf://owner/model'. "
     assert error_of(name) == f"{expected}Received: preset={name!r}.{hint}"
 
 

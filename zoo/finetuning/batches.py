@@ -3,13 +3,16 @@
 import keras
 
 from zoo.batches import TokenBatches, few_lengths
-from zoo.tasks import data
+from zoo.tasks import data, validation_splits
 
 LENGTHS = 4  # of batches: each is a compilation, and the fewer, the more padding
 
 
 class TokenisedTask:
     """The splits of a task as token ids, each made when it is first asked for.
+
+    `validation` names the splits to measure on, and `partial` those that are not the official ones,
+    see `zoo.tasks.validation_splits`.
 
     Args:
         task: a `Task`.
@@ -23,6 +26,7 @@ class TokenisedTask:
         self.data_dir = data_dir
         self.max_length = max_length
         self.max_examples = max_examples
+        self.validation, self.partial = validation_splits(task, data_dir)
         self._examples = {}
         self._tokens = {}
 

@@ -26,10 +26,11 @@ def compare(*folders, epoch="best"):
         epoch: "best" on the validation data, or "last".
 
     Returns:
-        Dictionary: `epoch`; `folders`, list of their names; `tasks`, name -> dictionary of `metric`
-        and `models`; `average`, a list like `models`, `None` where there is no suite. In `models`
-        each has `mean`, `sd`, `seeds`, and all but the first `difference`, `test` ("paired",
-        "welch" or `None`), `p` and `p_holm`. `left_out` lists tasks that not all have.
+        Dictionary: `epoch`; `folders`, list of their names; `tasks`, name -> dictionary of
+        `metric`, `partial` (whether the data is not the official one) and `models`; `average`, a
+        list like `models`, `None` where there is no suite. In `models` each has `mean`, `sd`,
+        `seeds`, and all but the first `difference`, `test` ("paired", "welch" or `None`), `p` and
+        `p_holm`. `left_out` lists tasks that not all have.
 
     Raises:
         ValueError: if there are fewer than two folders, one has no summary, or they have no task in
@@ -54,7 +55,8 @@ def compare(*folders, epoch="best"):
             {run["seed"]: run[epoch][metric] for run in summary["tasks"][name]["runs"]}
             for summary in summaries
         ]
-        tasks[name] = {"metric": metric, "models": _models(scores)}
+        partial = any(summary["tasks"][name]["partial"] for summary in summaries)
+        tasks[name] = {"metric": metric, "partial": partial, "models": _models(scores)}
     for number in range(1, len(folders)):
         rows = [task["models"][number] for task in tasks.values()]
         for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
@@ -162,7 +164,8 @@ def comparison_table(comparison):
     heads = [names[0], *(cell for name in names[1:] for cell in (name, "difference", "p"))]
     lines = ["| task | metric | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for name, task in comparison["tasks"].items():
-        lines.append(f"| {name} | {task['metric']} | {_cells(task['models'], 'p_holm')} |")
+        mark = " (partial data)" if task["partial"] else ""
+        lines.append(f"| {name}{mark} | {task['metric']} | {_cells(task['models'], 'p_holm')} |")
     if comparison["average"]:
         tasks = f"average of {len(comparison['tasks'])} tasks"
         lines.append(f"| {tasks} | | {_cells(comparison['average'], 'p')} |")

@@ -47,8 +47,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
             f"`preset` must be of a classifier of {task.num_classes} classes for {task.name!r}. "
             f"Received: one of {classifier.num_classes}, preset={str(preset)!r}"
         )
-    split = split or task.validation[0]
     data = TokenisedTask(task, data_dir, classifier.preprocessor.sequence_length)
+    split = split or data.validation[0]
     batches = data.batches(
         split, classifier.preprocessor, batch_size or settings.get("batch_size", 32)
     )

@@ -183,13 +183,14 @@ class Bench:
                 self.data.examples(split),
                 self.data.batches(split, classifier.preprocessor, batch_size),
             )
-            for split in self.task.validation
+            for split in self.data.validation
         }
         self._begin_with(classifier, settings, len(batches))
+        run.results["partial"] = list(self.data.partial)
         run.open(self.network)
         self.network.fit(
             batches,
-            validation_data=validation[self.task.validation[0]][1],
+            validation_data=validation[self.data.validation[0]][1],
             epochs=settings["epochs"],
             initial_epoch=run.epoch,
             shuffle=False,  # Keras would shuffle the batches by a state that no file keeps

@@ -42,7 +42,7 @@ class OfficialMetrics(keras.callbacks.Callback):
         self.splits = splits
 
     def on_epoch_end(self, epoch, logs=None):
-        for split, (examples, batches) in self.splits.items():
-            prefix = "val" if split == self.task.validation[0] else split
+        for number, (split, (examples, batches)) in enumerate(self.splits.items()):
+            prefix = split if number else "val"
             scores = metrics.evaluate(self.task, examples, predict(self.model, batches))
             logs.update({f"{prefix}_{metric}": value for metric, value in scores.items()})

@@ -10,7 +10,7 @@ from zoo.finetuning.run import Bench, label, open_run
 from zoo.finetuning.settings import settle
 from zoo.finetuning.summary import summarise
 from zoo.runs import devices, replacing
-from zoo.tasks import SUITES, data, get
+from zoo.tasks import SUITES, data, get, validation_splits
 
 
 def finetune_suite(
@@ -104,7 +104,7 @@ def _without_data(runs, data_dir):
         if all(run.finished for run in each):
             continue
         try:
-            for split in ("train", *get(name).validation):
+            for split in ("train", *validation_splits(name, data_dir)[0]):
                 data.load(name, split, data_dir)
         except (FileNotFoundError, ValueError) as error:
             reasons[name] = str(error)

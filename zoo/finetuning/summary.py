@@ -17,13 +17,15 @@ def summarise(runs, output, suite=None, left_out=()):
     Returns:
         Dictionary for JSON. Scores are of the epoch that was best on the validation data, which
         flatters, and of the last; of several validation splits they are means. A standard
-        deviation is that of a sample, `None` of one seed.
+        deviation is that of a sample, `None` of one seed. `partial` are the splits that are not the
+        official ones: such scores are not to be put beside published ones.
     """
     tasks = {}
     for name, each in runs.items():
         entries = [_entry(get(name), run, output) for run in each]
         tasks[name] = {
             "metrics": [metric.removeprefix("val_") for metric in each[0].results["metrics"]],
+            "partial": each[0].results.get("partial", []),
             "runs": entries,
             **{
                 epoch: {
@@ -63,7 +65,8 @@ def _scores(task, results, entry):
     names = [name.removeprefix("val_") for name in results["metrics"]]
     prefixes = ["val", *task.validation[1:]]
     return {
-        name: float(np.mean([entry[f"{prefix}_{name}"] for prefix in prefixes])) for name in names
+        name: float(np.mean([entry[n] for p in prefixes if (n := f"{p}_{name}") in entry]))
+        for name in names
     }
 
 
@@ -95,11 +98,12 @@ def table(summary):
         "|---|---|---|---|---|---|",
     ]
     for name, task in summary["tasks"].items():
+        title = f"{name} (partial data)" if task["partial"] else name
         seconds = sum(entry["seconds"] for entry in task["runs"])
         for metric in task["metrics"]:
             best, last = (shown(task[epoch][metric]) for epoch in ("best", "last"))
             lines.append(
-                f"| {name} | {metric} | {best} | {last} | {len(task['runs'])} | {seconds:.0f} |"
+                f"| {title} | {metric} | {best} | {last} | {len(task['runs'])} | {seconds:.0f} |"
             )
     if summary["averages"]:
         best, last = (shown(summary["averages"][epoch]) for epoch in ("best", "last"))

@@ -3,7 +3,7 @@
 from zoo.tasks.data import Examples, load
 from zoo.tasks.metrics import evaluate
 from zoo.tasks.mixtures import mixture, rates
-from zoo.tasks.prepare import Prepared, prepare, prepared_in
+from zoo.tasks.prepare import Prepared, prepare, prepared_in, validation_splits
 from zoo.tasks.submission import write_submission
 from zoo.tasks.suites import Average, average
 from zoo.tasks.task import SUITES, TASKS, Task, get
@@ -26,6 +26,7 @@ __all__ = [
     "mixture",
     "prepare",
     "prepared_in",
+    "validation_splits",
     "rates",
     "score_text",
     "text_to_text",

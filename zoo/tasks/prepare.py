@@ -149,6 +149,27 @@ def prepared_in(task, data_dir=None):
     return found._replace(partial=tuple(remarks["partial"]), repeated=remarks["repeated"])
 
 
+def validation_splits(task, data_dir=None):
+    """The validation splits to measure a task on: all, or of partial data those that are there.
+
+    Args:
+        task: A `Task` or the name of one.
+        data_dir: The TensorFlow Datasets directory; `None` for the default one.
+
+    Returns:
+        A tuple of names, and a tuple of the splits that are not the official ones.
+
+    Raises:
+        ImportError: If TensorFlow Datasets is not installed.
+    """
+    task = get(task)
+    prepared = prepared_in(task, data_dir)
+    if prepared is None or not prepared.partial:
+        return task.validation, ()
+    there = tuple(split for split in task.validation if split in prepared.rows)
+    return there or task.validation, prepared.partial
+
+
 @quiet_datasets()
 def tasks_in(source, partial=False):
     """The tasks that a folder has labelled data of, and those that it has not.

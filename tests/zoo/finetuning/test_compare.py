@@ -23,7 +23,8 @@ def folders(tmp_path):
                     {"seed": seed, "best": {"accuracy": x}, "last": {"accuracy": x / 2}}
                     for seed, x in scores.items()
                 ]
-                entries[task] = {"metrics": ["accuracy"], "runs": runs}
+                partial = ["train"] if task == "glue/mnli" else []
+                entries[task] = {"metrics": ["accuracy"], "partial": partial, "runs": runs}
             (folder / "summary.json").write_text(json.dumps({"suite": suite, "tasks": entries}))
             names.append(folder)
         return names
@@ -140,3 +141,12 @@ def test_what_cannot_be_compared(folders, tmp_path):
     (names[1] / "summary.json").write_text("[]")
     with pytest.raises(ValueError, match=r"`folders` must each have the `summary.json`"):
         compare(*names)
+
+
+def test_partial_data_is_marked(folders):
+    comparison = compare(
+        *folders({"glue/mnli": [0.5], "glue/rte": [0.5]}, {"glue/mnli": [0.6], "glue/rte": [0.7]})
+    )
+    assert [task["partial"] for task in comparison["tasks"].values()] == [True, False]
+    table = comparison_table(comparison)
+    assert "| glue/mnli (partial data) |" in table and "| glue/rte |" in table

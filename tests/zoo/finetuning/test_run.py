@@ -10,8 +10,8 @@ from tests.keras_moe.distribution.several import launched
 from tests.zoo.finetuning.small import run
 from zoo import runs
 from zoo.batches import TokenBatches
+from zoo.finetuning import batches, scores
 from zoo.finetuning import run as finetuning
-from zoo.finetuning import scores
 from zoo.tasks.task import get
 
 
@@ -292,3 +292,12 @@ def test_several_processes_need_a_mesh(tmp_path, monkeypatch):
         ValueError, match="`mesh` must be the devices of all processes.*2 processes"
     ):
         run(tmp_path / "run")
+
+
+def test_partial_data_has_the_validation_splits_that_are_there(tmp_path, monkeypatch):
+    splits = (("validation_matched",), ("train", "validation_matched"))
+    monkeypatch.setattr(batches, "validation_splits", lambda task, data_dir: splits)
+    results = run(tmp_path, "glue/mnli")
+    assert results["partial"] == list(splits[1])
+    (entry,) = results["history"]
+    assert "val_accuracy" in entry and "validation_mismatched_accuracy" not in entry

@@ -52,6 +52,7 @@ def test_means_and_deviations_over_seeds(runs):
         "best": pytest.approx({"f1": 0.6, "accuracy": 0.8}),
         "last": pytest.approx({"f1": 0.4, "accuracy": 0.6}),
     }
+    assert mrpc["partial"] == []
     # Of two validation splits the mean: (0.5 + 0.7) / 2.
     assert summary["tasks"]["glue/mnli"]["best"]["accuracy"]["mean"] == pytest.approx(0.6)
     # Seed 0: ((0.5 + 0.7) / 2 + 0.6) / 2 = 0.6; seed 1: ((0.6 + 0.8) / 2 + 0.6) / 2 = 0.65.
@@ -82,3 +83,15 @@ def test_pieces():
     assert shown({"mean": 0.25, "sd": None}) == "0.250"
     scores = {"glue/cola": {"matthews": 0.1}, "glue/mrpc": {"f1": 0.5, "accuracy": 0.7}}
     assert suite_score(scores, "glue") == pytest.approx((0.1 + 0.6) / 2)
+
+
+def test_partial_data_is_marked_and_may_lack_a_validation_split(runs):
+    for run in runs["glue/mnli"]:
+        run.results["partial"] = ["train", "validation_matched"]
+        for entry in run.results["history"]:
+            del entry["validation_mismatched_accuracy"]
+    summary = summarise(runs, Path("out"))
+    assert summary["tasks"]["glue/mnli"]["partial"] == ["train", "validation_matched"]
+    assert summary["tasks"]["glue/mnli"]["best"]["accuracy"]["mean"] == pytest.approx(0.5)
+    text = table(summary)
+    assert "| glue/mnli (partial data) | accuracy | 0.500" in text and "| glue/mrpc | f1" in text

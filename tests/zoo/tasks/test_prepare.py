@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.zoo.tasks import raw_glue, raw_superglue
-from zoo.tasks import TASKS, load, prepare, prepared_in
+from zoo.tasks import TASKS, load, prepare, prepared_in, validation_splits
 from zoo.tasks.prepare import tasks_in
 from zoo.tasks.raw_files import RawFile
 
@@ -158,6 +158,9 @@ def test_partial_tables(tmp_path):
     assert prepared.partial == ("train", "validation_matched")
     assert prepared.missing == ("validation_mismatched", "test_matched", "test_mismatched")
     assert load("glue/mnli", "validation_matched", tmp_path / "out").texts == (["c"], ["d"])
+    both = ("validation_matched", "validation_mismatched")
+    assert validation_splits("glue/mnli", tmp_path / "out") == (both[:1], prepared.partial)
+    assert validation_splits("glue/mnli", tmp_path) == (both, ())  # nothing is prepared there
 
 
 def test_two_partial_files_of_a_split_are_refused(tmp_path):
