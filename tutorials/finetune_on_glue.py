@@ -4,9 +4,9 @@
 #     KERAS_BACKEND=jax python tutorials/finetune_on_glue.py
 #
 # Any backend (a notebook: start Jupyter with `KERAS_BACKEND` set), and
-# `pip install 'keras-moe[glue]'`; four minutes and 3 GB. Expected: after two passes over two
-# thousand sentences the pretrained model tells acceptable ones from broken ones, Matthews' MATTHEWS
-# or so; the same model from scratch has learnt next to nothing of it.
+# `pip install 'keras-moe[glue]'`; two minutes and 3 GB. Expected: after two passes over two
+# thousand sentences the pretrained model tells some of the broken ones, Matthews' correlation 0.25
+# or so; the same model from scratch has learnt next to nothing, 0.05.
 #
 # What you learn: to load one of the library's pretrained encoders by its name, to fine-tune it on a
 # task of GLUE or SuperGLUE, to see what pretraining was worth, and to use what comes out.
@@ -14,7 +14,6 @@
 # %%
 import keras
 
-import keras_moe
 import zoo
 from zoo.finetuning.summary import table
 
@@ -88,8 +87,3 @@ sentences = ["There were three heavy shelves in this library.", "There was three
 logits = classifier.predict(sentences, verbose=0)
 for sentence, probability in zip(sentences, keras.ops.softmax(logits)[:, 1], strict=True):
     print(f"{float(probability):.2f}  {sentence}")
-
-tokens = classifier.preprocessor(sentences)
-for name, routing in keras_moe.routings(classifier.backbone, tokens).items():
-    histogram = keras_moe.metrics.experts_per_token_histogram(routing)
-    print(f"{name}: tokens that 0, 1, 2 ... experts read: {histogram[:6]}")

@@ -244,8 +244,9 @@ class SelfAttention(Attention):
         self, inputs, position_bias, padding_mask, training=False, token_ids=None, counts=True
     ):
         heads = self.project_heads(inputs, padding_mask, training, token_ids, counts=counts)
-        query_B1Q1 = ops.expand_dims(padding_mask, (1, 3))
-        key_B11S = ops.expand_dims(padding_mask, (1, 2))
+        numbers_BL = ops.cast(padding_mask, "int32")
+        query_B1Q1 = ops.expand_dims(numbers_BL, (1, 3))
+        key_B11S = ops.expand_dims(numbers_BL, (1, 2))
         # A query that is padding attends to all: what comes of it, nobody reads.
         mask_B1QS = (key_B11S != 0) & ((query_B1Q1 == key_B11S) | (query_B1Q1 == 0))
         return self.attend(*heads, mask_B1QS, position_bias, training)

@@ -104,14 +104,6 @@ def test_finetune_on_glue(run):
         assert names["scores"]["pretrained"] > names["scores"]["scratch"] + 0.1
 
 
-def test_superglue_text_to_text(run):
-    names = run("superglue_text_to_text", quick={"[:2000]": "[:64]", "epochs=4": "epochs=1"})
-    assert len(names["new"]) == 15
-    if AS_IT_IS:
-        assert set(names["written"]) <= {"acceptable", "unacceptable"}
-        assert names["scores"]["matthews_corrcoef"] > 0.1
-
-
 def test_sharding_experts(tmp_path):
     """In a process of its own, since backends count their devices when they start."""
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}

@@ -74,7 +74,7 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--epochs", "0"], "`epochs` must be a positive integer"),
         (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
         (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--preset", "no/such/folder"], "`preset` must be a folder that is"),
+        (["--preset", "no/such/folder"], "`preset` must be dense_mini_en, "),
         (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
         (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
         (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
@@ -96,6 +96,7 @@ SUMMARY = {
     "tasks": {
         "glue/rte": {
             "metrics": ["accuracy"],
+            "partial": [],
             "runs": [
                 {"seed": n, "seconds": 1.0, "best": {"accuracy": n / 4}, "last": {"accuracy": 0}}
                 for n in (1, 2)
@@ -164,7 +165,7 @@ def test_evaluate(capsys, monkeypatch, scores, arguments, said):
 
 def test_evaluate_bad_input(tmp_path, capsys):
     for arguments, message in (
-        (["no/such/folder", "glue/cola"], "`preset` must be a folder that is"),
+        (["no/such/folder", "glue/cola"], "`preset` must be dense_mini_en, "),
         ([str(tmp_path), "glue/coal"], "`task` must be one of "),
     ):
         assert cli.main(["evaluate", *arguments]) == 2
@@ -241,7 +242,7 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
         assert [float(figure) for figure in line.split()[1:]] == expected
     (line,) = (line for line in lines if line.startswith("sparse presets: "))
     for name, value in preset.items():
-        if name not in ("epochs", "max_length"):
+        if name not in ("epochs", "max_length", "pairs"):
             assert f"{name.replace('_', ' ')} {value}" in line
     assert "expert" not in next(line for line in lines if line.startswith("dense presets: "))
 

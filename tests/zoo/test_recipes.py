@@ -1,14 +1,13 @@
 import pytest
 
-from zoo.recipes import preset_recipe
+from zoo.recipes import pairs, preset_recipe
 
 
-def test_experts_want_more_dropout_smaller_batches_and_higher_rates():
+def test_experts_want_more_dropout_and_smaller_batches():
     sparse, dense = (preset_recipe("glue/sst2", sparse) for sparse in (True, False))
     assert (sparse["dropout"], sparse["expert_dropout"]) == (0.1, 0.4)  # Switch, Table 4
     assert (dense["dropout"], dense["expert_dropout"]) == (0.1, None)
     assert sparse["batch_size"] < dense["batch_size"]  # ST-MoE, section 4.3
-    assert sparse["learning_rate"] > dense["learning_rate"]
     assert sparse.keys() == dense.keys()
 
 
@@ -20,3 +19,8 @@ def test_small_tasks_have_more_epochs_and_pairs_more_tokens(sparse):
     )
     assert epochs["mnli"] == 3 < min(epochs["cola"], epochs["rte"])
     assert lengths == {"cola": 64, "rte": 128, "mnli": 128}
+
+
+def test_texts_of_a_pair_are_read_apart():
+    for task, how in (("glue/cola", None), ("glue/rte", "apart"), ("super_glue/boolq", "apart")):
+        assert preset_recipe(task, True)["pairs"] == pairs(task) == how
