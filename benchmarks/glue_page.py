@@ -36,7 +36,8 @@ def page(kept):
     parts = [HEAD, "## Which claims hold\n", *claims(kept), "\n## Pretraining\n"]
     parts += [pretraining(kept["pretraining"]), "\n![loss by steps, FLOPs, seconds](results.png)\n"]
     for suite, title in (("glue", "GLUE"), ("superglue", "SuperGLUE")):
-        parts += [f"## {title}\n", scores(kept, suite), "\n", differences(kept, suite), "\n"]
+        table = scores(kept, suite)
+        parts += [f"## {title}\n", table, "\n" if table else "", differences(kept, suite), "\n"]
     return "\n".join(parts)
 
 
@@ -54,20 +55,21 @@ PAIRS = (("switch", "dense"), ("expert_choice", "dense"), ("expert_choice", "swi
 
 def _against(kept, model):
     """Whether a pretrained twin beats the same from scratch, and words."""
-    lost = []
+    lost, unknown = [], []
     for task in ASKED:
         runs = kept["scores"].get(task, {})
         own = _mean(runs.get(f"{model}-pretrained"), task)
         rivals = {"scratch": _mean(runs.get(f"{model}-scratch"), task)}
         rivals |= {name: _words(kept, task, name) for name in WORDS[:1]}
         if own is None or None in rivals.values():
-            lost.append(f"{task} (not measured)")
+            unknown.append(task)
         else:
             lost += [f"{task} ({name})" for name, score in rivals.items() if score >= own]
-    verdict = "holds" if not lost else f"does not hold on {', '.join(lost)}"
+    verdicts = [f"does not hold on {', '.join(lost)}"] if lost else []
+    verdicts += [f"not measured on {', '.join(unknown)}"] if unknown else []
     return (
         f"* `{model}`, pretrained, beats itself from scratch and a bag of words on "
-        f"{', '.join(ASKED)}: {verdict}."
+        f"{', '.join(ASKED)}: {'; '.join(verdicts) or 'holds'}."
     )
 
 
@@ -136,7 +138,7 @@ def pretraining(runs):
                 f"{run['figures']['training_flops_per_token'] / 1e6:.1f}M",
                 f"{settings['steps']:,}",
                 f"{tokens / 1e6:.0f}M",
-                f"{seconds / 3600:.1f}",
+                f"{seconds / 3600:.2f}",
                 f"{last[2]:.3f}",
                 f"{last[3]:.3f}",
                 f"{np.exp(last[3]):.1f}",
@@ -162,7 +164,7 @@ def scores(kept, suite):
                     entry = kept["scores"].get(task, {}).get(f"{model}-{begin}")
                     row.append(_cell(entry, metric))
             rows.append(row)
-    return markdown(header, rows)
+    return markdown(header, rows) if rows else ""
 
 
 def differences(kept, suite):
