@@ -7,14 +7,14 @@ that call them can be recorded.
 from collections.abc import Sequence
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 NAMESPACE = "keras_moe"  # of the operators, torch.ops.keras_moe
 
 
 def _operator(name):
     """A decorator: an operator of its own, which changes none of its arguments."""
-    return custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+    return library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
 
 
 class WithGradient(torch.autograd.Function):

@@ -409,6 +409,7 @@ def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatc
             (name, ("--licence", "mine"), "mine", "C4, span corruption"),
             (preset, (), "not stated", "not stated"),
             (preset, ("--licence", "mine"), "mine", "not stated"),
+            (preset, ("--training-data", "ours"), "not stated", "ours"),
         )
     ):
         target = tmp_path / str(number)
