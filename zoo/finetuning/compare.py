@@ -55,7 +55,7 @@ def compare(*folders, epoch="best"):
             {run["seed"]: run[epoch][metric] for run in summary["tasks"][name]["runs"]}
             for summary in summaries
         ]
-        partial = any(summary["tasks"][name]["partial"] for summary in summaries)
+        partial = any(summary["tasks"][name].get("partial") for summary in summaries)
         tasks[name] = {"metric": metric, "partial": partial, "models": _models(scores)}
     for number in range(1, len(folders)):
         rows = [task["models"][number] for task in tasks.values()]
