@@ -2,11 +2,12 @@
 
     python -m benchmarks.glue --data-dir tfds --train
 
-fine-tunes the three twins from their pretrained weights, and the same models from scratch, on every
-task that `tfds` has (see `python -m zoo prepare`), some hours on two CPU cores; a run that was
-stopped goes on. Without `--train` what there is in `--runs` is gathered. Either way the figures go
-into `benchmarks/results/glue.json`, and the page and its picture are made of that file alone;
-`--page` makes them again.
+fine-tunes the three twins from their pretrained weights on every task that `tfds` has (see
+`python -m zoo prepare`), and from new weights on some, half a day on two CPU cores; a run that was
+stopped goes on, and several processes share the work, each fastest with a core of its own. Without
+`--train` what there is in `--runs` is gathered. Either way the figures go into
+`benchmarks/results/glue.json`, and the page and its picture are made of that file alone; `--page`
+makes them again.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 from pathlib import Path
 
 from benchmarks import bag_of_words
-from benchmarks.glue_page import write_page
+from benchmarks.glue_page import ASKED, write_page
+from benchmarks.papers.runs import claimed
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results" / "glue.json"
@@ -24,10 +26,7 @@ TWINS = {
     "expert_choice": "expert_choice_mini_en",
 }
 SUITES = ("glue", "superglue")
-# Trained with five seeds; the others, which are large, with two.
-SMALL = ("cola", "mrpc", "stsb", "rte", "wnli", "cb", "copa", "wic", "wsc")
-# The twins from scratch are trained on these, which are asked about.
-ASKED = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb", "glue/rte")
+SEEDS = {"sst2": 2, "qqp": 2, "boolq": 2, "multirc": 1}  # of large tasks; of the others five
 
 
 def main():
@@ -46,31 +45,66 @@ def main():
     write_page(json.loads(KEPT.read_text()))
 
 
-def train(runs, data_dir):
-    """Fine-tunes all twins, from both beginnings."""
-    from zoo import finetune_suite
+def plan():
+    """What is to be done: triples of task, beginning and model, what most depends on first."""
     from zoo.tasks import SUITES as TASKS
 
-    for suite in SUITES:
-        for task in TASKS[suite]:
-            seeds = 5 if task.rpartition("/")[2] in SMALL else 2
-            for name, preset in TWINS.items():
-                both = {"pretrained": {"preset": preset}}
-                if task in ASKED:
-                    both["scratch"] = {"model": name}
-                for begin, options in both.items():
-                    output = runs / "glue" / f"{name}-{begin}" / task.replace("/", "-")
-                    try:
-                        finetune_suite(
-                            task,
-                            seeds=seeds,
-                            data_dir=data_dir,
-                            output=output,
-                            verbose=2,
-                            **options,
-                        )
-                    except FileNotFoundError as error:
-                        print(f"left out: {task}: {error}", flush=True)
+    others = [task for suite in SUITES for task in TASKS[suite] if task not in ASKED]
+    plan = [(task, "words", None) for task in ASKED]
+    for tasks, begin in ((ASKED, "pretrained"), (ASKED, "scratch"), (others, "pretrained")):
+        for task in sorted(tasks, key=_seeds, reverse=True):
+            plan += [(task, begin, model) for model in TWINS]
+    return plan + [(task, "words", None) for task in others]
+
+
+def _seeds(task):
+    return SEEDS.get(task.rpartition("/")[2], 5)
+
+
+def train(runs, data_dir):
+    """Fine-tunes all twins, from both beginnings, and the baselines, but for what another process
+    is at."""
+    for task, begin, model in plan():
+        name = task.replace("/", "-")
+        if begin == "words":
+            output = runs / "glue" / "words" / f"{name}.json"
+            done = output
+        else:
+            output = runs / "glue" / f"{model}-{begin}" / name
+            done = output / "summary.json"
+        with claimed(runs / "glue" / "lock", str(output)) as is_free:
+            if not is_free or done.is_file():
+                continue
+            try:
+                if begin == "words":
+                    _baselines(task, data_dir, output)
+                else:
+                    _finetune(task, begin, model, data_dir, output)
+            except (FileNotFoundError, ValueError) as error:
+                print(f"left out: {task}: {error}", flush=True)
+
+
+def _finetune(task, begin, model, data_dir, output):
+    from zoo import finetune_suite
+
+    finetune_suite(
+        task,
+        preset=TWINS[model],
+        load_weights=begin == "pretrained",
+        seeds=_seeds(task),
+        data_dir=data_dir,
+        output=output,
+        verbose=2,
+    )
+
+
+def _baselines(task, data_dir, path):
+    from zoo.tasks import get
+
+    both = (("words", False), ("words and overlap", True))
+    found = {name: bag_of_words.scores(get(task), data_dir, overlap) for name, overlap in both}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({task: found}))
 
 
 def gathered(options, kept):
@@ -78,7 +112,7 @@ def gathered(options, kept):
     return {
         "pretraining": kept.get("pretraining", {}) | _pretraining(options.runs),
         "scores": _scores(options.runs, kept.get("scores", {})),
-        "words": _words(options.data_dir, kept.get("words", {})),
+        "words": _words(options.runs, kept.get("words", {})),
     }
 
 
@@ -111,6 +145,7 @@ def _scores(runs, kept):
             model = path.parts[-3]
             kept.setdefault(task, {})[model] = {
                 "metrics": entry["metrics"],
+                "partial": entry["partial"],
                 "runs": [
                     {name: run[name] for name in ("seed", "best", "last", "seconds")}
                     for run in entry["runs"]
@@ -119,20 +154,10 @@ def _scores(runs, kept):
     return kept
 
 
-def _words(data_dir, kept):
-    """The baselines' scores on every task that the data is at hand for."""
-    from zoo.tasks import SUITES as TASKS
-    from zoo.tasks import get
-
-    for task in (task for suite in SUITES for task in TASKS[suite]):
-        if task not in kept and data_dir:
-            try:
-                kept[task] = {
-                    name: bag_of_words.scores(get(task), data_dir, overlap)
-                    for name, overlap in (("words", False), ("words and overlap", True))
-                }
-            except (FileNotFoundError, ValueError) as error:
-                print(f"no baseline: {task}: {error}", flush=True)
+def _words(runs, kept):
+    """`words[task][with or without overlap]`: the scores of the baselines."""
+    for path in sorted(runs.glob("glue/words/*.json")):
+        kept |= json.loads(path.read_text())
     return kept
 
 

@@ -98,6 +98,13 @@ def _parser():
     add("--model", help="to build from scratch: switch (default), expert_choice or dense")
     add("--preset", help="to start from: a name, a folder or hf://owner/model")
     add(
+        "--new-weights",
+        dest="load_weights",
+        action="store_false",
+        default=None,
+        help="not the preset's own: what these are worth",
+    )
+    add(
         "--train",
         metavar="WHICH",
         help="all (default), frozen_experts, non_experts, experts or lora; always the head",

@@ -68,7 +68,7 @@ class Runs:
         while missing := [each for each in settings if not self._is_known(each)]:
             ran = False
             for each in missing:
-                with self._claimed(each) as is_free:
+                with claimed(self.path.with_suffix(".lock"), _key(each)) as is_free:
                     if is_free and not self._is_known(each):
                         self(run, **each)
                         ran = True
@@ -93,19 +93,24 @@ class Runs:
                     continue
                 self.results[_key(record["settings"])] = record["result"]
 
-    @contextlib.contextmanager
-    def _claimed(self, settings):
-        """Whether no other process has claimed this run; it is ours until the block ends."""
-        lock = self.path.with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            is_free = True
-            byte = zlib.crc32(_key(settings).encode())  # of the lock file, one for each run
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-            except BlockingIOError:
-                is_free = False
-            yield is_free
+
+@contextlib.contextmanager
+def claimed(lock, key):
+    """Whether no other process has claimed a piece of work; it is ours until the block ends.
+
+    Args:
+        lock: path of a file that is only there to be locked.
+        key: string, which piece it is.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        is_free = True
+        byte = zlib.crc32(key.encode())  # of the lock file, one for each piece
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except BlockingIOError:
+            is_free = False
+        yield is_free
 
 
 def _key(settings):

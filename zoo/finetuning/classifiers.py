@@ -25,7 +25,12 @@ def build(task, settings):
         backbone, preprocessor = _from_scratch(settings)
     else:
         rates = {name: settings[name] for name in ("dropout", "expert_dropout")}
-        pretrained = from_preset(settings["preset"], num_classes=task.num_classes, **rates)
+        pretrained = from_preset(
+            settings["preset"],
+            num_classes=task.num_classes,
+            load_weights=settings["load_weights"],
+            **rates,
+        )
         check_vocabulary(pretrained, settings["preset"])
         backbone, preprocessor = pretrained.backbone, pretrained.preprocessor
         preprocessor.sequence_length = settings["max_length"]

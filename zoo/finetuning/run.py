@@ -22,6 +22,7 @@ def finetune(
     model=None,
     *,
     preset=None,
+    load_weights=None,
     train="all",
     lora_rank=None,
     data_dir=None,
@@ -59,6 +60,8 @@ def finetune(
             there is a preset.
         preset: of a text classifier, which gets a new head, or of an encoder that guesses hidden
             tokens; see `zoo.from_preset`.
+        load_weights: whether a preset's weights are taken (`None`: they are), or new ones: what
+            they are worth is seen against such a run.
         train: "all" weights, "frozen_experts", "non_experts", "experts" or "lora"; the classifier's
             head always is. See `zoo.finetuning.trainable.choose`.
         lora_rank: of "lora"; `None`: 8.
@@ -101,6 +104,7 @@ def finetune(
         task,
         model,
         preset,
+        load_weights,
         train,
         lora_rank,
         size,
@@ -123,11 +127,12 @@ def finetune(
 
 
 def label(settings):
-    """Model, what is trained of it, and backend, for the name of a folder."""
+    """Model, if its weights are new, what is trained, and backend, for the name of a folder."""
     preset = settings["preset"]
     model = settings["model"] if preset is None else "-".join(Path(preset).parts[-2:])
+    weights = "-new" if settings["load_weights"] is False else ""
     train = "" if settings["train"] == "all" else f"-{settings['train']}"
-    return f"{model.removeprefix('/')}{train}-{settings['backend']}"
+    return f"{model.removeprefix('/')}{weights}{train}-{settings['backend']}"
 
 
 def open_run(folder, settings, restart=False):

@@ -25,6 +25,7 @@ def settle(
     task,
     model=None,
     preset=None,
+    load_weights=None,
     train="all",
     lora_rank=None,
     size=None,
@@ -55,6 +56,11 @@ def settle(
     if preset is not None and model is not None:
         raise ValueError(f"`model` must be left out with a preset. Received: model={model!r}")
     if preset is None:
+        if load_weights is not None:
+            raise ValueError(
+                "`load_weights` must be left out without a preset. "
+                f"Received: load_weights={load_weights!r}"
+            )
         model = "switch" if model is None else model
         if model not in MODELS:
             raise ValueError(
@@ -67,6 +73,7 @@ def settle(
     else:
         sparse = _has_experts(encoder_config(preset))
         defaults = recipes.preset_recipe(task, sparse)
+        load_weights = load_weights is not False
     given = {
         "size": size,
         "num_experts": num_experts,
@@ -94,6 +101,7 @@ def settle(
         "task": task.name,
         "model": model,
         "preset": preset and str(preset),
+        "load_weights": load_weights,
         "train": train,
         "lora_rank": lora_rank,
         "backend": keras.backend.backend(),

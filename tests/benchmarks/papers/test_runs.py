@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks.papers.runs import QUICK_RESULTS, RESULTS, Runs, options
+from benchmarks.papers.runs import QUICK_RESULTS, RESULTS, Runs, claimed, options
 
 
 def counted(calls):
@@ -78,7 +78,7 @@ def test_two_processes_share_the_work(tmp_path):
     path, settings = tmp_path / "runs.jsonl", [{"a": a} for a in range(3)]
     reader, writer = os.pipe()
     if (other := os.fork()) == 0:
-        with Runs(path)._claimed(settings[1]) as is_free:
+        with claimed(path.with_suffix(".lock"), json.dumps(settings[1])) as is_free:
             os.write(writer, b"x" if is_free else b"-")
             time.sleep(1)
             Runs(path)(counted([]), **settings[1])

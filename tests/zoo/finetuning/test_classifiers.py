@@ -1,5 +1,6 @@
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -32,6 +33,20 @@ def test_a_preset_gets_other_rates_and_keeps_its_weights(masked_lm):
         zoo.from_preset(masked_lm).backbone.weights, model.backbone.weights, strict=True
     ):
         np.testing.assert_array_equal(numpy(one), numpy(other), err_msg=one.path)
+
+
+def test_a_preset_with_new_weights(masked_lm):
+    """By the seed that was set: each run of several has its own."""
+    settings = settle("glue/mnli", preset=masked_lm, load_weights=False)
+    kernels = [numpy(zoo.from_preset(masked_lm).backbone.get_layer("token_embedding").weights[0])]
+    for seed in (0, 0, 1):
+        keras.utils.set_random_seed(seed)
+        model = build(get("glue/mnli"), settings)
+        assert model.backbone.get_config()["num_experts"] == 4
+        kernels.append(numpy(model.backbone.get_layer("token_embedding").weights[0]))
+    loaded, zero, again, one = kernels
+    np.testing.assert_array_equal(zero, again)
+    assert np.abs(zero - one).max() > 0.1 * zero.std() < np.abs(zero - loaded).max()
 
 
 @pytest.mark.parametrize("begin", ["scratch", "preset"])

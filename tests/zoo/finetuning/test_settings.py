@@ -37,6 +37,14 @@ def test_how_pairs_are_read(masked_lm):
         settle("glue/cola", pairs="apart")
 
 
+def test_weights_of_a_preset(masked_lm):
+    assert settle("glue/cola")["load_weights"] is None
+    assert settle("glue/cola", preset=masked_lm)["load_weights"] is True
+    assert settle("glue/cola", preset=masked_lm, load_weights=False)["load_weights"] is False
+    with pytest.raises(ValueError, match="`load_weights` must be left out without a preset"):
+        settle("glue/cola", load_weights=False)
+
+
 def test_rank_of_lora():
     assert settle("glue/rte")["lora_rank"] is None
     assert settle("glue/rte", train="lora")["lora_rank"] == 8
