@@ -21,7 +21,7 @@ class Copied(NamedTuple):
     kept: list  # what the source has not, or in another shape
 
 
-def copy_weights(source, target):
+def copy_weights(source, target, rename=None):
     """Gives a model every weight of another that both have by the same path and in one shape.
 
     From a sparse encoder to its dense twin that is all but the experts and their routers (Switch
@@ -32,6 +32,8 @@ def copy_weights(source, target):
     Args:
         source: a built `keras.Layer` or `keras.Model`.
         target: another, which is changed.
+        rename: function from the path of a weight of the target to that of the source's which it
+            gets; `None`: the same.
 
     Returns:
         `Copied`, which weights of the target were copied, and which kept their values.
@@ -40,8 +42,9 @@ def copy_weights(source, target):
     taking = _by_path(target)
     for variable in target.weights:
         path = variable.path
-        if path in taking and path in given and given[path].shape == variable.shape:
-            variable.assign(ops.copy(given[path]))  # training may donate, and so destroy, its own
+        value = given.get(path if rename is None else rename(path))
+        if path in taking and value is not None and value.shape == variable.shape:
+            variable.assign(ops.copy(value))  # training may donate, and so destroy, its own
             copied.append(path)
         else:
             kept.append(path)

@@ -30,6 +30,7 @@ from zoo.models.blocks import (
     mixture,
     sparse_numbers,
 )
+from zoo.models.pooling import ComparedTexts, MaskedMean, TextNumbers
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -254,9 +255,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
     """A linear classifier, or a regressor, on the mean of an encoder's outputs.
 
     The two texts of a pair are read as one, or each on its own, by the same encoder: with a
-    `separator` the classifier sees the mean `u` of the first text's outputs, `v` of the second's,
-    `|u - v|` and `u * v` (InferSent, Conneau et al. 2017, https://arxiv.org/abs/1705.02364, Figure
-    1; so do GLUE's own baselines). That two texts are alike it then need not learn to see.
+    `separator` the classifier sees how their outputs compare, see
+    `zoo.models.pooling.ComparedTexts`. That two texts are alike it then need not learn to see.
 
     `predict`, `evaluate` and `fit` take texts as a list of strings, and pairs of texts as a tuple
     of two such lists: all first texts, then all second ones.
@@ -313,7 +313,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             pooler = MaskedMean(dtype=backbone.dtype_policy, name="pooler")
         else:
             text_numbers = TextNumbers(separator, name="text_numbers")
-            pooler = PairedMeans(dtype=backbone.dtype_policy, name="pooler")
+            pooler = ComparedTexts(dropout, dtype=backbone.dtype_policy, name="pooler")
         output_dropout = Dropout(dropout, dtype=backbone.dtype_policy, name="classifier_dropout")
         logits = keras.layers.Dense(num_classes, dtype="float32", name="logits")
 
@@ -384,65 +384,3 @@ def _may_be_texts(x):
     return len({len(column) for column in lists}) <= 1 and all(
         column and all(isinstance(text, (str, bytes)) for text in column) for column in lists
     )
-
-
-@keras.saving.register_keras_serializable(package="zoo")
-class MaskedMean(keras.layers.Layer):
-    """Mean over the tokens of each sequence that are not padding, `[batch, dim]`."""
-
-    def call(self, inputs, padding_mask):
-        mask = ops.cast(ops.cast(padding_mask, "bool"), inputs.dtype)
-        return _mean(inputs, mask)
-
-    def compute_output_shape(self, input_shape, *args):
-        return (input_shape[0], input_shape[-1])
-
-
-@keras.saving.register_keras_serializable(package="zoo")
-class TextNumbers(keras.layers.Layer):
-    """1 for the tokens of the first text of a pair, 2 for those of the second, 0 for padding.
-
-    The first text ends with its first separator, unless that is the row's first token.
-
-    Args:
-        separator: id of the token that ends a text.
-    """
-
-    def __init__(self, separator, **kwargs):
-        super().__init__(**kwargs)
-        self.separator = separator
-
-    def call(self, token_ids, padding_mask):
-        ends_BL = ops.cast(token_ids == self.separator, "int32")
-        ends_BL = ops.pad(ends_BL[:, 1:], ((0, 0), (1, 0)))
-        is_second_BL = ops.cumsum(ends_BL, axis=1) - ends_BL > 0
-        numbers_BL = ops.where(is_second_BL, 2, 1)
-        return ops.where(ops.cast(padding_mask, "bool"), numbers_BL, 0)
-
-    def compute_output_spec(self, token_ids, padding_mask):
-        return keras.KerasTensor(token_ids.shape, dtype="int32")
-
-    def get_config(self):
-        return {**super().get_config(), "separator": self.separator}
-
-
-@keras.saving.register_keras_serializable(package="zoo")
-class PairedMeans(keras.layers.Layer):
-    """Means of two texts' tokens, how far they are apart, and their products, `[batch, 4 * dim]`.
-
-    Call arguments:
-        inputs: `[batch, length, dim]` tensor.
-        text_numbers: `[batch, length]` integers: 1, 2, or 0 for padding.
-    """
-
-    def call(self, inputs, text_numbers):
-        u, v = (_mean(inputs, ops.cast(text_numbers == n, inputs.dtype)) for n in (1, 2))
-        return ops.concatenate([u, v, ops.abs(u - v), u * v], axis=-1)
-
-    def compute_output_shape(self, input_shape, *args):
-        return (input_shape[0], 4 * input_shape[-1])
-
-
-def _mean(x_BLD, weight_BL):
-    weight_BL1 = ops.expand_dims(weight_BL, 2)
-    return ops.sum(x_BLD * weight_BL1, axis=1) / ops.maximum(ops.sum(weight_BL1, axis=1), 1.0)

@@ -19,7 +19,8 @@ def score_text(task, predictions, examples):
     """Scores generated texts as T5 does.
 
     A text that is none of the task's words is wrong whatever the label is: it counts as the other
-    one of two classes, as none of three, as the score -1 of STS-B.
+    one of two classes, as none of three, as the score -1 of STS-B. "true" is "True": vocabularies
+    that fold case, as the zoo's own does, have no other.
 
     Args:
         task: A `Task` or the name of one.
@@ -76,8 +77,8 @@ def read_text(task, predictions, examples):
         return [_is_noun(text, noun) for text, (noun,) in pairs]
     if not task.words:
         return [_number(text) for text in predictions]
-    classes = {word: n for n, word in enumerate(task.words)}
-    return [classes.get(text, -1) for text in predictions]
+    classes = {word.casefold(): n for n, word in enumerate(task.words)}
+    return [classes.get(text.casefold(), -1) for text in predictions]
 
 
 def _number(text):

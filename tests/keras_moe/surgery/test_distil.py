@@ -56,6 +56,21 @@ class TestCopyWeights:
         for variable, value in zip(student.weights[:-1], before[:-1], strict=True):
             np.testing.assert_array_equal(numpy(variable), value)
 
+    def test_other_names(self):
+        """Two layers may begin with the weights of one."""
+        source = model(sparse=False)
+        inputs = keras.Input((None, 3))
+        x = keras.layers.Dense(4, name="right_first")(inputs)
+        x = x + keras.layers.Dense(4, name="left_first")(inputs)
+        target = keras.Model(inputs, keras.layers.Dense(5, name="new")(x))
+        report = copy_weights(source, target, rename=lambda path: path.partition("_")[2] or path)
+        assert report.kept == ["new/kernel", "new/bias"]
+        for name in ("right_first", "left_first"):
+            for ours, theirs in zip(
+                target.get_layer(name).weights, source.get_layer("first").weights, strict=True
+            ):
+                np.testing.assert_array_equal(numpy(ours), numpy(theirs))
+
     def test_no_statistics(self):
         teacher, student = model(sparse=True), model(sparse=True)
         teacher(X)

@@ -9,7 +9,13 @@ from zoo.finetuning.summary import shown, spread, suite_score, summarise, table
 def finished(task, seed, metrics, *history):
     """What a `Run` with so many epochs has; the best one is the first."""
     settings = {"task": task, "seed": seed, "model": "switch", "preset": None, "train": "all"}
-    settings |= {"load_weights": None, "lora_rank": None, "backend": "jax", "size": "mini", "num_experts": 8}
+    settings |= {
+        "load_weights": None,
+        "lora_rank": None,
+        "backend": "jax",
+        "size": "mini",
+        "num_experts": 8,
+    }
     entries = [{"epoch": n, "seconds": 2.0, **scores} for n, scores in enumerate(history, 1)]
     results = {"settings": settings, "metrics": metrics, "history": entries, "best": entries[0]}
     return types.SimpleNamespace(results=results, folder=Path("out") / task / f"seed{seed}")

@@ -1,4 +1,5 @@
 import contextlib
+import math
 
 import keras
 import keras_hub
@@ -284,8 +285,29 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
     assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
 
 
+def compared(first, second, kernel, bias):
+    """The features of two texts, `[length, dim]` each: of their means, and token by token."""
+
+    def side_by_side(one, other):
+        return np.concatenate([one, other, np.abs(one - other), one * other], axis=-1)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    means, closest = [], []
+    for one, other in ((first, second), (second, first)):
+        cosines = unit(one) @ unit(other).T
+        attention = np.exp(10 * cosines) / np.exp(10 * cosines).sum(axis=1, keepdims=True)
+        hidden = side_by_side(one, attention @ other) @ kernel + bias
+        gelu = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
+        means.append(gelu.mean(axis=0))
+        closest.append(cosines.max(axis=1).mean())
+    whole = side_by_side(first.mean(axis=0), second.mean(axis=0))
+    return np.concatenate([whole, *means, closest])
+
+
 def test_two_texts_that_are_read_apart(tmp_path):
-    """As the encoder reads each on its own, but for the padding, and InferSent's features."""
+    """As the encoder reads each on its own, but for the padding, and then compared."""
     backbone = encoder("dense", dropout=0.0)
     preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 16)
     end = preprocessor.tokenizer.end_token_id
@@ -293,14 +315,14 @@ def test_two_texts_that_are_read_apart(tmp_path):
     first, second = ["a red dog", "one"], ["two cats sat", "rain fell on all of us"]
     given = preprocessor((first, second), y=None)
     ends = np.argwhere(np.asarray(given["token_ids"]) == end)
-    means = [[], []]
+    layer = [ops.convert_to_numpy(weight) for weight in model.get_layer("pooler").weights]
+    features = []
     for row in range(2):
         begin, between, last = ends[ends[:, 0] == row, 1]
-        for text, part in enumerate((slice(begin, between + 1), slice(between + 1, last + 1))):
-            alone = {name: x[row : row + 1, part] for name, x in given.items()}
-            means[text].append(output(backbone, alone)[0].mean(axis=0))
-    u, v = np.array(means)
-    features = np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+        parts = (slice(begin, between + 1), slice(between + 1, last + 1))
+        alone = [{name: x[row : row + 1, part] for name, x in given.items()} for part in parts]
+        features.append(compared(*(output(backbone, text)[0] for text in alone), *layer))
+    features = np.array(features)
     kernel, bias = (ops.convert_to_numpy(weight) for weight in model.weights[-2:])
     logits = output(model, given)
     np.testing.assert_allclose(logits, features @ kernel + bias, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,8 @@ def examples(labels, groups=None, answers=None):
 
 def test_words_are_classes():
     said = ["entailment", " contradiction ", "neutral", "Neutral", "", "entailment neutral"]
-    assert read_text("super_glue/cb", said, examples([0] * 6)) == [0, 1, 2, -1, -1, -1]
+    assert read_text("super_glue/cb", said, examples([0] * 6)) == [0, 1, 2, 2, -1, -1]
+    assert read_text("super_glue/boolq", ["true", "False", "tru"], examples([0] * 3)) == [1, 0, -1]
 
 
 def test_unknown_text_is_wrong_whatever_the_label():

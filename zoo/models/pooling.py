@@ -1,0 +1,116 @@
+"""From an encoder's outputs to what a classifier sees: of one text, and of two in one row."""
+
+import keras
+from keras import ops
+
+from zoo.layers import Dropout
+
+_SHARPNESS = 10.0  # of the attention from one text to the other, whose scores are cosines
+_NEVER = -1e4  # a score, also in float16
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class MaskedMean(keras.layers.Layer):
+    """Mean over the tokens of each sequence that are not padding, `[batch, dim]`."""
+
+    def call(self, inputs, padding_mask):
+        mask_BL = ops.cast(ops.cast(padding_mask, "bool"), inputs.dtype)
+        return _mean(inputs, ops.expand_dims(mask_BL, 2))
+
+    def compute_output_shape(self, input_shape, *args):
+        return (input_shape[0], input_shape[-1])
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class TextNumbers(keras.layers.Layer):
+    """1 for the tokens of the first text of a pair, 2 for those of the second, 0 for padding.
+
+    The first text ends with its first separator, unless that is the row's first token.
+
+    Args:
+        separator: id of the token that ends a text.
+    """
+
+    def __init__(self, separator, **kwargs):
+        super().__init__(**kwargs)
+        self.separator = separator
+
+    def call(self, token_ids, padding_mask):
+        ends_BL = ops.cast(token_ids == self.separator, "int32")
+        ends_BL = ops.pad(ends_BL[:, 1:], ((0, 0), (1, 0)))
+        is_second_BL = ops.cumsum(ends_BL, axis=1) - ends_BL > 0
+        numbers_BL = ops.where(is_second_BL, 2, 1)
+        return ops.where(ops.cast(padding_mask, "bool"), numbers_BL, 0)
+
+    def compute_output_spec(self, token_ids, padding_mask):
+        return keras.KerasTensor(token_ids.shape, dtype="int32")
+
+    def get_config(self):
+        return {**super().get_config(), "separator": self.separator}
+
+
+@keras.saving.register_keras_serializable(package="zoo")
+class ComparedTexts(keras.layers.Layer):
+    """Features of a pair of texts, `[batch, 6 * dim + 2]`: as a whole, and token by token.
+
+    As a whole: the means `u` and `v` of the outputs of either text's tokens, `|u - v|` and `u * v`
+    (InferSent, Conneau et al. 2017, https://arxiv.org/abs/1705.02364, Figure 1; so do GLUE's own
+    baselines). Token by token: each one attends to the other text, and a layer compares what it is
+    with what it found; the features are the means of that over either text (decomposable attention,
+    Parikh et al. 2016, https://arxiv.org/abs/1606.01933, Eqs. 1-4, with the differences and products
+    of Chen et al. 2017, https://arxiv.org/abs/1609.06038, Eqs. 14-15). The last two say how close
+    the closest token of the other text is, on average over either text (BERTScore, Zhang et al.
+    2020, https://arxiv.org/abs/1904.09675, recall and precision).
+
+    Args:
+        dropout: rate on what is compared token by token.
+
+    Call arguments:
+        inputs: `[batch, length, dim]` tensor.
+        text_numbers: `[batch, length]` integers: 1, 2, or 0 for padding.
+        training: whether there is dropout.
+    """
+
+    def __init__(self, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = dropout
+        self.compared_dropout = Dropout(dropout, dtype=self.dtype_policy)
+
+    def build(self, input_shape, *args):
+        dim = input_shape[-1]
+        self.compare = keras.layers.Dense(
+            dim, activation="gelu", dtype=self.dtype_policy, name="compare"
+        )
+        self.compare.build((*input_shape[:-1], 4 * dim))
+
+    def call(self, inputs, text_numbers, training=None):
+        unit_BLD = ops.normalize(inputs, axis=-1)
+        cosines_BLM = ops.matmul(unit_BLD, ops.transpose(unit_BLD, (0, 2, 1)))
+        is_other_BLM = text_numbers[:, :, None] + text_numbers[:, None, :] == 3
+        weights_BLM = ops.softmax(ops.where(is_other_BLM, _SHARPNESS * cosines_BLM, _NEVER))
+        found_BLD = ops.matmul(weights_BLM, inputs)
+        compared_BLD = self.compare(
+            self.compared_dropout(_side_by_side(inputs, found_BLD), training=training)
+        )
+        closest_BL1 = ops.max(ops.where(is_other_BLM, cosines_BLM, -1.0), axis=-1, keepdims=True)
+
+        masks_BL1 = [ops.cast(text_numbers == n, inputs.dtype)[:, :, None] for n in (1, 2)]
+        u, v = (_mean(inputs, mask_BL1) for mask_BL1 in masks_BL1)
+        parts = [_side_by_side(u, v)]
+        for tokens in (compared_BLD, closest_BL1):
+            parts += [_mean(tokens, mask_BL1) for mask_BL1 in masks_BL1]
+        return ops.concatenate(parts, axis=-1)
+
+    def compute_output_shape(self, input_shape, *args):
+        return (input_shape[0], 6 * input_shape[-1] + 2)
+
+    def get_config(self):
+        return {**super().get_config(), "dropout": self.dropout}
+
+
+def _side_by_side(one, other):
+    return ops.concatenate([one, other, ops.abs(one - other), one * other], axis=-1)
+
+
+def _mean(x_BLD, mask_BL1):
+    return ops.sum(x_BLD * mask_BL1, axis=1) / ops.maximum(ops.sum(mask_BL1, axis=1), 1.0)
