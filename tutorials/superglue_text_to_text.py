@@ -4,8 +4,9 @@
 #     KERAS_BACKEND=jax python tutorials/superglue_text_to_text.py
 #
 # Any backend (a notebook: start Jupyter with `KERAS_BACKEND` set), and
-# `pip install 'keras-moe[glue]'`; MINUTES minutes and MEMORY GB. Expected: an encoder-decoder that reads two
-# facts and a question, writes "true" or "false", and is right about ACCURACY of 400 questions.
+# `pip install 'keras-moe[glue]'`; MINUTES minutes and MEMORY GB. Expected: an encoder-decoder
+# that reads two facts and a question, writes "true" or "false", and is right about ACCURACY of 400
+# questions.
 #
 # What you learn: what SuperGLUE looks like to a text-to-text model; to make one of a pretrained
 # encoder; to train it by `fit` on strings; to score what it writes as T5 does; and to write the
@@ -32,50 +33,51 @@ from zoo.tasks import load_text, prepare, score_text, write_submission
 # nothing else; passages are long there, and want a `LENGTH` of 256 and an hour.
 
 # %%
-THINGS = (
-    "river",
-    "road",
-    "house",
-    "garden",
-    "church",
-    "lake",
-    "tower",
-    "castle",
-    "forest",
-    "bridge",
+NOUNS = {
+    "an animal": "horse dog cat sheep cow bird fish wolf lion bear rabbit fox goat pig mouse duck",
+    "a person": "king soldier doctor farmer teacher queen lawyer priest sailor widow boy lady guest "
+    "judge nurse clerk",
+    "a building": "house church castle tower palace school theatre temple prison hotel museum "
+    "library cathedral station barn cottage",
+}
+PASSAGES = (
+    "We saw the {} near the river.",
+    "In the morning the old {} was there again. Nobody spoke of it.",
+    "It was late. She thought of the {} on the way home.",
+    "There was a {} in the picture. He looked at it for a long time.",
 )
-KINDS = ("old", "long", "dark", "cold", "small", "beautiful", "quiet", "famous", "narrow", "green")
 
 
 def made_up_boolq(sizes=(("train", 3000), ("val", 400), ("test", 400))):
-    """A folder with the files of BoolQ, small ones."""
+    """A folder with the files of BoolQ, small ones. Training has the first twelve of the nouns."""
     rng = random.Random(0)
     folder = Path("runs/made_up")
     (folder / "BoolQ").mkdir(parents=True, exist_ok=True)
     for split, size in sizes:
+        known = slice(0, 12) if split == "train" else slice(12, None)
         with (folder / "BoolQ" / f"{split}.jsonl").open("w") as file:
             for number in range(size):
-                row = question(rng)
+                row = question(rng, known)
                 if split == "test":
                     del row["label"]
                 file.write(json.dumps({**row, "idx": number}) + "\n")
     return folder
 
 
-def question(rng):
-    """Two things and their kinds; the question is about one of them."""
-    (one, other), (kind, other_kind) = rng.sample(THINGS, 2), rng.sample(KINDS, 2)
+def question(rng, known):
+    """A sentence with a noun, and whether the noun is of a kind."""
+    kind, other = rng.sample(list(NOUNS), 2)
     is_so = rng.random() < 0.5
-    facts = [
-        f"The {one} is {'' if is_so else 'not '}{kind}.",
-        f"The {other} is {rng.choice(('', 'not '))}{other_kind}.",
-    ]
-    rng.shuffle(facts)
-    return {"passage": " ".join(facts), "question": f"is the {one} {kind}", "label": is_so}
+    noun = rng.choice(NOUNS[kind].split()[known])
+    return {
+        "passage": rng.choice(PASSAGES).format(noun),
+        "question": f"is there {kind if is_so else other} in it",
+        "label": is_so,
+    }
 
 
 SOURCE = made_up_boolq()
-LENGTH = 48
+LENGTH = 32
 
 prepare("super_glue/boolq", SOURCE, "runs/tfds", force=True)
 

@@ -401,7 +401,7 @@ def _connect(addresses, coordinator, num_processes, process_id, timeout):
 
         # Or it takes the signal that ends a process, and a device of Slurm's choice.
         jax.config.update("jax_enable_preemption_service", False)
-        # On CPU, steps that are under way at once would take each other's threads and wait for ever.
+        # On CPU, steps under way at once take each other's threads and wait for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(
             coordinator,

@@ -11,7 +11,6 @@ import reprlib
 import keras
 import keras_hub
 import numpy as np
-from keras import ops
 
 from keras_moe import LinearExperts
 from zoo.layers import (

@@ -57,10 +57,10 @@ class ComparedTexts(keras.layers.Layer):
     (InferSent, Conneau et al. 2017, https://arxiv.org/abs/1705.02364, Figure 1; so do GLUE's own
     baselines). Token by token: each one attends to the other text, and a layer compares what it is
     with what it found; the features are the means of that over either text (decomposable attention,
-    Parikh et al. 2016, https://arxiv.org/abs/1606.01933, Eqs. 1-4, with the differences and products
-    of Chen et al. 2017, https://arxiv.org/abs/1609.06038, Eqs. 14-15). The last two say how close
-    the closest token of the other text is, on average over either text (BERTScore, Zhang et al.
-    2020, https://arxiv.org/abs/1904.09675, recall and precision).
+    Parikh et al. 2016, https://arxiv.org/abs/1606.01933, Eqs. 1-4, with the differences and
+    products of Chen et al. 2017, https://arxiv.org/abs/1609.06038, Eqs. 14-15). The last two say
+    how close the closest token of the other text is, on average over either text (BERTScore, Zhang
+    et al. 2020, https://arxiv.org/abs/1904.09675, recall and precision).
 
     Args:
         dropout: rate on what is compared token by token.
