@@ -104,6 +104,18 @@ def test_finetune_on_glue(run):
         assert names["scores"]["pretrained"] > names["scores"]["scratch"] + 0.1
 
 
+def test_superglue_text_to_text(run, tmp_path):
+    """It writes nothing but the two words, and the right one."""
+    names = run(
+        "superglue_text_to_text",
+        quick={'("train", 2000), ("val", 400)': '("train", 64), ("val", 8)'},
+    )
+    lines = (tmp_path / "runs" / "submission" / "BoolQ.jsonl").read_text().splitlines()
+    assert len(lines) == 400 and lines[0].startswith('{"idx": 0, "label": ')
+    if AS_IT_IS:
+        assert names["scores"]["accuracy"] > 0.9
+
+
 def test_sharding_experts(tmp_path):
     """In a process of its own, since backends count their devices when they start."""
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
