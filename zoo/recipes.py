@@ -12,20 +12,21 @@ from zoo.tasks.task import get
 _DENSE = {"batch_size": 32, "learning_rate": 1e-3, "dropout": 0.1, "expert_dropout": None}
 _SPARSE = {"batch_size": 16, "learning_rate": 1e-3, "dropout": 0.1, "expert_dropout": 0.4}
 
-# Epochs, and longer texts than most; a task that is not named has three epochs, and 64 tokens for
-# a sentence or 128 for two.
+# Epochs, and longer texts than most; a task that is not named is a large one and has two epochs, and
+# 64 tokens for a sentence or 128 for two.
 _EPOCHS = {
     "glue/cola": 4,
-    "glue/mrpc": 4,
-    "glue/rte": 4,
-    "glue/stsb": 5,
-    "glue/wnli": 5,
-    "super_glue/boolq": 5,
-    "super_glue/cb": 10,
-    "super_glue/copa": 10,
-    "super_glue/rte": 4,
-    "super_glue/wic": 8,
-    "super_glue/wsc": 10,
+    "glue/mrpc": 3,
+    "glue/rte": 3,
+    "glue/stsb": 3,
+    "glue/wnli": 4,
+    "super_glue/boolq": 3,
+    "super_glue/cb": 8,
+    "super_glue/copa": 6,
+    "super_glue/multirc": 1,
+    "super_glue/rte": 3,
+    "super_glue/wic": 5,
+    "super_glue/wsc": 6,
 }
 _MAX_LENGTH = {
     "super_glue/boolq": 256,
@@ -47,7 +48,7 @@ def preset_recipe(task, sparse):
     """
     task = get(task)
     return {
-        "epochs": _EPOCHS.get(task.name, 3),
+        "epochs": _EPOCHS.get(task.name, 2),
         **(_SPARSE if sparse else _DENSE),
         "max_length": _MAX_LENGTH.get(task.name, 64 if len(task.inputs) == 1 else 128),
         "pairs": pairs(task),

@@ -20,11 +20,11 @@ def test_defaults_of_models_from_scratch():
 
 def test_defaults_of_presets(masked_lm, dense_masked_lm):
     settings = settle("glue/rte", preset=masked_lm)
-    assert some(settings) == [None, None, 4, 0.1, 0.4, 128]
+    assert some(settings) == [None, None, 3, 0.1, 0.4, 128]
     assert (settings["model"], settings["preset"]) == (None, masked_lm)
-    assert some(settle("glue/rte", preset=dense_masked_lm)) == [None, None, 4, 0.1, None, 128]
+    assert some(settle("glue/rte", preset=dense_masked_lm)) == [None, None, 3, 0.1, None, 128]
     chosen = settle("glue/rte", preset=masked_lm, dropout=0.0, expert_dropout=0.2, max_length=16)
-    assert some(chosen) == [None, None, 4, 0.0, 0.2, 16]
+    assert some(chosen) == [None, None, 3, 0.0, 0.2, 16]
 
 
 def test_how_pairs_are_read(masked_lm):
