@@ -12,8 +12,8 @@ from zoo.tasks.task import get
 _DENSE = {"batch_size": 32, "learning_rate": 1e-3, "dropout": 0.1, "expert_dropout": None}
 _SPARSE = {"batch_size": 16, "learning_rate": 1e-3, "dropout": 0.1, "expert_dropout": 0.4}
 
-# Epochs, and longer texts than most; a task that is not named is a large one and has two epochs, and
-# 64 tokens for a sentence or 128 for two.
+# Epochs, and longer texts than most; a task that is not named is a large one and has two epochs,
+# and 64 tokens for a sentence or 128 for two.
 _EPOCHS = {
     "glue/cola": 4,
     "glue/mrpc": 3,

@@ -6,10 +6,29 @@ from benchmarks import glue
 
 def test_the_plan_begins_with_what_most_depends_on():
     plan = glue.plan()
-    assert len(plan) == len(set(plan)) == 3 * (9 + 8 + len(glue.ASKED))
-    assert plan[0] == ("glue/cola", "pretrained", "dense")
+    asked, every = len(glue.ASKED), 9 + 8
+    assert len(plan) == len(set(plan)) == 3 * (every + asked) + every
     begins = [begin for task, begin, _ in plan if task in glue.ASKED]
-    assert begins == ["pretrained"] * 3 * len(glue.ASKED) + ["scratch"] * 3 * len(glue.ASKED)
+    assert begins == ["words"] * asked + ["pretrained"] * 3 * asked + ["scratch"] * 3 * asked
+    assert plan[asked] == ("glue/cola", "pretrained", "dense")  # a small one
+
+
+def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None)])
+    calls = []
+
+    def scores(task, data_dir, overlap):
+        calls.append((task.name, data_dir))
+        return {"val_matthews": float(overlap)}
+
+    monkeypatch.setattr(glue.bag_of_words, "scores", scores)
+    for _ in range(2):
+        glue.train(tmp_path, "data")
+    assert calls == [("glue/cola", "data")] * 2  # with and without what a pair shares
+    kept = glue.gathered(tmp_path, {})["words"]
+    assert kept == {
+        "glue/cola": {"words": {"val_matthews": 0.0}, "words and overlap": {"val_matthews": 1.0}}
+    }
 
 
 def test_what_is_left_out_of_the_work(tmp_path, monkeypatch):
