@@ -11,12 +11,13 @@ makes them again.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
 from benchmarks import bag_of_words
+from benchmarks.claims import claimed
 from benchmarks.glue_page import ASKED, write_page
-from benchmarks.papers.runs import claimed
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results" / "glue.json"
@@ -38,11 +39,14 @@ def main():
     add("--train", action="store_true", help="do what has not been done yet")
     add("--page", action="store_true", help="only make the page again")
     options = parser.parse_args()
+    from zoo.runs import replacing
+
     if options.train:
         train(options.runs, options.data_dir)
     if not options.page:
         kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-        KEPT.write_text(json.dumps(gathered(options.runs, kept), indent=1) + "\n")
+        with replacing(KEPT) as beside:
+            beside.write_text(json.dumps(gathered(options.runs, kept), indent=1) + "\n")
     write_page(json.loads(KEPT.read_text()))
 
 
@@ -63,26 +67,29 @@ def _seeds(task):
 
 
 def train(runs, data_dir):
-    """Fine-tunes all twins, from both beginnings, and the baselines, but for what another process
-    is at."""
+    """Does what is planned, but for what another process is at, which is not waited for."""
     for task, begin, model in plan():
         name = task.replace("/", "-")
-        if begin == "words":
-            output = runs / "glue" / "words" / f"{name}.json"
-            done = output
-        else:
-            output = runs / "glue" / f"{model}-{begin}" / name
-            done = output / "summary.json"
-        with claimed(runs / "glue" / "lock", str(output)) as is_free:
-            if not is_free or done.is_file():
+        with claimed(runs / "glue" / "lock", f"{task} {begin} {model}") as is_free:
+            if not (is_free and _has_data(task, data_dir)):
                 continue
-            try:
-                if begin == "words":
-                    _baselines(task, data_dir, output)
-                else:
-                    _finetune(task, begin, model, data_dir, output)
-            except (FileNotFoundError, ValueError) as error:
-                print(f"left out: {task}: {error}", flush=True)
+            if begin == "words":
+                _baselines(task, data_dir, runs / "glue" / "words" / f"{name}.json")
+            else:
+                _finetune(task, begin, model, data_dir, runs / "glue" / f"{model}-{begin}" / name)
+
+
+@functools.cache
+def _has_data(task, data_dir):
+    from zoo.tasks import load, validation_splits
+
+    try:
+        for split in ("train", *validation_splits(task, data_dir)[0]):
+            load(task, split, data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"left out: {task}: {error}", flush=True)
+        return False
+    return True
 
 
 def _finetune(task, begin, model, data_dir, output):
@@ -100,12 +107,16 @@ def _finetune(task, begin, model, data_dir, output):
 
 
 def _baselines(task, data_dir, path):
+    from zoo.runs import replacing
     from zoo.tasks import get
 
+    if path.is_file():
+        return
     both = (("words", False), ("words and overlap", True))
     found = {name: bag_of_words.scores(get(task), data_dir, overlap) for name, overlap in both}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({task: found}))
+    with replacing(path) as beside:
+        beside.write_text(json.dumps({task: found}))
 
 
 def gathered(runs, kept):

@@ -18,8 +18,8 @@ HEAD = """# What the shipped presets reach
 
 Made by `python -m benchmarks.glue --data-dir tfds --train`; figures are in
 `benchmarks/results/glue.json`. Validation sets throughout: the official test sets have no labels.
-Of partial tasks the official files were not all at hand: such scores are comparable here, and with
-no others.
+"Scratch" is the same model and the same recipe, with new weights. Partial tasks have only a part of
+the official data: their scores are to be compared with each other, and not with published ones.
 """
 
 

@@ -27,25 +27,14 @@ from zoo.tasks import load_text, prepare, score_text, write_submission
 
 # %% [markdown]
 # ## The official files
-# SuperGLUE comes as a folder of JSON lines for each task. No one may hand it on, so this makes a
-# little one in BoolQ's format: what something is or is not, and whether it is. With the real one
-# (https://super.gluebenchmark.com/tasks) change the line of `SOURCE` to
-# `SOURCE, LENGTH = Path("SuperGLUE"), 256`, and nothing else; that takes an hour, and from 3,500
-# questions or 9,400 a model of this size learns little.
+# SuperGLUE comes as a folder of JSON lines for each task. It is not part of this library, so this
+# makes a little one in BoolQ's format: what something is or is not, and whether it is. With the
+# real one (https://super.gluebenchmark.com/tasks) change the line of `SOURCE` to
+# `SOURCE, LENGTH = Path("SuperGLUE"), 256`, and nothing else; that takes an hour, and from its
+# 9,427 questions a model of this size learns little.
 
 # %%
-THINGS = (
-    "river",
-    "road",
-    "house",
-    "garden",
-    "church",
-    "lake",
-    "tower",
-    "castle",
-    "forest",
-    "bridge",
-)
+THINGS = ("river", "road", "house", "garden", "church", "tower", "forest", "bridge", "lake", "wall")
 KINDS = ("old", "long", "dark", "cold", "small", "quiet", "famous", "narrow", "green", "empty")
 SAID = {
     True: ("is", "is very", "is still", "is rather", "was always"),
@@ -101,7 +90,8 @@ for text, word in zip(train.inputs[:3], train.targets, strict=False):
 # ## An encoder-decoder of an encoder
 # The pretrained models of the library are encoders. Rothe et al. 2020
 # (https://arxiv.org/abs/1907.12461) begin text-to-text models with the weights of one: the encoder
-# gets them all, and the decoder those of the same layers; only its attention to the encoder is new.
+# gets them all, and the decoder those of the same layers. New are its attention to the encoder and
+# the second block's feed-forward layer, in whose place the encoder has a mixture of experts.
 # The decoder here has two blocks, dense ones, since one word is to be written. Its outputs meet the
 # embedding table as they are: T5 divides them by the root of their width, and has a table of larger
 # numbers.
@@ -139,7 +129,7 @@ model = zoo.Seq2SeqLM(backbone, preprocessor)
 # %%
 BATCH, EPOCHS = 32, 2
 
-steps = EPOCHS * len(train.inputs) // BATCH
+steps = EPOCHS * -(-len(train.inputs) // BATCH)
 rate = keras.optimizers.schedules.CosineDecay(
     1e-5, steps - steps // 10, warmup_target=1e-3, warmup_steps=steps // 10
 )

@@ -98,11 +98,11 @@ def _parser():
     add("--model", help="to build from scratch: switch (default), expert_choice or dense")
     add("--preset", help="to start from: a name, a folder or hf://owner/model")
     add(
-        "--new-weights",
+        "--no-load-weights",
         dest="load_weights",
         action="store_false",
         default=None,
-        help="not the preset's own: what these are worth",
+        help="begin with new weights instead of the preset's",
     )
     add(
         "--train",

@@ -191,9 +191,7 @@ class Run:
                 "history": [],
                 "best": None,
             }
-        elif self.results["settings"] != settings:
-            old = self.results["settings"]
-            name = next(name for name in settings | old if settings.get(name) != old.get(name))
+        elif name := _first_difference(old := self.results["settings"], settings):
             raise ValueError(
                 f"`output` holds another run, with {name}={old.get(name)!r}; give another "
                 f"`output`, or `restart` to throw that run away. Received: output={str(folder)!r}, "
@@ -305,6 +303,11 @@ def replacing(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
     barrier()
+
+
+def _first_difference(old, new):
+    """The first setting that differs; one that an earlier version did not have was `None`."""
+    return next((name for name in new | old if new.get(name) != old.get(name)), None)
 
 
 def _remove(path):

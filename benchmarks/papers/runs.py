@@ -5,13 +5,12 @@ not run again. To run something anew, take its lines out of the file.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import time
-import zlib
 from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.claims import claimed
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("runs") / "papers_quick"
@@ -92,25 +91,6 @@ class Runs:
                 except ValueError:  # interrupted while it was written, or not yet at its end
                     continue
                 self.results[_key(record["settings"])] = record["result"]
-
-
-@contextlib.contextmanager
-def claimed(lock, key):
-    """Whether no other process has claimed a piece of work; it is ours until the block ends.
-
-    Args:
-        lock: path of a file that is only there to be locked.
-        key: string, which piece it is.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        is_free = True
-        byte = zlib.crc32(key.encode())  # of the lock file, one for each piece
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except BlockingIOError:
-            is_free = False
-        yield is_free
 
 
 def _key(settings):

@@ -22,7 +22,7 @@ class Copied(NamedTuple):
 
 
 def copy_weights(source, target, rename=None):
-    """Gives a model every weight of another that both have by the same path and in one shape.
+    """Gives a model every weight of another that both have by the same path, in one shape.
 
     From a sparse encoder to its dense twin that is all but the experts and their routers (Switch
     Transformers, https://arxiv.org/abs/2101.03961, section 4.2, Table 6): the layers need to have
@@ -32,8 +32,8 @@ def copy_weights(source, target, rename=None):
     Args:
         source: a built `keras.Layer` or `keras.Model`.
         target: another, which is changed.
-        rename: function from the path of a weight of the target to that of the source's which it
-            gets; `None`: the same.
+        rename: function from the path of a weight of the target to that of the source's weight
+            which it gets; `None`: they are the same.
 
     Returns:
         `Copied`, which weights of the target were copied, and which kept their values.

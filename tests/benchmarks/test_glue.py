@@ -1,5 +1,7 @@
 import contextlib
 
+import pytest
+
 import zoo
 from benchmarks import glue
 
@@ -15,6 +17,7 @@ def test_the_plan_begins_with_what_most_depends_on():
 
 def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None)])
+    monkeypatch.setattr(glue, "_has_data", lambda *args: True)
     calls = []
 
     def scores(task, data_dir, overlap):
@@ -31,28 +34,42 @@ def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
     }
 
 
-def test_what_is_left_out_of_the_work(tmp_path, monkeypatch):
-    """What is done, what another process is at, and what there is no data for."""
+def test_what_is_left_out_of_the_work(tmp_path, monkeypatch, capsys):
+    """What another process is at, and what there is no data for."""
     calls = []
 
     def finetune_suite(task, **options):
-        calls.append((task, options["load_weights"], options["preset"], options["seeds"]))
-        if task == "glue/rte":
-            raise FileNotFoundError(task)
-        options["output"].mkdir(parents=True)
-        (options["output"] / "summary.json").touch()
+        calls.append((task, *(options[name] for name in ("preset", "load_weights", "seeds"))))
+        assert options["output"].is_relative_to(tmp_path / "glue")
+
+    def load(task, split, data_dir):
+        if (task, split) == ("glue/rte", "validation"):
+            raise FileNotFoundError("none of it")
 
     sst2 = ("glue/sst2", "pretrained", "dense")
     mrpc = ("glue/mrpc", "scratch", "switch")
     rte = ("glue/rte", "pretrained", "expert_choice")
     monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
+    monkeypatch.setattr(zoo.tasks, "load", load)
     monkeypatch.setattr(glue, "plan", lambda: [sst2, mrpc, rte])
     with monkeypatch.context() as patch:
-        others = {str(tmp_path / "glue" / "dense-pretrained" / "glue-sst2")}
+        others = {" ".join(sst2)}
         patch.setattr(glue, "claimed", lambda lock, key: contextlib.nullcontext(key not in others))
-        glue.train(tmp_path, None)
-    without_data = ("glue/rte", True, "expert_choice_mini_en", 5)
-    assert calls == [("glue/mrpc", False, "switch_mini_en", 5), without_data]
-    calls.clear()
-    glue.train(tmp_path, None)
-    assert calls == [("glue/sst2", True, "dense_mini_en", 2), without_data]
+        glue.train(tmp_path, "data")
+    assert calls == [("glue/mrpc", "switch_mini_en", False, 5)]
+    assert capsys.readouterr().out == "left out: glue/rte: none of it\n"
+    glue.train(tmp_path, "data")
+    assert calls[1:] == [("glue/sst2", "dense_mini_en", True, 2), calls[0]]
+
+
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    """Runs of other settings, say, in the folder."""
+
+    def finetune_suite(task, **options):
+        raise ValueError("`output` holds another run")
+
+    monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
+    monkeypatch.setattr(glue, "plan", lambda: [("glue/sst2", "pretrained", "dense")])
+    monkeypatch.setattr(glue, "_has_data", lambda *args: True)
+    with pytest.raises(ValueError, match="another run"):
+        glue.train(tmp_path, "data")

@@ -116,7 +116,10 @@ SUMMARY = {
         (["glue/rte", "--seeds", "2"], {"task": "glue/rte", "seeds": 2}),
         (["glue"], {"task": "glue", "seeds": [0]}),
         (["glue", "--seed", "3", "--train", "lora"], {"task": "glue", "seeds": [3]}),
-        (["glue", "--preset", "one", "--new-weights"], {"preset": "one", "load_weights": False}),
+        (
+            ["glue", "--preset", "one", "--no-load-weights"],
+            {"preset": "one", "load_weights": False},
+        ),
     ],
 )
 def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
@@ -130,7 +133,7 @@ def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
     assert lines[-1] == "saved: out"
     assert called[0].items() >= given.items() and "seed" not in called[0]
     assert called[0].get("train") == ("lora" if "lora" in arguments else None)
-    assert ("load_weights" in called[0]) == ("--new-weights" in arguments)
+    assert ("load_weights" in called[0]) == ("--no-load-weights" in arguments)
 
 
 def test_compare(tmp_path, capsys):

@@ -73,7 +73,12 @@ def settle(
     else:
         sparse = _has_experts(encoder_config(preset))
         defaults = recipes.preset_recipe(task, sparse)
-        load_weights = load_weights is not False
+        load_weights = True if load_weights is None else load_weights
+        if not isinstance(load_weights, bool):
+            raise ValueError(
+                "`load_weights` must be True, False or None. "
+                f"Received: load_weights={load_weights!r}"
+            )
     given = {
         "size": size,
         "num_experts": num_experts,

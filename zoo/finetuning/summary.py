@@ -36,8 +36,10 @@ def summarise(runs, output, suite=None, left_out=()):
             },
         }
     settings = next(iter(runs.values()))[0].results["settings"]
-    common = ("model", "preset", "load_weights", "train", "lora_rank", "backend", "size")
-    common = (*common, "num_experts")
+    common = (
+        *("model", "preset", "load_weights", "train", "lora_rank"),
+        *("backend", "size", "num_experts"),
+    )
     return {
         "settings": {name: settings[name] for name in common},
         "folder": str(output),

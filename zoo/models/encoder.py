@@ -251,7 +251,7 @@ class EncoderTextClassifierPreprocessor(keras_hub.models.TextClassifierPreproces
 
 @keras.saving.register_keras_serializable(package="zoo")
 class EncoderTextClassifier(keras_hub.models.TextClassifier):
-    """A linear classifier, or a regressor, on the mean of an encoder's outputs.
+    """A linear classifier, or a regressor, on an encoder's outputs: their mean, or two texts' own.
 
     The two texts of a pair are read as one, or each on its own, by the same encoder: with a
     `separator` the classifier sees how their outputs compare, see
@@ -276,7 +276,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         backbone: an `EncoderBackbone`.
         num_classes: integer; 1 makes a regressor, trained on the squared error.
         preprocessor: an `EncoderTextClassifierPreprocessor`; `None` if inputs are tokens already.
-        dropout: rate on the mean.
+        dropout: rate on what the linear layer sees, and on what is compared of a pair.
         separator: id of the token that ends a text, by which a pair is told apart; `None`: it is
             read as one text.
         name: of the model.

@@ -1,12 +1,16 @@
-"""From an encoder's outputs to what a classifier sees: of one text, and of two in one row."""
+"""From an encoder's outputs to what a classifier sees: of one text, and of two in one row.
+
+Axes: B batch, L tokens, M those they attend to, D width.
+"""
 
 import keras
 from keras import ops
 
 from zoo.layers import Dropout
 
-_SHARPNESS = 10.0  # of the attention from one text to the other, whose scores are cosines
-_NEVER = -1e4  # a score, also in float16
+# Of the attention from one text to the other, whose scores are cosines. Raw products of the shipped
+# presets' outputs instead were as good: Pearson 0.784 and 0.785 on STS-B.
+_SHARPNESS = 10.0
 
 
 @keras.saving.register_keras_serializable(package="zoo")
@@ -60,7 +64,11 @@ class ComparedTexts(keras.layers.Layer):
     Parikh et al. 2016, https://arxiv.org/abs/1606.01933, Eqs. 1-4, with the differences and
     products of Chen et al. 2017, https://arxiv.org/abs/1609.06038, Eqs. 14-15). The last two say
     how close the closest token of the other text is, on average over either text (BERTScore, Zhang
-    et al. 2020, https://arxiv.org/abs/1904.09675, recall and precision).
+    et al. 2020, https://arxiv.org/abs/1904.09675, recall and precision). Departures: attention is
+    by the cosine, since a pretrained encoder's outputs are alike already, and not by a learnt
+    score; means instead of sums, since texts differ in length; differences without their sign, so
+    that the order of the texts matters to the last layer alone. What a text has of another that is
+    empty is 0.
 
     Args:
         dropout: rate on what is compared token by token.
@@ -84,17 +92,18 @@ class ComparedTexts(keras.layers.Layer):
         self.compare.build((*input_shape[:-1], 4 * dim))
 
     def call(self, inputs, text_numbers, training=None):
-        unit_BLD = ops.normalize(inputs, axis=-1)
-        cosines_BLM = ops.matmul(unit_BLD, ops.transpose(unit_BLD, (0, 2, 1)))
-        is_other_BLM = text_numbers[:, :, None] + text_numbers[:, None, :] == 3
-        weights_BLM = ops.softmax(ops.where(is_other_BLM, _SHARPNESS * cosines_BLM, _NEVER))
-        found_BLD = ops.matmul(weights_BLM, inputs)
-        compared_BLD = self.compare(
-            self.compared_dropout(_side_by_side(inputs, found_BLD), training=training)
-        )
-        closest_BL1 = ops.max(ops.where(is_other_BLM, cosines_BLM, -1.0), axis=-1, keepdims=True)
+        unit_BLD = ops.normalize(ops.cast(inputs, "float32"), axis=-1)
+        cosine_BLM = ops.matmul(unit_BLD, ops.swapaxes(unit_BLD, 1, 2))
+        is_other_BLM = ops.expand_dims(text_numbers, 2) + ops.expand_dims(text_numbers, 1) == 3
+        weight_BLM = ops.softmax(ops.where(is_other_BLM, _SHARPNESS * cosine_BLM, -1e9))
+        weight_BLM = ops.cast(ops.where(is_other_BLM, weight_BLM, 0.0), inputs.dtype)
+        pair_BLD = _side_by_side(inputs, ops.matmul(weight_BLM, inputs))
+        compared_BLD = self.compare(self.compared_dropout(pair_BLD, training=training))
+        closest_BL1 = ops.max(ops.where(is_other_BLM, cosine_BLM, -1.0), axis=2, keepdims=True)
+        has_other_BL1 = ops.any(is_other_BLM, axis=2, keepdims=True)
+        closest_BL1 = ops.cast(ops.where(has_other_BL1, closest_BL1, 0.0), inputs.dtype)
 
-        masks_BL1 = [ops.cast(text_numbers == n, inputs.dtype)[:, :, None] for n in (1, 2)]
+        masks_BL1 = [ops.expand_dims(ops.cast(text_numbers == n, inputs.dtype), 2) for n in (1, 2)]
         u, v = (_mean(inputs, mask_BL1) for mask_BL1 in masks_BL1)
         parts = [_side_by_side(u, v)]
         for tokens in (compared_BLD, closest_BL1):

@@ -19,8 +19,8 @@ def score_text(task, predictions, examples):
     """Scores generated texts as T5 does.
 
     A text that is none of the task's words is wrong whatever the label is: it counts as the other
-    one of two classes, as none of three, as the score -1 of STS-B. "true" is "True": vocabularies
-    that fold case, as the zoo's own does, have no other.
+    one of two classes, as none of three, as the score -1 of STS-B. One departure: "true" is "True",
+    since vocabularies that fold case, as the zoo's own does, have no other.
 
     Args:
         task: A `Task` or the name of one.
@@ -57,7 +57,8 @@ def read_text(task, predictions, examples):
         examples: The `TextExamples`.
 
     Returns:
-        A list with a class for each row, -1 where the text is none of the task's words; of STS-B
+        A list with a class for each row, -1 where the text is none of the task's words, whatever
+        their case; of STS-B
         a score, of ReCoRD the text itself.
 
     Raises:

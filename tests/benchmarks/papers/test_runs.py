@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from benchmarks.papers.runs import QUICK_RESULTS, RESULTS, Runs, claimed, options
+from benchmarks.claims import claimed
+from benchmarks.papers.runs import QUICK_RESULTS, RESULTS, Runs, options
 
 
 def counted(calls):

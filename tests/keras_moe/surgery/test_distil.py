@@ -65,6 +65,9 @@ class TestCopyWeights:
         target = keras.Model(inputs, keras.layers.Dense(5, name="new")(x))
         report = copy_weights(source, target, rename=lambda path: path.partition("_")[2] or path)
         assert report.kept == ["new/kernel", "new/bias"]
+        assert report.copied == [
+            f"{side}_first/{name}" for side in ("right", "left") for name in ("kernel", "bias")
+        ]
         for name in ("right_first", "left_first"):
             for ours, theirs in zip(
                 target.get_layer(name).weights, source.get_layer("first").weights, strict=True

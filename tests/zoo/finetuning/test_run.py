@@ -121,6 +121,28 @@ def test_another_run_in_the_folder_is_refused(whole):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
+def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
+    """Were `None`: such a run is this one."""
+    results, _ = whole
+    settings = {name: v for name, v in results["settings"].items() if name != "load_weights"}
+    assert results["settings"]["load_weights"] is None
+    (tmp_path / "results.json").write_text(json.dumps({**results, "settings": settings}))
+    assert run(tmp_path, epochs=10)["history"] == results["history"]
+
+
+def test_the_folder_says_what_is_trained(masked_lm):
+    backend = keras.backend.backend()
+    for options, name in (
+        ({}, f"preset-{backend}"),
+        ({"load_weights": False}, f"preset-new-{backend}"),
+        ({"train": "non_experts"}, f"preset-non_experts-{backend}"),
+    ):
+        assert finetuning.label(
+            finetuning.settle("glue/cola", preset=masked_lm, **options)
+        ).endswith(name)
+    assert finetuning.label(finetuning.settle("glue/cola", "dense")) == f"dense-{backend}"
+
+
 def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")

@@ -43,6 +43,8 @@ def test_weights_of_a_preset(masked_lm):
     assert settle("glue/cola", preset=masked_lm, load_weights=False)["load_weights"] is False
     with pytest.raises(ValueError, match="`load_weights` must be left out without a preset"):
         settle("glue/cola", load_weights=False)
+    with pytest.raises(ValueError, match="`load_weights` must be True, False or None. Received: l"):
+        settle("glue/cola", preset=masked_lm, load_weights=0)
 
 
 def test_rank_of_lora():

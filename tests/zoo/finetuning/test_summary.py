@@ -59,6 +59,7 @@ def test_means_and_deviations_over_seeds(runs):
         "last": pytest.approx({"f1": 0.4, "accuracy": 0.6}),
     }
     assert mrpc["partial"] == []
+    assert summary["settings"]["load_weights"] is None
     # Of two validation splits the mean: (0.5 + 0.7) / 2.
     assert summary["tasks"]["glue/mnli"]["best"]["accuracy"]["mean"] == pytest.approx(0.6)
     # Seed 0: ((0.5 + 0.7) / 2 + 0.6) / 2 = 0.6; seed 1: ((0.6 + 0.8) / 2 + 0.6) / 2 = 0.65.

@@ -1,5 +1,4 @@
 import contextlib
-import math
 
 import keras
 import keras_hub
@@ -9,6 +8,7 @@ from keras import ops
 
 import keras_moe
 import zoo
+from tests.zoo.models.pairs import compared
 
 TINY = {
     "vocabulary_size": 8000,
@@ -283,27 +283,6 @@ def test_classifier_learns_from_strings_and_round_trips_through_a_preset(tmp_pat
         )
     other_head = zoo.from_preset(tmp_path, num_classes=3)
     assert other_head.predict(texts[:2], verbose=0).shape == (2, 3)
-
-
-def compared(first, second, kernel, bias):
-    """The features of two texts, `[length, dim]` each: of their means, and token by token."""
-
-    def side_by_side(one, other):
-        return np.concatenate([one, other, np.abs(one - other), one * other], axis=-1)
-
-    def unit(x):
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-    means, closest = [], []
-    for one, other in ((first, second), (second, first)):
-        cosines = unit(one) @ unit(other).T
-        attention = np.exp(10 * cosines) / np.exp(10 * cosines).sum(axis=1, keepdims=True)
-        hidden = side_by_side(one, attention @ other) @ kernel + bias
-        gelu = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
-        means.append(gelu.mean(axis=0))
-        closest.append(cosines.max(axis=1).mean())
-    whole = side_by_side(first.mean(axis=0), second.mean(axis=0))
-    return np.concatenate([whole, *means, closest])
 
 
 def test_two_texts_that_are_read_apart(tmp_path):

@@ -1,0 +1,69 @@
+import keras
+import numpy as np
+import pytest
+
+from tests.backend import numpy
+from tests.zoo.models.pairs import compared
+from zoo.models.pooling import ComparedTexts
+
+LENGTHS = ((2, 3), (4, 1))
+
+
+def pairs(scale=1.0):
+    """Two rows of six tokens of width 4, and which of them are of the first text and the second."""
+    x = scale * np.random.default_rng(0).normal(size=(2, 6, 4)).astype("float32")
+    text_numbers = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 0]], "int32")
+    return x, text_numbers
+
+
+def right(layer, x):
+    kernel, bias = (numpy(weight) for weight in layer.weights)
+    return np.array(
+        [
+            compared(row[:a], row[a : a + b], kernel, bias)
+            for row, (a, b) in zip(x, LENGTHS, strict=True)
+        ]
+    )
+
+
+def test_features_of_pairs():
+    x, text_numbers = pairs()
+    layer = ComparedTexts(dropout=0.5)
+    features = layer(x, text_numbers)
+    assert features.shape == layer.compute_output_shape(x.shape) == (2, 6 * 4 + 2)
+    np.testing.assert_allclose(numpy(features), right(layer, x), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout():
+    x, text_numbers = pairs()
+    layer = ComparedTexts.from_config(ComparedTexts(dropout=0.5).get_config())
+    still, one, other = (
+        numpy(layer(x, text_numbers, training=training)) for training in (False, True, True)
+    )
+    whole, by_token = slice(0, 16), slice(16, 24)
+    np.testing.assert_array_equal(one[:, whole], still[:, whole])
+    assert np.abs(one - other)[:, by_token].max() > 0.01
+
+
+def test_a_text_alone():
+    """As if the other one's features were 0, and whatever the padding."""
+    x, _ = pairs()
+    layer = ComparedTexts()
+    alone = numpy(layer(x[:, :3], np.ones((2, 3), "int32")))
+    padded = numpy(layer(x, np.array([[1, 1, 1, 0, 0, 0]] * 2, "int32")))
+    np.testing.assert_allclose(padded, alone, rtol=1e-5, atol=1e-6)
+    u, v, apart, product = np.split(alone[:, :16], 4, axis=1)
+    np.testing.assert_allclose(u, x[:, :3].mean(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(apart, np.abs(u))
+    assert not v.any() and not product.any() and not alone[:, 20:].any()
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision(policy):
+    """Of outputs whose squares float16 does not have."""
+    x, text_numbers = pairs(scale=200.0)
+    x = numpy(keras.ops.cast(keras.ops.cast(x, policy.removeprefix("mixed_")), "float32"))
+    layer = ComparedTexts(dtype=policy)
+    features = numpy(keras.ops.cast(layer(x, text_numbers), "float32"))
+    closest = features[:, -2:]
+    np.testing.assert_allclose(closest, right(layer, x)[:, -2:], rtol=0, atol=0.01)
