@@ -3,9 +3,9 @@
     python -m benchmarks.glue --data-dir tfds --train
 
 fine-tunes the three twins from their pretrained weights on every task that `tfds` has (see
-`python -m zoo prepare`), and from new weights on some, some six hours on two CPU cores; a run that was
-stopped goes on, and several processes share the work, each fastest with a core of its own. Without
-`--train` what there is in `--runs` is gathered. Either way the figures go into
+`python -m zoo prepare`), and from new weights on some, about six hours on two CPU cores; a run that
+was stopped goes on, and several processes share the work, each fastest with a core of its own.
+Without `--train` what there is in `--runs` is gathered. Either way the figures go into
 `benchmarks/results/glue.json`, and the page and its picture are made of that file alone; `--page`
 makes them again.
 """
