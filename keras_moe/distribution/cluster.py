@@ -22,6 +22,7 @@ import numpy as np
 _FIRST_PORT, _JOBS, _TASKS = 10240, 352, 64  # ports of Slurm's jobs, below those of connections
 _LONGEST = 65536  # bytes of a message; who says hello has 256
 _PATIENCE = 5  # seconds for a message that must be on its way
+_THREADS = 32  # of XLA on CPU: four for each of eight devices
 
 
 def initialize(coordinator=None, num_processes=None, process_id=None, timeout=300):
@@ -401,8 +402,9 @@ def _connect(addresses, coordinator, num_processes, process_id, timeout):
 
         # Or it takes the signal that ends a process, and a device of Slurm's choice.
         jax.config.update("jax_enable_preemption_service", False)
-        # On CPU, steps under way at once take each other's threads and wait for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        # On CPU a device that waits for others holds a thread; XLA has one for each core unless told
+        # otherwise, and devices that find none left would be waited for without end.
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, _THREADS)))
         jax.distributed.initialize(
             coordinator,
             num_processes,
