@@ -7,7 +7,7 @@ fine-tunes the three twins from their pretrained weights on every task that `tfd
 was stopped goes on, and several processes share the work, each fastest with a core of its own.
 Without `--train` what there is in `--runs` is gathered. Either way the figures go into
 `benchmarks/results/glue.json`, and the page and its picture are made of that file alone; `--page`
-makes them again.
+makes them again. What that file has is not done again: take out of it what a change made wrong.
 """
 
 import argparse
@@ -41,42 +41,55 @@ def main():
     options = parser.parse_args()
     from zoo.runs import replacing
 
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     if options.train:
-        train(options.runs, options.data_dir)
+        train(options.runs, options.data_dir, kept)
     if not options.page:
-        kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
         with replacing(KEPT) as beside:
             beside.write_text(json.dumps(gathered(options.runs, kept), indent=1) + "\n")
     write_page(json.loads(KEPT.read_text()))
 
 
 def plan():
-    """What is to be done: triples of task, beginning and model, what most depends on first."""
+    """What is to be done: task, beginning, model and seed, what most depends on first."""
     from zoo.tasks import SUITES as TASKS
 
-    others = [task for suite in SUITES for task in TASKS[suite] if task not in ASKED]
-    plan = [(task, "words", None) for task in ASKED]
-    for tasks, begin in ((ASKED, "pretrained"), (ASKED, "scratch"), (others, "pretrained")):
-        for task in sorted(tasks, key=_seeds, reverse=True):
-            plan += [(task, begin, model) for model in TWINS]
-    return plan + [(task, "words", None) for task in others]
+    every = [task for suite in SUITES for task in TASKS[suite]]
+    others = [task for task in every if task not in ASKED]
+    plan = [(task, "words", None, None) for task in every]
+    for seed in range(max(map(_seeds, every))):
+        for tasks, begin in ((ASKED, "pretrained"), (ASKED, "scratch"), (others, "pretrained")):
+            for task in sorted(tasks, key=_seeds, reverse=True):
+                if seed < _seeds(task):
+                    plan += [(task, begin, model, seed) for model in TWINS]
+    return plan
 
 
 def _seeds(task):
     return SEEDS.get(task.rpartition("/")[2], 5)
 
 
-def train(runs, data_dir):
-    """Does what is planned, but for what another process is at, which is not waited for."""
-    for task, begin, model in plan():
+def train(runs, data_dir, kept):
+    """Does what is planned, but for what is kept and what another process is at."""
+    for task, begin, model, seed in plan():
         name = task.replace("/", "-")
-        with claimed(runs / "glue" / "lock", f"{task} {begin} {model}") as is_free:
-            if not (is_free and _has_data(task, data_dir)):
+        with claimed(runs / "glue" / "lock", f"{task} {begin} {model} {seed}") as is_free:
+            if not is_free or _is_kept(kept, task, begin, model, seed):
+                continue
+            if not _has_data(task, data_dir):
                 continue
             if begin == "words":
                 _baselines(task, data_dir, runs / "glue" / "words" / f"{name}.json")
             else:
-                _finetune(task, begin, model, data_dir, runs / "glue" / f"{model}-{begin}" / name)
+                folder = runs / "glue" / f"{model}-{begin}" / f"{name}-{seed}"
+                _finetune(task, begin, model, seed, data_dir, folder)
+
+
+def _is_kept(kept, task, begin, model, seed):
+    if begin == "words":
+        return task in kept.get("words", {})
+    entry = kept.get("scores", {}).get(task, {}).get(f"{model}-{begin}", {"runs": []})
+    return any(run["seed"] == seed for run in entry["runs"])
 
 
 @functools.cache
@@ -92,14 +105,14 @@ def _has_data(task, data_dir):
     return True
 
 
-def _finetune(task, begin, model, data_dir, output):
+def _finetune(task, begin, model, seed, data_dir, output):
     from zoo import finetune_suite
 
     finetune_suite(
         task,
         preset=TWINS[model],
         load_weights=begin == "pretrained",
-        seeds=_seeds(task),
+        seeds=[seed],
         data_dir=data_dir,
         output=output,
         verbose=2,
@@ -154,14 +167,15 @@ def _scores(runs, kept):
     """`scores[task][model and beginning]`: metrics, and of each seed the best and last epoch's."""
     for path in sorted(runs.glob("glue/*/*/summary.json")):
         for task, entry in json.loads(path.read_text())["tasks"].items():
-            model = path.parts[-3]
-            kept.setdefault(task, {})[model] = {
+            of_model = kept.setdefault(task, {}).setdefault(path.parts[-3], {"runs": []})
+            by_seed = {run["seed"]: run for run in of_model["runs"]}
+            for run in entry["runs"]:
+                names = ("seed", "best", "last", "seconds")
+                by_seed[run["seed"]] = {name: run[name] for name in names}
+            of_model |= {
                 "metrics": entry["metrics"],
                 "partial": entry["partial"],
-                "runs": [
-                    {name: run[name] for name in ("seed", "best", "last", "seconds")}
-                    for run in entry["runs"]
-                ],
+                "runs": [by_seed[seed] for seed in sorted(by_seed)],
             }
     return kept
 

@@ -59,10 +59,8 @@ def _against(kept, model):
     """Whether a pretrained twin beats the same from scratch, and words."""
     lost, unknown = [], []
     for task in ASKED:
-        runs = kept["scores"].get(task, {})
-        own = _mean(runs.get(f"{model}-pretrained"), task)
-        rivals = {"scratch": _mean(runs.get(f"{model}-scratch"), task)}
-        rivals |= {name: _words(kept, task, name) for name in WORDS[:1]}
+        own, scratch = (_mean(kept, task, model, begin) for begin in ("pretrained", "scratch"))
+        rivals = {"scratch": scratch, WORDS[0]: _words(kept, task, WORDS[0])}
         if own is None or None in rivals.values():
             unknown.append(task)
         else:
@@ -112,17 +110,37 @@ def share_of_steps(history, other):
 
 def _average_claim(kept, one, other):
     """Whether one twin's average over GLUE is above another's."""
-    models = [_averages(kept, "glue", f"{name}-pretrained") for name in (one, other)]
-    if not all(models):
+    tasks = _common(kept, "glue")
+    if not tasks:
         return f"* `{one}` beats `{other}` on GLUE's average: not measured."
-    means = [np.mean(list(model.values())) for model in models]
-    test, p = significance(models[1], models[0])
+    runs = [{task: _by_seed(kept, task, name) for task in tasks} for name in (one, other)]
+    means = [
+        suite_score({task: _means(of_seed.values()) for task, of_seed in each.items()}, "glue")
+        for each in runs
+    ]
+    _, p = significance(*(_averages(each, "glue") for each in reversed(runs)))
     verdict = "holds" if means[0] > means[1] else "does not hold"
-    chance = "" if p is None else f", p = {p:.3f} over {len(models[0])} seeds"
+    chance = "" if p is None else f", p = {p:.3f} over the seeds that all tasks have"
+    names = ", ".join(_title(kept, task) for task in tasks)
     return (
-        f"* `{one}` beats `{other}` on GLUE's average: {verdict} "
+        f"* `{one}` beats `{other}` on GLUE's average of {names}: {verdict} "
         f"({means[0]:.3f} and {means[1]:.3f}{chance})."
     )
+
+
+def _means(scores):
+    """The mean of each metric of several dictionaries."""
+    scores = list(scores)
+    return {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+
+
+def _averages(runs, suite):
+    """Seed -> the suite's average, of the seeds that all tasks have."""
+    seeds = sorted(set.intersection(*map(set, runs.values())))
+    return {
+        seed: suite_score({task: of_seed[seed] for task, of_seed in runs.items()}, suite)
+        for seed in seeds
+    }
 
 
 def pretraining(runs):
@@ -152,14 +170,14 @@ def pretraining(runs):
 
 def scores(kept, suite):
     """The table of the scores of a suite: best epoch, and the last in brackets."""
-    header = ["task", "metric", *WORDS]
+    header = ["task", "metric", "seeds", *WORDS]
     header += [f"{model}, {begin}" for begin in ("scratch", "pretrained") for model in MODELS]
     rows = []
     for task in SUITES[suite]:
         if task not in kept["scores"] and task not in kept["words"]:
             continue
         for metric in get(task).metrics:
-            row = [_title(kept, task), metric]
+            row = [_title(kept, task), metric, _seeds(kept, task)]
             row += [_shown(_words(kept, task, name, metric)) for name in WORDS]
             for begin in ("scratch", "pretrained"):
                 for model in MODELS:
@@ -171,11 +189,11 @@ def scores(kept, suite):
 
 def differences(kept, suite):
     """The table of what sparse twins gain over others, and what chance makes of it."""
-    tasks = [task for task in SUITES[suite] if len(_trained(kept, task)) == len(MODELS)]
+    tasks = _common(kept, suite)
     rows = {pair: [] for pair in PAIRS}
     for pair in PAIRS:
         for task in tasks:
-            one, other = (_by_seed(_trained(kept, task)[name], task) for name in pair)
+            one, other = (_primary(kept, task, name) for name in pair)
             gain = np.mean(list(one.values())) - np.mean(list(other.values()))
             rows[pair].append((gain, significance(other, one)[1]))
     if not tasks:
@@ -196,32 +214,32 @@ def _title(kept, task):
     return task.rpartition("/")[2] + (" (partial)" if is_partial else "")
 
 
-def _trained(kept, task):
-    runs = kept["scores"].get(task, {})
-    found = {model: runs.get(f"{model}-pretrained") for model in MODELS}
-    return {model: entry for model, entry in found.items() if entry}
+def _seeds(kept, task):
+    """How many seeds, of the model with fewest and of that with most."""
+    numbers = {len(entry["runs"]) for entry in kept["scores"].get(task, {}).values()} or {0}
+    return "-".join(str(number) for number in sorted({min(numbers), max(numbers)}))
 
 
-def _by_seed(entry, task):
-    return {run["seed"]: run["best"][get(task).primary] for run in entry["runs"]}
+def _common(kept, suite):
+    """The tasks of a suite that all models have runs of from their pretrained weights."""
+    return [task for task in SUITES[suite] if all(_by_seed(kept, task, model) for model in MODELS)]
 
 
-def _mean(entry, task):
-    return None if entry is None else float(np.mean(list(_by_seed(entry, task).values())))
+def _by_seed(kept, task, model, begin="pretrained"):
+    """Seed -> the scores of the best epoch."""
+    runs = kept["scores"].get(task, {}).get(f"{model}-{begin}", {"runs": []})["runs"]
+    return {run["seed"]: run["best"] for run in runs}
 
 
-def _averages(kept, suite, model):
-    """Seed -> the suite's average over the tasks that all models have."""
-    tasks = [task for task in SUITES[suite] if len(_trained(kept, task)) == len(MODELS)]
-    runs = {
-        task: {run["seed"]: run["best"] for run in kept["scores"][task][model]["runs"]}
-        for task in tasks
-    }
-    seeds = set.intersection(*map(set, runs.values())) if runs else set()
-    return {
-        seed: suite_score({task: runs[task][seed] for task in tasks}, suite)
-        for seed in sorted(seeds)
-    }
+def _primary(kept, task, model, begin="pretrained"):
+    """Seed -> the task's primary metric."""
+    runs = _by_seed(kept, task, model, begin)
+    return {seed: best[get(task).primary] for seed, best in runs.items()}
+
+
+def _mean(kept, task, model, begin):
+    scores = list(_primary(kept, task, model, begin).values())
+    return float(np.mean(scores)) if scores else None
 
 
 def _words(kept, task, name, metric=None):

@@ -402,8 +402,8 @@ def _connect(addresses, coordinator, num_processes, process_id, timeout):
 
         # Or it takes the signal that ends a process, and a device of Slurm's choice.
         jax.config.update("jax_enable_preemption_service", False)
-        # On CPU a device that waits for others holds a thread; XLA has one for each core unless told
-        # otherwise, and devices that find none left would be waited for without end.
+        # On CPU a device that waits for others holds a thread. XLA has one for each core unless
+        # told otherwise, and a device that finds none left would be waited for without end.
         os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, _THREADS)))
         jax.distributed.initialize(
             coordinator,

@@ -1,4 +1,5 @@
 import contextlib
+import json
 
 import pytest
 
@@ -9,14 +10,18 @@ from benchmarks import glue
 def test_the_plan_begins_with_what_most_depends_on():
     plan = glue.plan()
     asked, every = len(glue.ASKED), 9 + 8
-    assert len(plan) == len(set(plan)) == 3 * (every + asked) + every
-    begins = [begin for task, begin, _ in plan if task in glue.ASKED]
-    assert begins == ["words"] * asked + ["pretrained"] * 3 * asked + ["scratch"] * 3 * asked
-    assert plan[asked] == ("glue/cola", "pretrained", "dense")  # a small one
+    assert len(plan) == len(set(plan))
+    begins = [begin for _, begin, _, seed in plan if seed in (None, 0)]
+    first = ["words"] * every + ["pretrained"] * 3 * asked + ["scratch"] * 3 * asked
+    assert begins == first + ["pretrained"] * 3 * (every - asked)
+    assert plan[every] == ("glue/cola", "pretrained", "dense", 0)  # a small one
+    seeds = [seed for *run, seed in plan if run == ["glue/sst2", "scratch", "switch"]]
+    assert seeds == [0, 1]
+    assert plan[-1][-1] == 4
 
 
 def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
-    monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None)])
+    monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None, None)])
     monkeypatch.setattr(glue, "_has_data", lambda *args: True)
     calls = []
 
@@ -26,16 +31,38 @@ def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(glue.bag_of_words, "scores", scores)
     for _ in range(2):
-        glue.train(tmp_path, "data")
+        glue.train(tmp_path, "data", {})
     assert calls == [("glue/cola", "data")] * 2  # with and without what a pair shares
     kept = glue.gathered(tmp_path, {})["words"]
     assert kept == {
         "glue/cola": {"words": {"val_matthews": 0.0}, "words and overlap": {"val_matthews": 1.0}}
     }
+    glue.train(tmp_path / "elsewhere", "data", {"words": kept})
+    assert len(calls) == 2
+
+
+def test_runs_are_gathered_by_seed(tmp_path):
+    """With what other folders came to; what was run again counts."""
+
+    def runs(*scores):
+        return [
+            {"seed": seed, "best": {"matthews": score}, "last": {"matthews": score}, "seconds": 1.0}
+            for seed, score in scores
+        ]
+
+    entry = {"metrics": ["matthews"], "partial": []}
+    kept = {"scores": {"glue/cola": {"dense-scratch": entry | {"runs": runs((0, 0.1), (2, 0.3))}}}}
+    for seed, score in ((2, 0.4), (1, 0.2)):
+        folder = tmp_path / "glue" / "dense-scratch" / f"glue-cola-{seed}"
+        folder.mkdir(parents=True)
+        summary = {"tasks": {"glue/cola": entry | {"runs": runs((seed, score))}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (gathered,) = glue.gathered(tmp_path, kept)["scores"]["glue/cola"].values()
+    assert gathered == entry | {"runs": runs((0, 0.1), (1, 0.2), (2, 0.4))}
 
 
 def test_what_is_left_out_of_the_work(tmp_path, monkeypatch, capsys):
-    """What another process is at, and what there is no data for."""
+    """What is kept, what another process is at, and what there is no data for."""
     calls = []
 
     def finetune_suite(task, **options):
@@ -46,20 +73,21 @@ def test_what_is_left_out_of_the_work(tmp_path, monkeypatch, capsys):
         if (task, split) == ("glue/rte", "validation"):
             raise FileNotFoundError("none of it")
 
-    sst2 = ("glue/sst2", "pretrained", "dense")
-    mrpc = ("glue/mrpc", "scratch", "switch")
-    rte = ("glue/rte", "pretrained", "expert_choice")
+    sst2 = ("glue/sst2", "pretrained", "dense", 0)
+    mrpc = [("glue/mrpc", "scratch", "switch", seed) for seed in (0, 1)]
+    rte = ("glue/rte", "pretrained", "expert_choice", 0)
+    kept = {"scores": {"glue/mrpc": {"switch-scratch": {"runs": [{"seed": 0}]}}}}
     monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
     monkeypatch.setattr(zoo.tasks, "load", load)
-    monkeypatch.setattr(glue, "plan", lambda: [sst2, mrpc, rte])
+    monkeypatch.setattr(glue, "plan", lambda: [sst2, *mrpc, rte])
     with monkeypatch.context() as patch:
-        others = {" ".join(sst2)}
+        others = {" ".join(map(str, sst2))}
         patch.setattr(glue, "claimed", lambda lock, key: contextlib.nullcontext(key not in others))
-        glue.train(tmp_path, "data")
-    assert calls == [("glue/mrpc", "switch_mini_en", False, 5)]
+        glue.train(tmp_path, "data", kept)
+    assert calls == [("glue/mrpc", "switch_mini_en", False, [1])]
     assert capsys.readouterr().out == "left out: glue/rte: none of it\n"
-    glue.train(tmp_path, "data")
-    assert calls[1:] == [("glue/sst2", "dense_mini_en", True, 2), calls[0]]
+    glue.train(tmp_path, "data", kept)
+    assert calls[1:] == [("glue/sst2", "dense_mini_en", True, [0]), calls[0]]
 
 
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
@@ -69,7 +97,7 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
         raise ValueError("`output` holds another run")
 
     monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
-    monkeypatch.setattr(glue, "plan", lambda: [("glue/sst2", "pretrained", "dense")])
+    monkeypatch.setattr(glue, "plan", lambda: [("glue/sst2", "pretrained", "dense", 0)])
     monkeypatch.setattr(glue, "_has_data", lambda *args: True)
     with pytest.raises(ValueError, match="another run"):
-        glue.train(tmp_path, "data")
+        glue.train(tmp_path, "data", {})

@@ -67,8 +67,20 @@ def test_claims(kept):
     assert fast.endswith("in at most 0.7 of its steps: holds (0.38).")
     assert slow.endswith("does not reach the dense twin's last held-out loss.")
     # Seed by seed 0.10 and 0.11 more; over two seeds t = 21, p = 0.030.
-    assert averages[0].endswith("holds (0.810 and 0.705, p = 0.030 over 2 seeds).")
-    assert averages[2].startswith("* `expert_choice` beats `switch` on GLUE's average: does not")
+    assert averages[0].endswith(
+        "average of cola, sst2, mrpc, stsb (partial): holds "
+        "(0.810 and 0.705, p = 0.030 over the seeds that all tasks have)."
+    )
+    assert averages[2].startswith("* `expert_choice` beats `switch` on GLUE's average of cola, ")
+    assert "does not hold" in averages[2]
+
+
+def test_averages_of_tasks_with_different_seeds(kept):
+    """Each task counts with all of its seeds; what is compared by chance are those of all."""
+    kept["scores"]["glue/sst2"]["switch-pretrained"] = run("glue/sst2", (0.84,))
+    *_, switch, _, _ = glue_page.claims(kept)
+    # (0.84 + 3 x 0.81) / 4
+    assert switch.endswith(": holds (0.818 and 0.705).")
 
 
 def test_a_claim_that_nobody_measured(kept):
@@ -96,11 +108,11 @@ def test_page_and_picture(kept, tmp_path):
     text = glue_page.page(kept)
     # 40 steps of 2 x 100 tokens in 4 x 900 seconds.
     assert "| dense_mini_en | 2.0M | 1.0M | 6.0M | 40 | 0M | 1.00 | 3.000 | 3.000 | 20.1 |" in text
-    assert "| sst2 | accuracy | 0.720 | 0.900 | 0.550 ± 0.071 (0.450) |" in text
+    assert "| sst2 | accuracy | 2 | 0.720 | 0.900 | 0.550 ± 0.071 (0.450) |" in text
     # 0.8 and 0.82 against 0.7 and 0.71: on average 0.105 more, Holm's p of four tasks alike.
     assert "| sst2 | accuracy | +0.105 (p 0.121) |" in text
     assert "No task has runs of all three yet." in text  # of SuperGLUE
-    assert "| stsb (partial) | pearson | 0.720 |" in text
+    assert "| stsb (partial) | pearson | 2 | 0.720 |" in text
     glue_page.draw(kept["pretraining"], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert set(TASKS) < set(SUITES["glue"])
