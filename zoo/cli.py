@@ -107,7 +107,8 @@ def _parser():
     add(
         "--train",
         metavar="WHICH",
-        help="all (default), frozen_experts, non_experts, experts or lora; always the head",
+        help="all, frozen_experts, non_experts, experts or lora; always the head; default: all, see "
+        "below for presets",
     )
     add("--lora-rank", type=int, metavar="N", help="of --train lora; default: 8")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
@@ -297,7 +298,7 @@ def _recipes():
         lines.append(f"  {task:18}" + "".join(f"{x:{len(head) + 2}}" for head, x in cells))
     for kind in ("sparse", "dense"):
         preset = preset_recipe(next(iter(TASKS)), sparse=kind == "sparse")
-        names = ("batch_size", "learning_rate", "dropout", "expert_dropout")
+        names = ("train", "batch_size", "learning_rate", "dropout", "expert_dropout")
         figures = ", ".join(
             f"{name.replace('_', ' ')} {preset[name]}" for name in names if preset[name] is not None
         )

@@ -3,11 +3,12 @@ import pytest
 from zoo.recipes import pairs, preset_recipe
 
 
-def test_experts_want_more_dropout_and_smaller_batches():
+def test_experts_stay_and_want_more_dropout_and_smaller_batches():
     sparse, dense = (preset_recipe("glue/sst2", sparse) for sparse in (True, False))
     assert (sparse["dropout"], sparse["expert_dropout"]) == (0.1, 0.4)  # Switch, Table 4
     assert (dense["dropout"], dense["expert_dropout"]) == (0.1, None)
     assert sparse["batch_size"] < dense["batch_size"]  # ST-MoE, section 4.3
+    assert (sparse["train"], dense["train"]) == ("frozen_experts", "all")  # section 4.2
     assert sparse.keys() == dense.keys()
 
 

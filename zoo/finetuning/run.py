@@ -23,7 +23,7 @@ def finetune(
     *,
     preset=None,
     load_weights=None,
-    train="all",
+    train=None,
     lora_rank=None,
     data_dir=None,
     output=None,
@@ -63,7 +63,8 @@ def finetune(
         load_weights: whether a preset's weights are taken (`None`: they are), or new ones: what
             they are worth is seen against such a run.
         train: "all" weights, "frozen_experts", "non_experts", "experts" or "lora"; the classifier's
-            head always is. See `zoo.finetuning.trainable.choose`.
+            head always is. See `zoo.finetuning.trainable.choose`. `None`: "all", or with a preset's
+            weights as `zoo.recipes.preset_recipe` has it.
         lora_rank: of "lora"; `None`: 8.
         data_dir: TensorFlow Datasets directory, see `python -m zoo prepare`.
         output: folder of the run; by default named after task, model, backend and seed.

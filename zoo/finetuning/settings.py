@@ -26,7 +26,7 @@ def settle(
     model=None,
     preset=None,
     load_weights=None,
-    train="all",
+    train=None,
     lora_rank=None,
     size=None,
     num_experts=None,
@@ -79,6 +79,8 @@ def settle(
                 "`load_weights` must be True, False or None. "
                 f"Received: load_weights={load_weights!r}"
             )
+    if train is None:
+        train = defaults["train"] if load_weights else "all"  # new experts know nothing yet
     given = {
         "size": size,
         "num_experts": num_experts,

@@ -133,7 +133,8 @@ def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
 def test_the_folder_says_what_is_trained(masked_lm):
     backend = keras.backend.backend()
     for options, name in (
-        ({}, f"preset-{backend}"),
+        ({}, f"preset-frozen_experts-{backend}"),
+        ({"train": "all"}, f"preset-{backend}"),
         ({"load_weights": False}, f"preset-new-{backend}"),
         ({"train": "non_experts"}, f"preset-non_experts-{backend}"),
     ):
@@ -238,7 +239,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ({"train": "experts"}, "with train='all'"),
+        ({"train": "experts"}, "with train='frozen_experts'"),
         ({"expert_dropout": 0.2}, "with expert_dropout=0.4"),
         ({"max_length": 12}, "with max_length=10"),
     ],

@@ -47,6 +47,15 @@ def test_weights_of_a_preset(masked_lm):
         settle("glue/cola", preset=masked_lm, load_weights=0)
 
 
+def test_what_is_trained(masked_lm, dense_masked_lm):
+    """The experts of a preset know something, new ones do not."""
+    assert settle("glue/cola")["train"] == "all"
+    assert settle("glue/cola", preset=dense_masked_lm)["train"] == "all"
+    assert settle("glue/cola", preset=masked_lm)["train"] == "frozen_experts"
+    assert settle("glue/cola", preset=masked_lm, load_weights=False)["train"] == "all"
+    assert settle("glue/cola", preset=masked_lm, train="all")["train"] == "all"
+
+
 def test_rank_of_lora():
     assert settle("glue/rte")["lora_rank"] is None
     assert settle("glue/rte", train="lora")["lora_rank"] == 8
