@@ -107,8 +107,8 @@ def _parser():
     add(
         "--train",
         metavar="WHICH",
-        help="all, frozen_experts, non_experts, experts or lora; always the head; default: all, see "
-        "below for presets",
+        help="all (default, see below for presets), frozen_experts, non_experts, experts or lora; "
+        "always the head",
     )
     add("--lora-rank", type=int, metavar="N", help="of --train lora; default: 8")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND, else tensorflow")
@@ -289,16 +289,20 @@ def _recipes():
     lines = [
         "tasks, and the defaults for each; of models from scratch, and on the right of presets:"
     ]
-    heads = ("epochs", "batch size", "learning rate", "dropout", "| epochs", "max length")
-    lines.append(" " * 20 + "".join(f"{head:>{len(head) + 2}}" for head in heads))
+    heads = ("epochs", "batch size", "learning rate", "dropout")
+    heads += ("| epochs", "rate", "max length")
+    widths = [max(len(head), len("0.0005")) + 2 for head in heads]
+    cells = zip(heads, widths, strict=True)
+    lines.append(" " * 20 + "".join(f"{head:>{width}}" for head, width in cells))
     for task in TASKS:
         preset = preset_recipe(task, sparse=True)
-        figures = (*recipe(task).values(), preset["epochs"], preset["max_length"])
-        cells = zip(heads, figures, strict=True)
-        lines.append(f"  {task:18}" + "".join(f"{x:{len(head) + 2}}" for head, x in cells))
+        names = ("epochs", "learning_rate", "max_length")
+        figures = (*recipe(task).values(), *(preset[name] for name in names))
+        cells = zip(figures, widths, strict=True)
+        lines.append(f"  {task:18}" + "".join(f"{figure:>{width}}" for figure, width in cells))
     for kind in ("sparse", "dense"):
         preset = preset_recipe(next(iter(TASKS)), sparse=kind == "sparse")
-        names = ("train", "batch_size", "learning_rate", "dropout", "expert_dropout")
+        names = ("train", "batch_size", "dropout", "expert_dropout")
         figures = ", ".join(
             f"{name.replace('_', ' ')} {preset[name]}" for name in names if preset[name] is not None
         )

@@ -22,6 +22,11 @@ def test_small_tasks_have_more_epochs_and_pairs_more_tokens(sparse):
     assert lengths == {"cola": 64, "rte": 128, "mnli": 128}
 
 
+def test_rates():
+    rates = [preset_recipe(f"glue/{task}", True)["learning_rate"] for task in ("cola", "sst2")]
+    assert rates == [5e-4, 1e-3]
+
+
 def test_texts_of_a_pair_are_read_apart():
     for task, how in (("glue/cola", None), ("glue/rte", "apart"), ("super_glue/boolq", "apart")):
         assert preset_recipe(task, True)["pairs"] == pairs(task) == how
