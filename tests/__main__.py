@@ -20,13 +20,19 @@ BACKENDS = ("tensorflow", "jax", "torch")
 AT_ONCE = 2
 # Compiling and small shapes gain nothing by threads, and processes that run at once lose by them;
 # programs that run for milliseconds gain nothing by a compiler that takes its time.
-QUICK = {
+ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
+QUICK = {
+    **ONE_THREAD,
+    "XLA_FLAGS": f"{ONE_THREAD['XLA_FLAGS']} --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 }
+MINUTES = "tests/tutorials"  # of programs that run for minutes
+SLOWEST = ("--durations=12", "--durations-min=5")  # for whoever makes the suite faster
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 FIGURES = ("tests", "failures", "errors", "skipped", "time")
 
@@ -39,8 +45,10 @@ def run(backend, pytest_arguments, alone):
     """
     with tempfile.TemporaryDirectory() as folder:
         report, output = pathlib.Path(folder, "report.xml"), pathlib.Path(folder, "output")
-        command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *pytest_arguments]
-        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **QUICK, **os.environ, "KERAS_BACKEND": backend}
+        command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *SLOWEST]
+        command += pytest_arguments
+        flags = ONE_THREAD if MINUTES in pytest_arguments else QUICK
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **flags, **os.environ, "KERAS_BACKEND": backend}
         title = f"\n=== {backend} {' '.join(pytest_arguments)} ==="
         if alone:
             print(title, flush=True)
