@@ -404,7 +404,7 @@ def _connect(addresses, coordinator, num_processes, process_id, timeout):
         jax.config.update("jax_enable_preemption_service", False)
         # On CPU a device that waits for others holds a thread. XLA has one for each core unless
         # told otherwise, and a device that finds none left would be waited for without end.
-        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, _THREADS)))
+        os.environ["NPROC"] = os.environ.get("NPROC") or str(max(os.cpu_count() or 1, _THREADS))
         jax.distributed.initialize(
             coordinator,
             num_processes,
