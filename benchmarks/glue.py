@@ -7,7 +7,8 @@ fine-tunes the three twins from their pretrained weights on every task that `tfd
 was stopped goes on, and several processes share the work, each fastest with a core of its own.
 Without `--train` what there is in `--runs` is gathered. Either way the figures go into
 `benchmarks/results/glue.json`, and the page and its picture are made of that file alone; `--page`
-makes them again. What that file has is not done again: take out of it what a change made wrong.
+makes them again. What that file has is not done again: take out of it, and out of `--runs`, what a
+change made wrong.
 """
 
 import argparse
@@ -41,13 +42,16 @@ def main():
     options = parser.parse_args()
     from zoo.runs import replacing
 
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     if options.train:
-        train(options.runs, options.data_dir, kept)
+        train(options.runs, options.data_dir, _kept())
     if not options.page:
         with replacing(KEPT) as beside:
-            beside.write_text(json.dumps(gathered(options.runs, kept), indent=1) + "\n")
+            beside.write_text(json.dumps(gathered(options.runs, _kept()), indent=1) + "\n")
     write_page(json.loads(KEPT.read_text()))
+
+
+def _kept():
+    return json.loads(KEPT.read_text()) if KEPT.is_file() else {}
 
 
 def plan():
@@ -167,16 +171,14 @@ def _scores(runs, kept):
     """`scores[task][model and beginning]`: metrics, and of each seed the best and last epoch's."""
     for path in sorted(runs.glob("glue/*/*/summary.json")):
         for task, entry in json.loads(path.read_text())["tasks"].items():
-            of_model = kept.setdefault(task, {}).setdefault(path.parts[-3], {"runs": []})
+            nothing = {"metrics": entry["metrics"], "partial": [], "runs": []}
+            of_model = kept.setdefault(task, {}).setdefault(path.parts[-3], nothing)
+            of_model["partial"] = sorted({*of_model["partial"], *entry["partial"]})
             by_seed = {run["seed"]: run for run in of_model["runs"]}
             for run in entry["runs"]:
                 names = ("seed", "best", "last", "seconds")
                 by_seed[run["seed"]] = {name: run[name] for name in names}
-            of_model |= {
-                "metrics": entry["metrics"],
-                "partial": entry["partial"],
-                "runs": [by_seed[seed] for seed in sorted(by_seed)],
-            }
+            of_model["runs"] = [by_seed[seed] for seed in sorted(by_seed)]
     return kept
 
 

@@ -18,7 +18,8 @@ HEAD = """# What the shipped presets reach
 
 Made by `python -m benchmarks.glue --data-dir tfds --train`; figures are in
 `benchmarks/results/glue.json`. Validation sets throughout: the official test sets have no labels.
-"Scratch" is the same model and the same recipe, with new weights. Partial tasks have only a part of
+"Scratch" is the same model with new weights, all of them trained; the experts of a pretrained one
+stay as they are. All else is the same. Partial tasks have only a part of
 the official data: their scores are to be compared with each other, and not with published ones.
 """
 
@@ -118,9 +119,10 @@ def _average_claim(kept, one, other):
         suite_score({task: _means(of_seed.values()) for task, of_seed in each.items()}, "glue")
         for each in runs
     ]
-    _, p = significance(*(_averages(each, "glue") for each in reversed(runs)))
+    seeds = sorted(set.intersection(*(set(of_seed) for each in runs for of_seed in each.values())))
+    _, p = significance(*(_averages(each, "glue", seeds) for each in reversed(runs)))
     verdict = "holds" if means[0] > means[1] else "does not hold"
-    chance = "" if p is None else f", p = {p:.3f} over the seeds that all tasks have"
+    chance = "" if p is None else f", p = {p:.3f} over the {len(seeds)} seeds that all tasks have"
     names = ", ".join(_title(kept, task) for task in tasks)
     return (
         f"* `{one}` beats `{other}` on GLUE's average of {names}: {verdict} "
@@ -134,9 +136,8 @@ def _means(scores):
     return {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
 
 
-def _averages(runs, suite):
-    """Seed -> the suite's average, of the seeds that all tasks have."""
-    seeds = sorted(set.intersection(*map(set, runs.values())))
+def _averages(runs, suite, seeds):
+    """Seed -> the suite's average."""
     return {
         seed: suite_score({task: of_seed[seed] for task, of_seed in runs.items()}, suite)
         for seed in seeds
@@ -215,7 +216,7 @@ def _title(kept, task):
 
 
 def _seeds(kept, task):
-    """How many seeds, of the model with fewest and of that with most."""
+    """How many seeds, of the runs with fewest and of those with most."""
     numbers = {len(entry["runs"]) for entry in kept["scores"].get(task, {}).values()} or {0}
     return "-".join(str(number) for number in sorted({min(numbers), max(numbers)}))
 

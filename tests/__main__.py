@@ -31,7 +31,7 @@ QUICK = {
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 }
-MINUTES = "tests/tutorials"  # of programs that run for minutes
+LONG = "tests/tutorials"  # whose programs run for minutes
 SLOWEST = ("--durations=12", "--durations-min=5")  # for whoever makes the suite faster
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 FIGURES = ("tests", "failures", "errors", "skipped", "time")
@@ -47,7 +47,8 @@ def run(backend, pytest_arguments, alone):
         report, output = pathlib.Path(folder, "report.xml"), pathlib.Path(folder, "output")
         command = [sys.executable, "-m", "pytest", f"--junit-xml={report}", *SLOWEST]
         command += pytest_arguments
-        flags = ONE_THREAD if MINUTES in pytest_arguments else QUICK
+        is_long = any(argument.startswith(LONG) for argument in pytest_arguments)
+        flags = ONE_THREAD if is_long else QUICK
         environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **flags, **os.environ, "KERAS_BACKEND": backend}
         title = f"\n=== {backend} {' '.join(pytest_arguments)} ==="
         if alone:

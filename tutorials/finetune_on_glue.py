@@ -43,10 +43,11 @@ TASK = {"task": "acceptability", "max_examples": 2000, "epochs": 2}
 
 # %% [markdown]
 # ## Twice the same model
-# Once from its pretrained weights and once from new ones, from scratch. `finetune_suite` takes a
-# run for each seed (five make a result that one can trust; here it is one), writes everything it
-# does to a folder, and goes on from there if it is interrupted. What is not said, the rate, say, is
-# as `python -m zoo finetune --help` has it for presets.
+# Once from its pretrained weights, with experts that stay as they are, and once from new ones, from
+# scratch, all of which learn. `finetune_suite` takes a run for each seed (five make a result that
+# one can trust; here it is one), writes everything it does to a folder, and goes on from there if
+# it is interrupted. What is not said, the rate, say, is as `python -m zoo finetune --help` has it
+# for presets.
 
 # %%
 summaries = {

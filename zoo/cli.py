@@ -307,6 +307,7 @@ def _recipes():
             f"{name.replace('_', ' ')} {preset[name]}" for name in names if preset[name] is not None
         )
         lines.append(f"{kind} presets: {figures}")
+    lines.append("with --no-load-weights all is trained")
     return "\n".join(lines)
 
 

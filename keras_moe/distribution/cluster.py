@@ -22,7 +22,7 @@ import numpy as np
 _FIRST_PORT, _JOBS, _TASKS = 10240, 352, 64  # ports of Slurm's jobs, below those of connections
 _LONGEST = 65536  # bytes of a message; who says hello has 256
 _PATIENCE = 5  # seconds for a message that must be on its way
-_THREADS = 32  # of XLA on CPU: four for each of eight devices
+_THREADS = 32  # of XLA on CPU, enough for a process with a dozen devices
 
 
 def initialize(coordinator=None, num_processes=None, process_id=None, timeout=300):
@@ -31,7 +31,8 @@ def initialize(coordinator=None, num_processes=None, process_id=None, timeout=30
     Every process runs the same program and reads the same batches; an `ExpertParallel` that is made
     afterwards lies over the devices of all. They get one random seed, so that they make the same
     weights and shuffle alike. It must be called once, before the program's first tensor, and before
-    `process_id` and `num_processes` are asked.
+    `process_id` and `num_processes` are asked. On JAX it has XLA make at least 32 threads on CPU,
+    unless the environment's PJRT_NPROC says how many.
 
     What is not given comes from Slurm, in a program that `srun` started; in an indexed job of
     Kubernetes the number of this process does.
@@ -395,6 +396,13 @@ def _address(host, port):
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _cores():
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _connect(addresses, coordinator, num_processes, process_id, timeout):
     """Has the backend connect the processes: JAX now, TensorFlow when a mesh is made."""
     if keras.backend.backend() == "jax":
@@ -402,9 +410,10 @@ def _connect(addresses, coordinator, num_processes, process_id, timeout):
 
         # Or it takes the signal that ends a process, and a device of Slurm's choice.
         jax.config.update("jax_enable_preemption_service", False)
-        # On CPU a device that waits for others holds a thread. XLA has one for each core unless
-        # told otherwise, and a device that finds none left would be waited for without end.
-        os.environ["NPROC"] = os.environ.get("NPROC") or str(max(os.cpu_count() or 1, _THREADS))
+        # On CPU a device holds a thread while its step waits for those of other processes, and one
+        # to begin the next. XLA has one for each core, and where they do not suffice all wait.
+        if not os.environ.get("PJRT_NPROC"):
+            os.environ["PJRT_NPROC"] = str(max(_cores(), _THREADS))
         jax.distributed.initialize(
             coordinator,
             num_processes,

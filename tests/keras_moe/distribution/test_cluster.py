@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 from keras_moe import launch
 from keras_moe.distribution import cluster, initialize
 
+CONNECT = cluster._connect
 TORCH = keras.backend.backend() == "torch"
 
 
@@ -254,3 +256,20 @@ class TestLaunch:
             launch.main(arguments)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="threads of JAX's XLA")
+@pytest.mark.parametrize(("given", "threads"), [(None, 32), ("", 32), ("2", 2)])
+def test_threads_of_devices_that_wait(given, threads, monkeypatch):
+    """With too few, two processes of two devices each wait without end, now and then."""
+    import jax
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: None)
+    monkeypatch.setattr(cluster, "_cores", lambda: 2)
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    if given is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    else:
+        monkeypatch.setenv("PJRT_NPROC", given)
+    CONNECT(["127.0.0.1:1"], "127.0.0.1:1", 2, 0, 300)
+    assert os.environ["PJRT_NPROC"] == str(threads)
