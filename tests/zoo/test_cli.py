@@ -78,6 +78,7 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
         (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
         (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
+        (["glue/rte", "--pairs", "both"], "`pairs` must be one of apart, together"),
         (["--seeds", "0"], "`seeds` must be a positive integer"),
         (["--seeds", "2", "--seed", "1"], "`seed` must be left out with `seeds`"),
     ],
@@ -120,6 +121,7 @@ SUMMARY = {
             ["glue", "--preset", "one", "--no-load-weights"],
             {"preset": "one", "load_weights": False},
         ),
+        (["glue/rte", "--seeds", "2", "--pairs", "together"], {"seeds": 2, "pairs": "together"}),
     ],
 )
 def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):

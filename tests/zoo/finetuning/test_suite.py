@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 
@@ -6,6 +7,7 @@ import zoo
 from tests.zoo.finetuning import small
 from tests.zoo.finetuning.small import run
 from zoo.finetuning import batches
+from zoo.finetuning import suite as suites
 from zoo.finetuning.suite import finetune_suite
 
 TWO = ("glue/cola", "glue/mrpc")
@@ -48,6 +50,22 @@ def test_a_suite_leaves_out_what_has_no_data(suite):
         "glue-mrpc",
         "summary.json",
     ]
+
+
+def test_partial_data_is_not_left_out(monkeypatch):
+    """Of MNLI's two validation sets one is there, and the task is known to be partial."""
+
+    def load(task, split, data_dir=None):
+        if split not in ("train", "validation_matched"):
+            raise FileNotFoundError(f"no {split}")
+
+    unfinished = {"glue/mnli": [types.SimpleNamespace(finished=False)]}
+    monkeypatch.setattr(suites.data, "load", load)
+    assert suites._without_data(unfinished, None) == {"glue/mnli": "no validation_mismatched"}
+    monkeypatch.setattr(
+        suites, "validation_splits", lambda *_: (("validation_matched",), ["train"])
+    )
+    assert suites._without_data(unfinished, None) == {}
 
 
 def test_runs_differ_in_their_seeds_alone(suite, tmp_path):
