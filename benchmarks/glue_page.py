@@ -17,10 +17,12 @@ ASKED = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb")
 HEAD = """# What the shipped presets reach
 
 Made by `python -m benchmarks.glue --data-dir tfds --train`; figures are in
-`benchmarks/results/glue.json`. Validation sets throughout: the official test sets have no labels.
-"Scratch" is the same model with new weights, all of them trained; the experts of a pretrained one
-stay as they are. All else is the same. Partial tasks have only a part of
-the official data: their scores are to be compared with each other, and not with published ones.
+`benchmarks/results/glue.json`. Validation sets throughout, since the official test sets have no
+labels; the score of the best epoch, and that of the last in brackets. "Scratch" is the same model
+with new weights, all of them trained, while the experts of a pretrained one stay as they are; all
+else is the same. Partial tasks have only a part of the official data: their scores are to be
+compared with each other, and not with published ones. A bag of words is a linear model of words and
+pairs of words; with "overlap" it also knows what two texts share.
 """
 
 
