@@ -69,7 +69,7 @@ def test_claims(kept):
     # Seed by seed 0.10 and 0.11 more; over two seeds t = 21, p = 0.030.
     assert averages[0].endswith(
         "average of cola, sst2, mrpc, stsb (partial): holds "
-        "(0.810 and 0.705, p = 0.030 over the 2 seeds that all tasks have)."
+        "(0.810 and 0.705; p = 0.030, seeds that all tasks have: 2)."
     )
     assert averages[2].startswith("* `expert_choice` beats `switch` on GLUE's average of cola, ")
     assert "does not hold" in averages[2]
@@ -80,12 +80,10 @@ def test_averages_of_tasks_with_different_seeds(kept):
     kept["scores"]["glue/sst2"]["switch-pretrained"] = run("glue/sst2", (0.8, 0.82, 0.9))
     *_, switch, _, _ = glue_page.claims(kept)
     # (0.84 + 3 x 0.81) / 4
-    assert switch.endswith(
-        ": holds (0.818 and 0.705, p = 0.030 over the 2 seeds that all tasks have)."
-    )
+    assert switch.endswith("(0.818 and 0.705; p = 0.030, seeds that all tasks have: 2).")
     kept["scores"]["glue/sst2"]["switch-pretrained"] = run("glue/sst2", (0.84,))
     *_, switch, _, _ = glue_page.claims(kept)
-    assert switch.endswith(": holds (0.818 and 0.705).")
+    assert switch.endswith("(0.818 and 0.705; chance not tested, seeds that all tasks have: 1).")
 
 
 def test_a_claim_that_nobody_measured(kept):
