@@ -39,7 +39,7 @@ def list_presets():
         `file_bytes` (about: 4 bytes a parameter, where the weights are float32), `licence`,
         `training_data` and `scores`.
     """
-    text = "262M tokens of English Wikipedia, Wikinews and novels, masked language model"
+    text = "786M tokens of English Wikipedia, Wikinews and novels, masked language model"
     twins = {
         "dense": ("dense encoder", 3_344_160, 3_344_160),
         "switch": ("Switch encoder", 12_197_664, 3_350_304),

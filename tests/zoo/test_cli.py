@@ -449,5 +449,5 @@ def test_presets_are_listed(capsys):
     (line,) = [line for line in lines if "t5-v1_1-small " in line]
     assert "about 308 MB, Apache-2.0, C4" in line
     (line,) = [line for line in lines if line.startswith("expert_choice_mini_en ")]
-    assert "about 24 MB, CC-BY-SA-3.0, 262M tokens of English" in line
+    assert "about 24 MB, CC-BY-SA-3.0, 786M tokens of English" in line
     assert len({re.search("Apache|CC-", line).start() for line in lines}) == 1
