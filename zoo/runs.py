@@ -214,8 +214,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.restart:
                 self._delete(*self.FILES)
+        # On TensorFlow `fit` would do so in the step while it traces it, and have to trace it again.
+        model.optimizer.build(model.trainable_variables)
         if self.epoch:
-            model.optimizer.build(model.trainable_variables)
             path = self._weights(self.epoch)
             with explained(path):
                 model.load_weights(path)

@@ -221,7 +221,7 @@ class Bench:
             self.network.compile(
                 optimizer=_optimizer(settings, steps_per_epoch),
                 loss=_loss(self.task),
-                weighted_metrics=[] if self.task.num_classes == 1 else ["accuracy"],
+                weighted_metrics=_metrics(self.task),
             )
             return
         for ours, begin in zip(self.classifier.weights, classifier.weights, strict=True):
@@ -237,6 +237,11 @@ def _loss(task):
     return keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     )
+
+
+def _metrics(task):
+    # Made here: what Keras makes of a name while it traces a step TensorFlow has to trace again.
+    return [] if task.num_classes == 1 else [keras.metrics.SparseCategoricalAccuracy("accuracy")]
 
 
 def _optimizer(settings, steps_per_epoch):

@@ -10,7 +10,7 @@ from tests.keras_moe.distribution.several import launched
 from tests.zoo.finetuning.small import run
 from zoo import runs
 from zoo.batches import TokenBatches
-from zoo.finetuning import batches, scores
+from zoo.finetuning import batches, scores, trainable
 from zoo.finetuning import run as finetuning
 from zoo.tasks.task import get
 
@@ -27,6 +27,19 @@ def test_results_and_preset(whole):
     model = zoo.from_preset(results["preset"])
     scores = model.predict(["a bad film", "a great film"], verbose=0)
     assert scores.argmax(axis=-1).tolist() == [0, 1]
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch traces nothing")
+def test_the_step_is_traced_once(tmp_path, monkeypatch):
+    calls = []
+
+    def train_step(self, *args, original=trainable.Network.train_step, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainable.Network, "train_step", train_step)
+    run(tmp_path, epochs=2)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("model", ["dense", "expert_choice"])
