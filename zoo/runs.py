@@ -214,7 +214,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.restart:
                 self._delete(*self.FILES)
-        # On TensorFlow `fit` would do so in the step while it traces it, and have to trace it again.
+        # In `fit` TensorFlow would do so while it traces the step, and trace it again.
         model.optimizer.build(model.trainable_variables)
         if self.epoch:
             path = self._weights(self.epoch)

@@ -9,6 +9,7 @@ import pytest
 import zoo
 from tests.backend import numpy
 from tests.keras_moe.distribution.several import launched
+from tests.zoo.traces import counted_traces
 from zoo import runs
 from zoo.models import builders
 from zoo.pretraining import run as pretraining
@@ -65,7 +66,10 @@ def run(text, output, **options):
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
-    return run(text, output), output
+    with counted_traces() as traces:
+        results = run(text, output)
+    assert len(traces) == (6 if keras.backend.backend() == "torch" else 1)  # which has six steps
+    return results, output
 
 
 def test_results(whole):
