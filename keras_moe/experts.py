@@ -294,9 +294,9 @@ class LayerExperts(keras.layers.Layer):
     They may differ in everything but the width of their outputs (Shazeer et al. 2017,
     https://arxiv.org/abs/1701.06538, section 2, asks no more of experts). Each sees `[slots, dim]`,
     like a batch; empty slots hold zeros, and a layer that keeps statistics of its batch counts
-    them. Without capacity a layer is called once for all of its tokens, or, where XLA compiles,
-    once per row of its slots; losses that it adds itself (regularizers of its outputs) are then not
-    supported.
+    them. Without capacity a layer is called once for all of its tokens (on a GPU with up to seven
+    empty slots), or, where XLA compiles, once per row of its slots; losses that it adds itself
+    (regularizers of its outputs) are then not supported.
 
     Example:
 

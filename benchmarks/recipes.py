@@ -1,0 +1,130 @@
+"""How presets are best fine-tuned, judged by training data that is held out, see `zoo.recipes`.
+
+    python -m benchmarks.recipes --data-dir tfds --train
+
+tries the same rates for each of the three twins, one seed each, and for those with experts also to
+train all weights. The official validation sets have no part in it: up to a fifth of the training
+data, 1,000 examples at most, is held out instead. A trial that was stopped goes on, and several
+processes share the work. Without `--train` what there is in `--runs` is gathered into
+`benchmarks/results/recipes.json`; either way the table of that file is printed.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.claims import claimed
+from benchmarks.glue import TWINS
+
+KEPT = Path(__file__).parent / "results" / "recipes.json"
+TASKS = ("glue/cola", "glue/mrpc", "glue/stsb")
+RATES = (5e-4, 1e-3, 2.5e-4)
+SPARSE = ("switch", "expert_choice")
+HELD_OUT = 1000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--data-dir", help="TensorFlow Datasets folder")
+    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
+    add("--train", action="store_true", help="do what has not been done yet")
+    options = parser.parse_args()
+    from zoo.runs import replacing
+
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    if options.train:
+        train(options.runs / "recipes", options.data_dir, kept)
+    kept |= gathered(options.runs / "recipes")
+    with replacing(KEPT) as beside:
+        beside.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    print(table(kept))
+
+
+def plan():
+    """The trials: task, model, rate, and what is trained, `None`: as the recipe has it."""
+    trials = [(task, model, rate, None) for rate in RATES for task in TASKS for model in TWINS]
+    return trials + [(task, model, RATES[0], "all") for task in TASKS for model in SPARSE]
+
+
+def name(task, model, rate, train):
+    """What a trial is called."""
+    return "-".join([task.replace("/", "-"), model, f"{rate:g}", *([train] if train else [])])
+
+
+def train(folder, data_dir, kept):
+    """Does what is planned, but for what is kept and what another process is at."""
+    import zoo
+
+    with held_out():
+        for trial in plan():
+            task, model, rate, weights = trial
+            with claimed(folder / "lock", name(*trial)) as is_free:
+                if is_free and name(*trial) not in kept:
+                    zoo.finetune(
+                        task,
+                        preset=TWINS[model],
+                        learning_rate=rate,
+                        train=weights,
+                        data_dir=data_dir,
+                        output=folder / name(*trial),
+                        verbose=2,
+                    )
+
+
+@contextlib.contextmanager
+def held_out():
+    """In it a task's validation set is a part of its training data, which lacks that part."""
+    from zoo.tasks import data
+
+    original = data.features
+
+    def features(task, split, data_dir=None):
+        examples = original(task, "train", data_dir)
+        order = np.random.default_rng(0).permutation(len(examples))
+        held = min(HELD_OUT, len(examples) // 5)
+        return [examples[n] for n in (order[held:] if split == "train" else order[:held])]
+
+    data.features = features
+    try:
+        yield
+    finally:
+        data.features = original
+
+
+def gathered(folder):
+    """`gathered[name of a trial]`: the official metrics after each epoch."""
+    found = {}
+    for trial in plan():
+        path = folder / name(*trial) / "results.json"
+        results = json.loads(path.read_text()) if path.is_file() else {"finished": False}
+        if results["finished"]:
+            found[name(*trial)] = [
+                {metric.removeprefix("val_"): epoch[metric] for metric in results["metrics"]}
+                for epoch in results["history"]
+            ]
+    return found
+
+
+def table(kept):
+    """Of each trial's best epoch the metrics, a row for each task, rate and weights."""
+    rows = {}
+    for trial in plan():
+        task, model, rate, weights = trial
+        if epochs := kept.get(name(*trial)):
+            first = next(iter(epochs[0]))
+            best = max(epochs, key=lambda epoch: epoch[first])
+            cell = ", ".join(f"{value:.3f}" for value in best.values())
+            key = (task, ", ".join(best), f"{rate:g}", weights or "as the recipe has it")
+            rows.setdefault(key, {})[model] = cell
+    lines = [f"| task | metrics | rate | trained | {' | '.join(TWINS)} |", "|---" * 7 + "|"]
+    for key, cells in sorted(rows.items()):
+        lines.append(f"| {' | '.join([*key, *(cells.get(model, '-') for model in TWINS)])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
