@@ -125,12 +125,13 @@ def _finetune(task, begin, model, seed, data_dir, output):
 
 def _baselines(task, data_dir, path):
     from zoo.runs import replacing
-    from zoo.tasks import get
+    from zoo.tasks import get, validation_splits
 
     if path.is_file():
         return
     both = (("words", False), ("words and overlap", True))
     found = {name: bag_of_words.scores(get(task), data_dir, overlap) for name, overlap in both}
+    found["partial"] = list(validation_splits(task, data_dir)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         beside.write_text(json.dumps({task: found}))
@@ -183,7 +184,7 @@ def _scores(runs, kept):
 
 
 def _words(runs, kept):
-    """`words[task][with or without overlap]`: the scores of the baselines."""
+    """`words[task]`: the baselines' scores with and without overlap; `partial`: the splits in part."""
     for path in sorted(runs.glob("glue/words/*.json")):
         kept |= json.loads(path.read_text())
     return kept

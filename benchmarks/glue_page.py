@@ -216,7 +216,8 @@ def differences(kept, suite):
 
 def _title(kept, task):
     """The task's name, with a mark if it was not trained or measured on the official data."""
-    is_partial = any(entry["partial"] for entry in kept["scores"].get(task, {}).values())
+    measured = [*kept["scores"].get(task, {}).values(), kept["words"].get(task, {})]
+    is_partial = any(entry.get("partial") for entry in measured)
     return task.rpartition("/")[2] + (" (partial)" if is_partial else "")
 
 

@@ -5,6 +5,7 @@ import pytest
 
 import zoo
 from benchmarks import glue
+from zoo import tasks
 
 
 def test_the_plan_begins_with_what_most_depends_on():
@@ -25,6 +26,7 @@ def test_the_plan_begins_with_what_most_depends_on():
 def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None, None)])
     monkeypatch.setattr(glue, "_has_data", lambda *args: True)
+    monkeypatch.setattr(tasks, "validation_splits", lambda *args: (("validation",), ("train",)))
     calls = []
 
     def scores(task, data_dir, overlap):
@@ -37,7 +39,11 @@ def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
     assert calls == [("glue/cola", "data")] * 2  # with and without what a pair shares
     kept = glue.gathered(tmp_path, {})["words"]
     assert kept == {
-        "glue/cola": {"words": {"val_matthews": 0.0}, "words and overlap": {"val_matthews": 1.0}}
+        "glue/cola": {
+            "words": {"val_matthews": 0.0},
+            "words and overlap": {"val_matthews": 1.0},
+            "partial": ["train"],
+        }
     }
     glue.train(tmp_path / "elsewhere", "data", {"words": kept})
     assert len(calls) == 2

@@ -119,3 +119,9 @@ def test_page_and_picture(kept, tmp_path):
     glue_page.draw(kept["pretraining"], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert set(TASKS) < set(SUITES["glue"])
+
+
+def test_baselines_alone_tell_that_a_task_is_partial(kept):
+    of_words = {name: {"val_accuracy": 0.5} for name in glue_page.WORDS}
+    kept["words"]["glue/mnli"] = {**of_words, "partial": ["train"]}
+    assert "| mnli (partial) | accuracy | 0 | 0.500 | 0.500 |" in glue_page.page(kept)
