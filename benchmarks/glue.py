@@ -184,7 +184,7 @@ def _scores(runs, kept):
 
 
 def _words(runs, kept):
-    """`words[task]`: the baselines' scores with and without overlap; `partial`: the splits in part."""
+    """`words[task]`: the baselines with and without overlap, and which splits are partial."""
     for path in sorted(runs.glob("glue/words/*.json")):
         kept |= json.loads(path.read_text())
     return kept
