@@ -2,11 +2,11 @@
 
     python -m benchmarks.recipes --data-dir tfds --train
 
-tries the same rates for each of the three twins, one seed each, and for those with experts also to
-train all weights. The official validation sets have no part in it: up to a fifth of the training
-data, 1,000 examples at most, is held out instead. A trial that was stopped goes on, and several
-processes share the work. Without `--train` what there is in `--runs` is gathered into
-`benchmarks/results/recipes.json`; either way the table of that file is printed.
+tries the same rates, and ways to read two texts, for each of the three twins, one seed each. The
+official validation sets have no part in it: up to a fifth of the training data, 1,000 examples at
+most, is held out instead. A trial that was stopped goes on, and several processes share the work.
+Without `--train` what there is in `--runs` is gathered into `benchmarks/results/recipes.json`;
+either way the table of that file is printed.
 """
 
 import argparse
@@ -18,11 +18,19 @@ import numpy as np
 
 from benchmarks.claims import claimed
 from benchmarks.glue import TWINS
+from benchmarks.tables import markdown
 
 KEPT = Path(__file__).parent / "results" / "recipes.json"
-TASKS = ("glue/cola", "glue/mrpc", "glue/stsb")
-RATES = (5e-4, 1e-3, 2.5e-4)
-SPARSE = ("switch", "expert_choice")
+# What is tried on each task, besides what its recipe has.
+TRIALS = {
+    "glue/cola": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
+    "glue/mrpc": [
+        {"learning_rate": rate, **pairs}
+        for pairs in ({}, {"pairs": "together"})
+        for rate in (5e-4, 1e-3)
+    ],
+    "glue/stsb": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
+}
 HELD_OUT = 1000
 
 
@@ -45,14 +53,13 @@ def main():
 
 
 def plan():
-    """The trials: task, model, rate, and what is trained, `None`: as the recipe has it."""
-    trials = [(task, model, rate, None) for rate in RATES for task in TASKS for model in TWINS]
-    return trials + [(task, model, RATES[0], "all") for task in TASKS for model in SPARSE]
+    """The trials: task, model, and what is tried."""
+    return [(task, model, tried) for task in TRIALS for tried in TRIALS[task] for model in TWINS]
 
 
-def name(task, model, rate, train):
+def name(task, model, tried):
     """What a trial is called."""
-    return "-".join([task.replace("/", "-"), model, f"{rate:g}", *([train] if train else [])])
+    return "-".join([task.replace("/", "-"), model, *map(str, tried.values())])
 
 
 def train(folder, data_dir, kept):
@@ -61,17 +68,16 @@ def train(folder, data_dir, kept):
 
     with held_out():
         for trial in plan():
-            task, model, rate, weights = trial
+            task, model, tried = trial
             with claimed(folder / "lock", name(*trial)) as is_free:
                 if is_free and name(*trial) not in kept:
                     zoo.finetune(
                         task,
                         preset=TWINS[model],
-                        learning_rate=rate,
-                        train=weights,
                         data_dir=data_dir,
                         output=folder / name(*trial),
                         verbose=2,
+                        **tried,
                     )
 
 
@@ -110,20 +116,20 @@ def gathered(folder):
 
 
 def table(kept):
-    """Of each trial's best epoch the metrics, a row for each task, rate and weights."""
+    """Of each trial's best epoch the metrics: a row for each task and what is tried there."""
     rows = {}
     for trial in plan():
-        task, model, rate, weights = trial
         if epochs := kept.get(name(*trial)):
+            task, model, tried = trial
             first = next(iter(epochs[0]))
             best = max(epochs, key=lambda epoch: epoch[first])
-            cell = ", ".join(f"{value:.3f}" for value in best.values())
-            key = (task, ", ".join(best), f"{rate:g}", weights or "as the recipe has it")
-            rows.setdefault(key, {})[model] = cell
-    lines = [f"| task | metrics | rate | trained | {' | '.join(TWINS)} |", "|---" * 7 + "|"]
-    for key, cells in sorted(rows.items()):
-        lines.append(f"| {' | '.join([*key, *(cells.get(model, '-') for model in TWINS)])} |")
-    return "\n".join(lines)
+            what = ", ".join(f"{option} {value}" for option, value in tried.items())
+            cells = rows.setdefault((task, ", ".join(best), what), {})
+            cells[model] = ", ".join(f"{value:.3f}" for value in best.values())
+    header = ["task", "metrics", "tried", *TWINS]
+    return markdown(
+        header, [[*key, *(cells.get(model, "-") for model in TWINS)] for key, cells in rows.items()]
+    )
 
 
 if __name__ == "__main__":

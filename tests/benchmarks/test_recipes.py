@@ -7,14 +7,12 @@ from benchmarks import recipes
 from zoo.tasks import data
 
 
-def test_every_model_is_tried_as_often():
+def test_every_model_is_tried_alike():
     plan = recipes.plan()
     assert len({recipes.name(*trial) for trial in plan}) == len(plan)
-    rates = {(task, model): [] for task in recipes.TASKS for model in recipes.TWINS}
-    for task, model, rate, train in plan:
-        if train is None:
-            rates[task, model].append(rate)
-    assert all(tried == list(recipes.RATES) for tried in rates.values())
+    for task, trials in recipes.TRIALS.items():
+        for model in recipes.TWINS:
+            assert [tried for *which, tried in plan if which == [task, model]] == trials
 
 
 def test_validation_sets_have_no_part_in_it(monkeypatch):
@@ -30,13 +28,13 @@ def test_validation_sets_have_no_part_in_it(monkeypatch):
 
 
 def test_trials_are_done_once_gathered_and_shown(tmp_path, monkeypatch):
-    done = ("glue/mrpc", "dense", 1e-3, None)
-    trials = [done, ("glue/mrpc", "switch", 5e-4, "all")]
-    monkeypatch.setattr(recipes, "plan", lambda: trials)
+    done = ("glue/mrpc", "dense", {"learning_rate": 1e-3})
+    left = ("glue/mrpc", "switch", {"learning_rate": 1e-3, "pairs": "together"})
+    monkeypatch.setattr(recipes, "plan", lambda: [done, left])
     calls = []
 
-    def finetune(task, *, output, **options):
-        calls.append((task, options["preset"], options["learning_rate"], options["train"]))
+    def finetune(task, *, preset, output, data_dir, verbose, **tried):
+        calls.append((task, preset, tried))
         output.mkdir(parents=True)
         history = [{"val_f1": f1, "val_accuracy": 0.5, "loss": 1.0} for f1 in (0.75, 0.5)]
         results = {"finished": True, "metrics": ["val_f1", "val_accuracy"], "history": history}
@@ -45,19 +43,14 @@ def test_trials_are_done_once_gathered_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "finetune", finetune)
     kept = {recipes.name(*done): [{"f1": 0.7, "accuracy": 0.6}, {"f1": 0.8, "accuracy": 0.4}]}
     recipes.train(tmp_path, None, kept)
-    assert calls == [("glue/mrpc", "switch_mini_en", 5e-4, "all")]
+    assert calls == [("glue/mrpc", "switch_mini_en", left[2])]
     found = recipes.gathered(tmp_path)
-    assert found == {
-        "glue-mrpc-switch-0.0005-all": [
-            {"f1": 0.75, "accuracy": 0.5},
-            {"f1": 0.5, "accuracy": 0.5},
-        ]
-    }
-    *_, first, second = recipes.table(kept | found).split("\n")
-    assert first == "| glue/mrpc | f1, accuracy | 0.0005 | all | - | 0.750, 0.500 | - |"
-    assert second == (
-        "| glue/mrpc | f1, accuracy | 0.001 | as the recipe has it | 0.800, 0.400 | - | - |"
-    )
+    both = [{"f1": 0.75, "accuracy": 0.5}, {"f1": 0.5, "accuracy": 0.5}]
+    assert found == {"glue-mrpc-switch-0.001-together": both}
+    first, second = recipes.table(kept | found).strip().split("\n")[-2:]
+    assert first == "| glue/mrpc | f1, accuracy | learning_rate 0.001 | 0.800, 0.400 | - | - |"
+    tried = "learning_rate 0.001, pairs together"
+    assert second == f"| glue/mrpc | f1, accuracy | {tried} | - | 0.750, 0.500 | - |"
 
 
 def test_what_failed_is_undone():
