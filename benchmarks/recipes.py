@@ -29,6 +29,7 @@ TRIALS = {
         for pairs in ({}, {"pairs": "together"})
         for rate in (5e-4, 1e-3)
     ],
+    "glue/sst2": [{"max_examples": 16000, "learning_rate": rate} for rate in (1e-3, 2e-3)],
     "glue/stsb": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
 }
 HELD_OUT = 1000
