@@ -290,19 +290,19 @@ def _recipes():
         "tasks, and the defaults for each; of models from scratch, and on the right of presets:"
     ]
     heads = ("epochs", "batch size", "learning rate", "dropout")
-    heads += ("| epochs", "rate", "max length")
+    heads += ("| epochs", "max length")
     widths = [max(len(head), len("0.0005")) + 2 for head in heads]
     cells = zip(heads, widths, strict=True)
     lines.append(" " * 20 + "".join(f"{head:>{width}}" for head, width in cells))
     for task in TASKS:
         preset = preset_recipe(task, sparse=True)
-        names = ("epochs", "learning_rate", "max_length")
+        names = ("epochs", "max_length")
         figures = (*recipe(task).values(), *(preset[name] for name in names))
         cells = zip(figures, widths, strict=True)
         lines.append(f"  {task:18}" + "".join(f"{figure:>{width}}" for figure, width in cells))
     for kind in ("sparse", "dense"):
         preset = preset_recipe(next(iter(TASKS)), sparse=kind == "sparse")
-        names = ("train", "batch_size", "dropout", "expert_dropout")
+        names = ("train", "learning_rate", "batch_size", "dropout", "expert_dropout")
         figures = ", ".join(
             f"{name.replace('_', ' ')} {preset[name]}" for name in names if preset[name] is not None
         )
