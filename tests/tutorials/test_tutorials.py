@@ -97,7 +97,7 @@ def test_reading_a_router(run, tmp_path):
 def test_finetune_on_glue(run):
     """The pretrained model learns what the same from scratch does not."""
     names = run(
-        "finetune_on_glue", quick={'"max_examples": 2000, "epochs": 2': '"max_examples": 64'}
+        "finetune_on_glue", quick={'"max_examples": 2000, "epochs": 3': '"max_examples": 64'}
     )
     assert names["scores"].keys() == {"scratch", "pretrained"}
     if AS_IT_IS:
