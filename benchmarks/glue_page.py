@@ -19,14 +19,16 @@ HEAD = """# What the shipped presets reach
 Made by `python -m benchmarks.glue --data-dir tfds --train`; figures are in
 `benchmarks/results/glue.json`. Validation sets throughout, since the official test sets have no
 labels; the score of the best epoch, and that of the last in brackets. Epochs are chosen on these
-sets. Rates of fine-tuning were chosen on training data that was held out, from the same trials for
-all three (`python -m benchmarks.recipes`); how many epochs and which weights are trained was chosen
-earlier, on the validation sets of CoLA, STS-B, MRPC and SST-2, with more trials for the sparse
-models. Where no p is given chance was not tested. "Scratch" is the same model with new weights, all
-of them trained, while the experts of a pretrained one stay as they are; all else is the same.
-Partial tasks have only a part of the official data: their scores are to be compared with each
-other, and not with published ones. A bag of words is a linear model of words and pairs of words;
-with "overlap" it also knows what two texts share.
+sets. Rates of fine-tuning were chosen on held-out training data of CoLA, STS-B and SST-2, from the
+same trials for all three pretrained models (`python -m benchmarks.recipes`), and are also those of
+other tasks and from scratch; how many epochs and which weights are trained was chosen earlier, on
+the validation sets of CoLA, STS-B, MRPC and SST-2, with more trials for the sparse models: small
+differences between models may be the gain of choosing. Where no p is given chance was not tested.
+"Scratch" is the same model with new weights, all of them trained, while the experts of a pretrained
+one stay as they are; all else is the same. Partial tasks have only a part of the official data:
+their scores are to be compared with each other, and not with published ones. A bag of words is a
+linear model of words and pairs of words; with "overlap" it also knows what two texts share. The
+three were pretrained at the same time on one GPU: hours and seconds do not compare them.
 """
 
 

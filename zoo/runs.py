@@ -214,7 +214,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.restart:
                 self._delete(*self.FILES)
-        # In `fit` TensorFlow would do so while it traces the step, and trace it again.
+        # In `fit` TensorFlow would build it while it traces the step, and trace it again.
         model.optimizer.build(model.trainable_variables)
         if self.epoch:
             path = self._weights(self.epoch)

@@ -41,16 +41,17 @@ def test_trials_are_done_once_gathered_and_shown(tmp_path, monkeypatch):
         (output / "results.json").write_text(json.dumps(results))
 
     monkeypatch.setattr(zoo, "finetune", finetune)
-    kept = {recipes.name(*done): [{"f1": 0.7, "accuracy": 0.6}, {"f1": 0.8, "accuracy": 0.4}]}
+    # The best epoch is that of F1, the primary metric, whatever comes first in the file.
+    kept = {recipes.name(*done): [{"accuracy": 0.6, "f1": 0.7}, {"accuracy": 0.4, "f1": 0.8}]}
     recipes.train(tmp_path, None, kept)
     assert calls == [("glue/mrpc", "switch_mini_en", left[2])]
     found = recipes.gathered(tmp_path)
     both = [{"f1": 0.75, "accuracy": 0.5}, {"f1": 0.5, "accuracy": 0.5}]
     assert found == {"glue-mrpc-switch-0.001-together": both}
     first, second = recipes.table(kept | found).strip().split("\n")[-2:]
-    assert first == "| glue/mrpc | f1, accuracy | learning_rate 0.001 | 0.800, 0.400 | - | - |"
+    assert first == "| glue/mrpc | accuracy, f1 | learning_rate 0.001 | 0.400, 0.800 | - | - |"
     tried = "learning_rate 0.001, pairs together"
-    assert second == f"| glue/mrpc | f1, accuracy | {tried} | - | 0.750, 0.500 | - |"
+    assert second == f"| glue/mrpc | accuracy, f1 | {tried} | - | 0.500, 0.750 | - |"
 
 
 def test_what_failed_is_undone():

@@ -252,7 +252,8 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
     for name, value in preset.items():
         if name not in (*of_task, "pairs"):
             assert f"{name.replace('_', ' ')} {value}" in line
-    assert "expert" not in next(line for line in lines if line.startswith("dense presets: "))
+    (line,) = (line for line in lines if line.startswith("dense presets: "))
+    assert "expert" not in line and "learning rate 0.002" in line
 
 
 def say(lines, then=""):

@@ -240,7 +240,7 @@ def _loss(task):
 
 
 def _metrics(task):
-    # Made here: what Keras makes of a name while it traces a step TensorFlow has to trace again.
+    # An object: of a name Keras makes one in the step, which TensorFlow then traces again.
     return [] if task.num_classes == 1 else [keras.metrics.SparseCategoricalAccuracy("accuracy")]
 
 
