@@ -33,12 +33,8 @@ SEEDS = {"sst2": 2, "qqp": 2, "mnli": 2, "qnli": 2, "boolq": 2, "multirc": 1, "r
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--data-dir", help="TensorFlow Datasets folder")
-    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
-    add("--train", action="store_true", help="do what has not been done yet")
-    add("--page", action="store_true", help="only make the page again")
+    parser = parser_of_runs(__doc__)
+    parser.add_argument("--page", action="store_true", help="only make the page again")
     options = parser.parse_args()
     from zoo.runs import replacing
 
@@ -48,6 +44,16 @@ def main():
         with replacing(KEPT) as beside:
             beside.write_text(json.dumps(gathered(options.runs, _kept()), indent=1) + "\n")
     write_page(json.loads(KEPT.read_text()))
+
+
+def parser_of_runs(doc):
+    """A parser of what benchmarks that fine-tune are told, described by the first line of `doc`."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    add = parser.add_argument
+    add("--data-dir", help="TensorFlow Datasets folder")
+    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
+    add("--train", action="store_true", help="do what has not been done yet")
+    return parser
 
 
 def _kept():

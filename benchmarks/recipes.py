@@ -10,7 +10,6 @@ either way the table of that file is printed. What that file has is not done aga
 and out of `--runs`, what new presets made wrong.
 """
 
-import argparse
 import contextlib
 import json
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.claims import claimed
-from benchmarks.glue import TWINS
+from benchmarks.glue import TWINS, parser_of_runs
 from benchmarks.tables import markdown
 
 KEPT = Path(__file__).parent / "results" / "recipes.json"
@@ -37,12 +36,7 @@ HELD_OUT = 1000
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--data-dir", help="TensorFlow Datasets folder")
-    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
-    add("--train", action="store_true", help="do what has not been done yet")
-    options = parser.parse_args()
+    options = parser_of_runs(__doc__).parse_args()
     from zoo.runs import replacing
 
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}

@@ -15,15 +15,16 @@ def test_every_model_is_tried_alike():
             assert [tried for *which, tried in plan if which == [task, model]] == trials
 
 
-def test_validation_sets_have_no_part_in_it(monkeypatch):
-    """A fifth of what there is to train on, and not the same examples twice."""
-    splits = {"train": [{"idx": n} for n in range(50)], "validation": [{"idx": -1}]}
+@pytest.mark.parametrize(("number", "part"), [(50, 10), (6000, 1000)])
+def test_validation_sets_have_no_part_in_it(monkeypatch, number, part):
+    """A fifth of what there is to train on, or 1,000, and not the same examples twice."""
+    splits = {"train": [{"idx": n} for n in range(number)], "validation": [{"idx": -1}]}
     monkeypatch.setattr(data, "features", lambda task, split, data_dir=None: splits[split])
     original = data.features
     with recipes.held_out():
         held = [example["idx"] for example in data.features("glue/cola", "validation")]
         rest = [example["idx"] for example in data.features("glue/cola", "train")]
-    assert len(held) == 10 and sorted(held + rest) == list(range(50))
+    assert len(held) == part and sorted(held + rest) == list(range(number))
     assert data.features is original
 
 

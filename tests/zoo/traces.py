@@ -9,9 +9,9 @@ import pytest
 @contextlib.contextmanager
 def counted_traces():
     """A list that grows with every call of `train_step`: one a trace, or a step on PyTorch."""
-    calls = []
+    calls, original = [], keras.Model.train_step
 
-    def train_step(self, *args, original=keras.Model.train_step, **kwargs):
+    def train_step(self, *args, **kwargs):
         calls.append(self)
         return original(self, *args, **kwargs)
 
