@@ -125,6 +125,11 @@ def _parser():
         help="tokens per example, at most 512; default: 64, see below for presets",
     )
     add("--pairs", metavar="HOW", help="two texts are read apart (default) or together")
+    add(
+        "--mix-layers",
+        action=argparse.BooleanOptionalAction,
+        help="the head sees a mean of all blocks' outputs; default: of presets, for two texts",
+    )
     add("--max-examples", type=int, metavar="N", help="only so many training examples")
     add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")
     add("--expert-dropout", type=float, metavar="RATE", help="of the experts; see below")

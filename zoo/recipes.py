@@ -66,8 +66,8 @@ def preset_recipe(task, sparse):
 
     Returns:
         A dict of `epochs`, `learning_rate`, `train` (where the preset's weights are taken),
-        `batch_size`, `dropout`, `expert_dropout` (`None` of a dense model), `max_length` and
-        `pairs` (`None` of a task with one text).
+        `batch_size`, `dropout`, `expert_dropout` (`None` of a dense model), `max_length`,
+        `mix_layers` and `pairs` (`None` of a task with one text).
     """
     task = get(task)
     return {
@@ -75,6 +75,7 @@ def preset_recipe(task, sparse):
         **(_SPARSE if sparse else _DENSE),
         "max_length": _MAX_LENGTH.get(task.name, 64 if len(task.inputs) == 1 else 128),
         "pairs": pairs(task),
+        "mix_layers": len(task.inputs) == 2,
     }
 
 

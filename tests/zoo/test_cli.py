@@ -122,6 +122,7 @@ SUMMARY = {
             {"preset": "one", "load_weights": False},
         ),
         (["glue/rte", "--seeds", "2", "--pairs", "together"], {"seeds": 2, "pairs": "together"}),
+        (["glue", "--preset", "one", "--no-mix-layers"], {"mix_layers": False}),
     ],
 )
 def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
@@ -250,7 +251,7 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
         assert [float(figure) for figure in line.split()[1:]] == expected
     (line,) = (line for line in lines if line.startswith("sparse presets: "))
     for name, value in preset.items():
-        if name not in (*of_task, "pairs"):
+        if name not in (*of_task, "pairs", "mix_layers"):
             assert f"{name.replace('_', ' ')} {value}" in line
     (line,) = (line for line in lines if line.startswith("dense presets: "))
     assert "expert" not in line and "learning rate 0.002" in line

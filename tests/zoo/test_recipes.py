@@ -23,6 +23,7 @@ def test_small_tasks_have_more_epochs_and_pairs_more_tokens(sparse):
     assert lengths == {"cola": 64, "rte": 128, "mnli": 128}
 
 
-def test_texts_of_a_pair_are_read_apart():
+def test_texts_of_a_pair_are_read_apart_by_all_layers():
     for task, how in (("glue/cola", None), ("glue/rte", "apart"), ("super_glue/boolq", "apart")):
         assert preset_recipe(task, True)["pairs"] == pairs(task) == how
+        assert preset_recipe(task, True)["mix_layers"] == (how == "apart")

@@ -41,6 +41,7 @@ def build(task, settings):
         preprocessor,
         dropout=settings["dropout"],
         separator=preprocessor.tokenizer.end_token_id if is_apart else None,
+        mix_layers=settings["mix_layers"],
     )
 
 

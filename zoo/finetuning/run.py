@@ -36,6 +36,7 @@ def finetune(
     expert_dropout=None,
     max_length=None,
     pairs=None,
+    mix_layers=None,
     max_examples=None,
     seed=0,
     restart=False,
@@ -82,6 +83,8 @@ def finetune(
             preset likewise.
         pairs: of texts, where a task has them: read "together" as one text, or "apart", and then
             compared, see `zoo.EncoderTextClassifier`; `None`: as `zoo.recipes.pairs` has it.
+        mix_layers: whether the head sees a learnt mean of all blocks' outputs instead of the last
+            one's; `None`: of two texts and a preset it does, see `zoo.recipes.preset_recipe`.
         max_examples: only so many training examples, for a quick look.
         seed: of weights, dropout and the order of the examples.
         restart: throws an earlier run in `output` away.
@@ -117,6 +120,7 @@ def finetune(
         expert_dropout,
         max_length,
         pairs,
+        mix_layers,
         max_examples,
         seed,
     )

@@ -37,6 +37,7 @@ def settle(
     expert_dropout=None,
     max_length=None,
     pairs=None,
+    mix_layers=None,
     max_examples=None,
     seed=0,
 ):
@@ -69,16 +70,12 @@ def settle(
             )
         sparse = model != "dense"
         defaults = {"size": "mini", "num_experts": 8, "max_length": 64, **recipe(task)}
-        defaults["pairs"] = recipes.pairs(task)
+        defaults |= {"pairs": recipes.pairs(task), "mix_layers": False}
     else:
         sparse = _has_experts(encoder_config(preset))
         defaults = recipes.preset_recipe(task, sparse)
         load_weights = True if load_weights is None else load_weights
-        if not isinstance(load_weights, bool):
-            raise ValueError(
-                "`load_weights` must be True, False or None. "
-                f"Received: load_weights={load_weights!r}"
-            )
+        _check_flag("load_weights", load_weights)
     if train is None:
         train = defaults["train"] if load_weights else "all"  # new experts know nothing yet
     given = {
@@ -91,6 +88,7 @@ def settle(
         "expert_dropout": expert_dropout,
         "max_length": max_length,
         "pairs": pairs,
+        "mix_layers": mix_layers,
     }
     kind = f"preset={str(preset)!r}" if preset is not None else f"model={model!r}"
     _check_kind(given, train, preset is not None, sparse, kind)
@@ -143,6 +141,11 @@ def _check_kind(given, train, is_preset, sparse, kind):
             )
 
 
+def _check_flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True, False or None. Received: {name}={value!r}")
+
+
 def _check(settings, texts):
     if texts == 1 and settings["pairs"] is not None:
         raise ValueError(
@@ -153,6 +156,7 @@ def _check(settings, texts):
         raise ValueError(
             f"`pairs` must be one of {', '.join(PAIRS)}. Received: pairs={settings['pairs']!r}"
         )
+    _check_flag("mix_layers", settings["mix_layers"])
     for name in ("epochs", "batch_size", "num_experts", "lora_rank"):
         if settings[name] is not None:
             positive_integer(name, settings[name])

@@ -29,7 +29,7 @@ from zoo.models.blocks import (
     mixture,
     sparse_numbers,
 )
-from zoo.models.pooling import ComparedTexts, MaskedMean, TextNumbers
+from zoo.models.pooling import ComparedTexts, MaskedMean, MixedLayers, TextNumbers
 from zoo.tokenizer import ZooTokenizer
 
 
@@ -219,6 +219,17 @@ class EncoderBackbone(Configured, keras_hub.models.Backbone):
             epsilon=epsilon,
         )
 
+    def layer_outputs(self):
+        """A model of the same inputs: the embedded tokens, and what every block makes of them.
+
+        Returns:
+            A `keras.Model`, whose outputs are a list of `num_layers + 1` tensors, `[batch, length,
+            hidden_dim]`; the last of them, normed, is the output of this one.
+        """
+        names = ["embedding_dropout", *(f"block_{n + 1}" for n in range(self.num_layers))]
+        outputs = [self.get_layer(name).output for name in names]
+        return keras.Model(self.input, outputs, name="layer_outputs")
+
     @classmethod
     def from_config(cls, config):
         if "sparse_step" in config:  # of earlier versions
@@ -279,6 +290,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         dropout: rate on what the linear layer sees, and on what is compared of a pair.
         separator: id of the token that ends a text, by which a pair is told apart; `None`: it is
             read as one text.
+        mix_layers: whether it sees a learnt mean of what all the backbone's blocks put out, see
+            `zoo.models.pooling.MixedLayers`, instead of what the last one does.
         name: of the model.
         trainable: whether training changes the weights.
 
@@ -300,6 +313,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         preprocessor=None,
         dropout=0.1,
         separator=None,
+        mix_layers=False,
         name=None,
         trainable=True,
     ):
@@ -321,14 +335,21 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         mask = inputs["padding_mask"]
         if separator is not None:
             mask = text_numbers(inputs["token_ids"], mask)
-        x = pooler(backbone({**inputs, "padding_mask": mask}), mask)
-        x = logits(output_dropout(x))
+        outputs = {**inputs, "padding_mask": mask}
+        if mix_layers:
+            mixed_layers = MixedLayers(dtype=backbone.dtype_policy, name="mixed_layers")
+            mixed_dropout = Dropout(dropout, dtype=backbone.dtype_policy, name="mixed_dropout")
+            outputs = mixed_dropout(mixed_layers(backbone.layer_outputs()(outputs)))
+        else:
+            outputs = backbone(outputs)
+        x = logits(output_dropout(pooler(outputs, mask)))
         super().__init__(inputs=inputs, outputs=x, name=name, trainable=trainable)
 
         # === Config ===
         self.num_classes = num_classes
         self.dropout = dropout
         self.separator = separator
+        self.mix_layers = mix_layers
 
     def compile(self, optimizer="auto", loss="auto", *, metrics="auto", **kwargs):
         """As KerasHub's `TextClassifier.compile`; one class means the mean squared error."""
@@ -370,6 +391,7 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             "num_classes": self.num_classes,
             "dropout": self.dropout,
             "separator": self.separator,
+            "mix_layers": self.mix_layers,
         }
 
 

@@ -26,6 +26,34 @@ class MaskedMean(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="zoo")
+class MixedLayers(keras.layers.Layer):
+    """Weighted mean of what several layers put out, each normed, `[batch, length, dim]`.
+
+    The weights are learnt, a softmax over as many scalars, and equal at first (ELMo, Peters et al.
+    2018, https://arxiv.org/abs/1802.05365, Eq. 1). Departures: no scale for all of it, which what
+    follows can learn; RMS norms without weights, where ELMo has layer norms at times.
+
+    Call arguments:
+        inputs: list of `[batch, length, dim]` tensors.
+    """
+
+    def build(self, input_shapes):
+        self.scores = self.add_weight(
+            shape=(len(input_shapes),), initializer="zeros", name="scores"
+        )
+
+    def call(self, inputs):
+        weights = ops.unstack(ops.softmax(ops.cast(self.scores, self.compute_dtype)), len(inputs))
+        return sum(
+            weight * ops.rms_normalization(x_BLD, epsilon=1e-6)
+            for weight, x_BLD in zip(weights, inputs, strict=True)
+        )
+
+    def compute_output_shape(self, input_shapes):
+        return input_shapes[0]
+
+
+@keras.saving.register_keras_serializable(package="zoo")
 class TextNumbers(keras.layers.Layer):
     """1 for the tokens of the first text of a pair, 2 for those of the second, 0 for padding.
 

@@ -58,6 +58,14 @@ def test_pairs_are_told_apart_by_the_token_that_ends_a_text(masked_lm, begin):
         assert model.separator == separator
 
 
+@pytest.mark.parametrize("begin", ["scratch", "preset"])
+def test_layers_are_mixed(masked_lm, begin):
+    options = {"preset": masked_lm} if begin == "preset" else {"size": "tiny", "num_experts": 4}
+    for mix_layers in (True, False):
+        model = build(get("glue/rte"), settle("glue/rte", mix_layers=mix_layers, **options))
+        assert model.mix_layers is mix_layers
+
+
 def test_the_rates_of_a_preset_stay_unless_others_are_given(masked_lm):
     backbone = zoo.from_preset(masked_lm, num_classes=2).backbone
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.1)

@@ -37,6 +37,17 @@ def test_how_pairs_are_read(masked_lm):
         settle("glue/cola", pairs="apart")
 
 
+def test_heads_that_compare_see_all_layers_of_a_preset(masked_lm):
+    for task, mixed in (("glue/rte", True), ("glue/cola", False)):
+        assert settle(task)["mix_layers"] is False
+        assert settle(task, preset=masked_lm)["mix_layers"] is mixed
+        assert settle(task, preset=masked_lm, load_weights=False)["mix_layers"] is mixed
+        for chosen in (True, False):
+            assert settle(task, preset=masked_lm, mix_layers=chosen)["mix_layers"] is chosen
+    with pytest.raises(ValueError, match="`mix_layers` must be True, False or None. Received: mix"):
+        settle("glue/cola", mix_layers="all")
+
+
 def test_weights_of_a_preset(masked_lm):
     assert settle("glue/cola")["load_weights"] is None
     assert settle("glue/cola", preset=masked_lm)["load_weights"] is True

@@ -311,6 +311,56 @@ def test_two_texts_that_are_read_apart(tmp_path):
     np.testing.assert_allclose(output(again, given), logits, rtol=1e-5, atol=1e-6)
 
 
+def test_what_every_layer_puts_out():
+    backbone, x = encoder(num_layers=3), inputs()
+    embedded, *blocks = (ops.convert_to_numpy(y) for y in backbone.layer_outputs()(x))
+    assert len(blocks) == 3
+    (table,) = backbone.get_layer("token_embedding").weights
+    right = ops.convert_to_numpy(table)[x["token_ids"]]
+    np.testing.assert_allclose(embedded, right, rtol=1e-6)
+    normed = ops.convert_to_numpy(backbone.get_layer("output_norm")(blocks[-1]))
+    np.testing.assert_allclose(normed, output(backbone, x), rtol=1e-5, atol=1e-6)
+    assert np.abs(blocks[0] - blocks[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("separator", [None, 1])
+def test_a_classifier_that_mixes_layers(tmp_path, separator):
+    """Trained, saved, loaded; one layer alone, and its head has what that one puts out."""
+    backbone = encoder("dense", num_layers=3)
+    preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 16)
+    options = {"separator": separator, "mix_layers": True}
+    model = zoo.EncoderTextClassifier(backbone, 2, preprocessor, **options)
+    texts = (["a fine film", "a poor film"] * 4, ["a good one", "a bad one"] * 4)
+    texts = texts[0] if separator is None else texts
+    model.compile(keras.optimizers.Adam(3e-3))
+    model.fit(texts, np.array([1, 0] * 4), batch_size=8, epochs=2, verbose=0)
+    mixed = model.get_layer("mixed_layers")
+    assert np.abs(ops.convert_to_numpy(mixed.scores)).min() > 0
+    trained = {id(weight) for weight in model.trainable_weights}
+    assert {id(weight) for weight in backbone.get_layer("block_1").weights} <= trained
+
+    model.save_to_preset(str(tmp_path))
+    again = zoo.from_preset(tmp_path)
+    assert again.mix_layers and again.separator == separator
+    scores = [again.predict(texts, verbose=0), model.predict(texts, verbose=0)]
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
+
+    mixed.scores.assign([-50.0, -50.0, 0.0, -50.0])  # the second block
+    x = inputs() if separator is None else preprocessor(texts, y=None)
+    seen = keras.Model(model.input, mixed.output)
+    if separator is None:
+        block = ops.convert_to_numpy(backbone.layer_outputs()(x)[2])
+        unit = block / np.sqrt(np.mean(block**2, axis=-1, keepdims=True))
+        np.testing.assert_allclose(output(seen, x), unit, rtol=1e-4, atol=1e-5)
+    else:  # the two texts do not see each other
+        other = {name: ops.convert_to_numpy(value).copy() for name, value in x.items()}
+        first_end = np.argwhere(other["token_ids"][0] == separator)[1, 0]
+        other["token_ids"][:, first_end + 1] = 77
+        one, two = output(seen, x), output(seen, other)
+        np.testing.assert_allclose(one[0, :first_end], two[0, :first_end], rtol=1e-5, atol=1e-6)
+        assert np.abs(one[0, first_end + 1] - two[0, first_end + 1]).max() > 0.1
+
+
 def test_a_dense_classifier_learns_from_a_sparse_one():
     """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
     keras.utils.set_random_seed(0)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.backend import numpy
 from tests.zoo.models.pairs import compared
-from zoo.models.pooling import ComparedTexts
+from zoo.models.pooling import ComparedTexts, MixedLayers
 
 LENGTHS = ((2, 3), (4, 1))
 
@@ -67,3 +67,30 @@ def test_half_precision(policy):
     features = numpy(keras.ops.cast(layer(x, text_numbers), "float32"))
     closest = features[:, -2:]
     np.testing.assert_allclose(closest, right(layer, x)[:, -2:], rtol=0, atol=0.01)
+
+
+def test_mixed_layers():
+    """As ELMo's equation 1, of vectors whose mean square is 1."""
+    layers = np.random.default_rng(0).normal(size=(3, 2, 5, 4)).astype("float32") * [[[[9.0]]]]
+    mix = MixedLayers()
+    unit = layers / np.sqrt(np.mean(layers**2, axis=-1, keepdims=True))
+    mixed = mix(list(layers))
+    assert mixed.shape == mix.compute_output_shape([x.shape for x in layers]) == (2, 5, 4)
+    np.testing.assert_allclose(numpy(mixed), unit.mean(axis=0), rtol=1e-5, atol=1e-6)
+    scores = np.array([1.0, 0.0, -2.0], "float32")
+    mix.scores.assign(scores)
+    weights = np.exp(scores) / np.exp(scores).sum()
+    right = np.tensordot(weights, unit, axes=1)
+    np.testing.assert_allclose(numpy(mix(list(layers))), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_layers_in_half_precision(policy):
+    """Of outputs whose squares float16 does not have."""
+    layers = 300 * np.random.default_rng(0).normal(size=(2, 2, 5, 4)).astype("float32")
+    unit = layers / np.sqrt(np.mean(layers**2, axis=-1, keepdims=True))
+    dtype = policy.removeprefix("mixed_")
+    mixed = MixedLayers(dtype=policy)([keras.ops.cast(x, dtype) for x in layers])
+    assert keras.backend.standardize_dtype(mixed.dtype) == dtype
+    mixed = numpy(keras.ops.cast(mixed, "float32"))
+    np.testing.assert_allclose(mixed, unit.mean(axis=0), rtol=0, atol=0.02)
