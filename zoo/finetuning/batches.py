@@ -5,7 +5,7 @@ import keras
 from zoo.batches import TokenBatches, few_lengths
 from zoo.tasks import data, validation_splits
 
-LENGTHS = 4  # of batches: each is a compilation, and the fewer, the more padding
+LENGTHS = 3  # of batches: each is a compilation, and the fewer, the more padding
 
 
 class TokenisedTask:
