@@ -73,16 +73,34 @@ def test_claims(kept):
     )
     assert averages[2].startswith("* `expert_choice` beats `switch` on GLUE's average of cola, ")
     assert "does not hold" in averages[2]
+    superglue = "* `switch` beats `dense` on SuperGLUE's average: not measured."
+    assert averages[3] == superglue and len(averages) == 6 + 3
+
+
+def test_what_a_bag_of_words_knows_as_well(kept):
+    """The better of the two, on all tasks that both were measured on."""
+    for task, score in (("glue/sst2", 0.6), ("glue/stsb", 0.71)):
+        kept["words"][task]["words and overlap"] = {
+            f"val_{metric}": score for metric in get(task).metrics
+        }
+    *_, dense, switch, choice = glue_page.claims(kept)
+    behind = "pretrained, is no better than the better bag of words on"
+    every = "glue/cola, glue/sst2, glue/mrpc, glue/stsb (partial)"
+    assert dense == f"* `dense`, {behind} 4 of 4 tasks: {every}."
+    assert switch == f"* `switch`, {behind} 2 of 4 tasks: glue/cola, glue/mrpc."
+    kept["words"] = {task: kept["words"][task] for task in ("glue/sst2", "glue/stsb")}
+    *_, choice = glue_page.claims(kept)
+    assert choice == f"* `expert_choice`, {behind} 0 of 2 tasks: none."
 
 
 def test_averages_of_tasks_with_different_seeds(kept):
     """Each task counts with all of its seeds; what is compared by chance are those of all."""
     kept["scores"]["glue/sst2"]["switch-pretrained"] = run("glue/sst2", (0.8, 0.82, 0.9))
-    *_, switch, _, _ = glue_page.claims(kept)
+    switch = glue_page.claims(kept)[5]
     # (0.84 + 3 x 0.81) / 4
     assert switch.endswith("(0.818 and 0.705; p = 0.030, seeds that all tasks have: 2).")
     kept["scores"]["glue/sst2"]["switch-pretrained"] = run("glue/sst2", (0.84,))
-    *_, switch, _, _ = glue_page.claims(kept)
+    switch = glue_page.claims(kept)[5]
     assert switch.endswith("(0.818 and 0.705; chance not tested, seeds that all tasks have: 1).")
 
 
@@ -94,7 +112,7 @@ def test_a_claim_that_nobody_measured(kept):
     (dense, *_) = glue_page.claims(kept)
     assert dense.endswith("glue/stsb (words); not measured on glue/cola.")
     kept["scores"] = {}
-    assert glue_page.claims(kept)[-1].endswith("GLUE's average: not measured.")
+    assert glue_page.claims(kept)[7].endswith("on GLUE's average: not measured.")
 
 
 @pytest.mark.parametrize(
