@@ -128,7 +128,8 @@ def _parser():
     add(
         "--mix-layers",
         action=argparse.BooleanOptionalAction,
-        help="the head sees a mean of all blocks' outputs; default: of presets, for two texts",
+        help="the head sees a mean of all layers' outputs; default: of a preset, for two texts "
+        "that are read apart",
     )
     add("--max-examples", type=int, metavar="N", help="only so many training examples")
     add("--dropout", type=float, metavar="RATE", help="of everything but the experts; see below")

@@ -75,7 +75,7 @@ def preset_recipe(task, sparse):
         **(_SPARSE if sparse else _DENSE),
         "max_length": _MAX_LENGTH.get(task.name, 64 if len(task.inputs) == 1 else 128),
         "pairs": pairs(task),
-        "mix_layers": len(task.inputs) == 2,
+        "mix_layers": pairs(task) == "apart",
     }
 
 

@@ -307,8 +307,15 @@ def replacing(path):
 
 
 def _first_difference(old, new):
-    """The first setting that differs; one that an earlier version did not have was `None`."""
-    return next((name for name in new | old if new.get(name) != old.get(name)), None)
+    """The first setting that differs; one that an old version did not have was None or False."""
+    return next(
+        (
+            name
+            for name in new | old
+            if new.get(name) != old.get(name) and not (name not in old and new[name] is False)
+        ),
+        None,
+    )
 
 
 def _remove(path):

@@ -83,8 +83,9 @@ def finetune(
             preset likewise.
         pairs: of texts, where a task has them: read "together" as one text, or "apart", and then
             compared, see `zoo.EncoderTextClassifier`; `None`: as `zoo.recipes.pairs` has it.
-        mix_layers: whether the head sees a learnt mean of all blocks' outputs instead of the last
-            one's; `None`: of two texts and a preset it does, see `zoo.recipes.preset_recipe`.
+        mix_layers: whether the head sees a learnt mean of all layers' outputs instead of the last
+            one's, see `zoo.EncoderTextClassifier`; `None`: of a preset it does, where two texts are
+            read apart.
         max_examples: only so many training examples, for a quick look.
         seed: of weights, dropout and the order of the examples.
         restart: throws an earlier run in `output` away.

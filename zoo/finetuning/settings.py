@@ -76,6 +76,8 @@ def settle(
         defaults = recipes.preset_recipe(task, sparse)
         load_weights = True if load_weights is None else load_weights
         _check_flag("load_weights", load_weights)
+    if pairs == "together":  # and nothing is compared
+        defaults["mix_layers"] = False
     if train is None:
         train = defaults["train"] if load_weights else "all"  # new experts know nothing yet
     given = {

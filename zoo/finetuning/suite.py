@@ -40,7 +40,8 @@ def finetune_suite(
         restart: throws earlier runs away.
         mesh: as in `zoo.finetune`.
         verbose: as in `zoo.finetune`.
-        **options: other arguments of `zoo.finetune`, but for the seed.
+        **options: other arguments of `zoo.finetune`, but for the seed; `pairs` is for those tasks
+            of a suite that have two texts.
 
     Returns:
         The content of `summary.json`; `zoo.finetuning.summary.table` shows it.
@@ -55,7 +56,8 @@ def finetune_suite(
     suite = task if task in SUITES else None
     tasks = SUITES[task] if suite else (get(task).name,)
     settings = {
-        name: [settle(name, model, seed=seed, **options) for seed in seeds] for name in tasks
+        name: [settle(name, model, seed=seed, **_of_task(name, options, suite)) for seed in seeds]
+        for name in tasks
     }
     first = settings[tasks[0]][0]
     name = f"{task.replace('/', '-')}-{label(first)}"
@@ -95,6 +97,13 @@ def _seeds(seeds):
             f"Received: seeds={seeds}"
         )
     return chosen
+
+
+def _of_task(name, options, suite):
+    """The options of a task of a suite, of which one with one text has no `pairs`."""
+    if suite and len(get(name).inputs) == 1:
+        return {option: value for option, value in options.items() if option != "pairs"}
+    return options
 
 
 def _without_data(runs, data_dir):

@@ -287,11 +287,13 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
         backbone: an `EncoderBackbone`.
         num_classes: integer; 1 makes a regressor, trained on the squared error.
         preprocessor: an `EncoderTextClassifierPreprocessor`; `None` if inputs are tokens already.
-        dropout: rate on what the linear layer sees, and on what is compared of a pair.
+        dropout: rate on what the linear layer sees, on what is compared of a pair, and on the mean
+            of the layers.
         separator: id of the token that ends a text, by which a pair is told apart; `None`: it is
             read as one text.
-        mix_layers: whether it sees a learnt mean of what all the backbone's blocks put out, see
-            `zoo.models.pooling.MixedLayers`, instead of what the last one does.
+        mix_layers: whether it sees a learnt mean of the embedded tokens and of what every block
+            puts out, see `zoo.models.pooling.MixedLayers`, instead of what the last block does. The
+            backbone's last norm has no part in it then and is frozen.
         name: of the model.
         trainable: whether training changes the weights.
 
@@ -344,6 +346,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             outputs = backbone(outputs)
         x = logits(output_dropout(pooler(outputs, mask)))
         super().__init__(inputs=inputs, outputs=x, name=name, trainable=trainable)
+        if mix_layers:
+            backbone.get_layer("output_norm").trainable = False
 
         # === Config ===
         self.num_classes = num_classes

@@ -43,10 +43,10 @@ class MixedLayers(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        weights = ops.unstack(ops.softmax(ops.cast(self.scores, self.compute_dtype)), len(inputs))
+        weights = ops.cast(ops.softmax(ops.cast(self.scores, "float32")), self.compute_dtype)
         return sum(
             weight * ops.rms_normalization(x_BLD, epsilon=1e-6)
-            for weight, x_BLD in zip(weights, inputs, strict=True)
+            for weight, x_BLD in zip(ops.unstack(weights, len(inputs)), inputs, strict=True)
         )
 
     def compute_output_shape(self, input_shapes):

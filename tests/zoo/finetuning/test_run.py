@@ -125,12 +125,15 @@ def test_another_run_in_the_folder_is_refused(whole):
 
 
 def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
-    """Were `None`: such a run is this one."""
+    """Were `None`, or off: such a run is this one."""
     results, _ = whole
-    settings = {name: v for name, v in results["settings"].items() if name != "load_weights"}
-    assert results["settings"]["load_weights"] is None
+    new = {"load_weights": None, "mix_layers": False}
+    assert results["settings"].items() >= new.items()
+    settings = {name: v for name, v in results["settings"].items() if name not in new}
     (tmp_path / "results.json").write_text(json.dumps({**results, "settings": settings}))
     assert run(tmp_path, epochs=10)["history"] == results["history"]
+    with pytest.raises(ValueError, match="`output` holds another run, with mix_layers=None"):
+        run(tmp_path, epochs=10, mix_layers=True)
 
 
 def test_the_folder_says_what_is_trained(masked_lm):

@@ -46,6 +46,9 @@ def test_heads_that_compare_see_all_layers_of_a_preset(masked_lm):
             assert settle(task, preset=masked_lm, mix_layers=chosen)["mix_layers"] is chosen
     with pytest.raises(ValueError, match="`mix_layers` must be True, False or None. Received: mix"):
         settle("glue/cola", mix_layers="all")
+    together = {"preset": masked_lm, "pairs": "together"}  # and nothing is compared
+    assert settle("glue/rte", **together)["mix_layers"] is False
+    assert settle("glue/rte", **together, mix_layers=True)["mix_layers"] is True
 
 
 def test_weights_of_a_preset(masked_lm):

@@ -114,6 +114,27 @@ def test_an_interrupted_suite_goes_on(suite, tmp_path, monkeypatch):
     assert resumed["best"]["matthews"] == pytest.approx(whole["best"]["matthews"], abs=1e-4)
 
 
+def test_pairs_are_for_the_tasks_of_a_suite_that_have_some(tmp_path, monkeypatch):
+    settled = []
+
+    def settle(task, *args, settle=suites.settle, **options):
+        settled.append(settle(task, *args, **options))
+        return settled[-1]
+
+    def load(task, split, data_dir=None):
+        raise FileNotFoundError("no data")
+
+    monkeypatch.setattr(suites, "settle", settle)
+    monkeypatch.setattr(batches.data, "load", load)
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path / "out", "glue", finetune=finetune_suite, seeds=1, pairs="together")
+    how = {settings["task"].removeprefix("glue/"): settings["pairs"] for settings in settled}
+    assert how.pop("cola") is how.pop("sst2") is None
+    assert len(how) == 7 and set(how.values()) == {"together"}
+    with pytest.raises(ValueError, match="`pairs` must be left out for a task with one text"):
+        run(tmp_path / "out", finetune=finetune_suite, pairs="together")
+
+
 def test_no_data_at_all(tmp_path, monkeypatch):
     def load(task, split, data_dir=None):
         raise FileNotFoundError("no data")

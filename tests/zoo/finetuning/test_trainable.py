@@ -37,6 +37,19 @@ def test_only_some_weights_move(masked_lm, tmp_path, train, moved):
     assert changed == moved(set(before))
 
 
+def test_all_but_the_experts_move_under_a_head_that_mixes_layers(masked_lm, tmp_path):
+    """Of a pair of texts; the last norm has no part in it."""
+    results = run(tmp_path, "glue/rte", preset=masked_lm, max_examples=32)
+    assert results["settings"]["mix_layers"] and results["settings"]["train"] == "frozen_experts"
+    before, after = weights(masked_lm), weights(results["preset"])
+    (norm,) = before.keys() - after.keys()
+    assert norm.startswith("output_norm")
+    changed = {name for name in after if np.any(before[name] != after[name])}
+    assert changed == set(after) - EXPERTS
+    scores = numpy(zoo.from_preset(results["preset"]).get_layer("mixed_layers").scores)
+    assert scores.shape == (2,) and scores.all()
+
+
 @pytest.mark.parametrize("train", trainable.TRAIN)
 def test_the_head_is_trained_always(masked_lm, train):
     classifier = zoo.from_preset(masked_lm, num_classes=2)

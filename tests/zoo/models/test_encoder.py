@@ -323,6 +323,34 @@ def test_what_every_layer_puts_out():
     assert np.abs(blocks[0] - blocks[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["switch", "expert_choice"])
+def test_what_a_sparse_classifier_that_mixes_layers_learns_from(kind, tmp_path):
+    """The same losses of its routers as one that does not, each once, and gradients everywhere."""
+    plain, mixed = (
+        zoo.EncoderTextClassifier(encoder(kind, dropout=0.0, expert_dropout=0.0), 2, mix_layers=mix)
+        for mix in (False, True)
+    )
+    for one, other in zip(mixed.backbone.weights, plain.backbone.weights, strict=True):
+        one.assign(other)
+    x, labels = inputs(), np.array([0, 1, 1])
+    losses = []
+    for model in (plain, mixed):
+        model(x, training=True)
+        losses.append([float(loss) for loss in model.losses])
+    assert len(losses[0]) == (kind == "switch")
+    np.testing.assert_allclose(*losses, rtol=0.1)  # routers explore
+
+    before = {weight.path: ops.convert_to_numpy(weight) for weight in mixed.trainable_weights}
+    mixed.compile(keras.optimizers.SGD(1.0))
+    mixed.fit(x, labels, epochs=2, verbose=0)
+    for weight in mixed.trainable_weights:
+        moved = np.abs(ops.convert_to_numpy(weight) - before[weight.path]).max()
+        assert moved > 0, weight.path
+    mixed.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(output(again, x), output(mixed, x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("separator", [None, 1])
 def test_a_classifier_that_mixes_layers(tmp_path, separator):
     """Trained, saved, loaded; one layer alone, and its head has what that one puts out."""
