@@ -21,8 +21,8 @@ from benchmarks.glue import TWINS, parser_of_runs
 from benchmarks.tables import markdown
 
 KEPT = Path(__file__).parent / "results" / "recipes.json"
-# What is tried on each task, besides what its recipe has.
 _LAST_LAYER = {"mix_layers": False}
+# What is tried on each task, besides what its recipe has.
 TRIALS = {
     "glue/cola": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
     "glue/mrpc": [
@@ -59,7 +59,8 @@ def plan():
 
 def name(task, model, tried):
     """What a trial is called."""
-    return "-".join([task.replace("/", "-"), model, *map(str, tried.values())])
+    options = (f"{option}={value}" for option, value in tried.items())
+    return "-".join([task.replace("/", "-"), model, *options])
 
 
 def train(folder, data_dir, kept):

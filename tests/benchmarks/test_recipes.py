@@ -48,7 +48,7 @@ def test_trials_are_done_once_gathered_and_shown(tmp_path, monkeypatch):
     assert calls == [("glue/mrpc", "switch_mini_en", left[2])]
     found = recipes.gathered(tmp_path)
     both = [{"f1": 0.75, "accuracy": 0.5}, {"f1": 0.5, "accuracy": 0.5}]
-    assert found == {"glue-mrpc-switch-0.001-together": both}
+    assert found == {"glue-mrpc-switch-learning_rate=0.001-pairs=together": both}
     first, second = recipes.table(kept | found).strip().split("\n")[-2:]
     assert first == "| glue/mrpc | accuracy, f1 | learning_rate 0.001 | 0.400, 0.800 | - | - |"
     tried = "learning_rate 0.001, pairs together"
