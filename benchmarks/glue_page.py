@@ -48,10 +48,10 @@ models may be the gain of choosing. Where no p is given chance was not tested. "
 model with new weights, all of them trained, while the experts of a pretrained one stay as they are;
 all else is the same. Partial tasks have only a part of the official data: their scores are to be
 compared with each other, and not with published ones; of QQP 49% of the examples to train on are
-positive, and 36% of those measured on. QNLI and ReCoRD are missing for want of data to train on. A bag of
-words is a linear model of words and pairs of words; with "overlap" it also knows what two texts
-share. The three were pretrained at the same time on one GPU, and fine-tuned many at a time on one,
-where JAX multiplies in TF32 (COPA, CB, WNLI and of the sparse ones WSC on a CPU): hours do not
+positive, and 36% of those measured on. QNLI and ReCoRD are missing for want of data to train on. A
+bag of words is a linear model of words and pairs of words; with "overlap" it also knows what two
+texts share. The three were pretrained at the same time on one GPU, and fine-tuned many at a time on
+one, where JAX multiplies in TF32 (COPA, CB, WNLI and of the sparse ones WSC on a CPU): hours do not
 compare them.
 """
 
