@@ -37,9 +37,16 @@ def list_presets():
     Returns:
         List of `Preset`s: `name`, `kind`, `parameters`, `active_parameters` (per token),
         `file_bytes` (about: 4 bytes a parameter, where the weights are float32), `licence`,
-        `training_data` and `scores`.
+        `training_data` and `scores`: of those that come with the library, fine-tuned, a task's
+        primary metric on its validation set, see `zoo/RESULTS.md`.
     """
     text = "786M tokens of English Wikipedia, Wikinews and novels, masked language model"
+    tasks = ("glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb")
+    scores = {
+        "dense": (0.155, 0.826, 0.829, 0.803),
+        "switch": (0.176, 0.823, 0.827, 0.793),
+        "expert_choice": (0.170, 0.831, 0.823, 0.793),
+    }
     twins = {
         "dense": ("dense encoder", 3_344_160, 3_344_160),
         "switch": ("Switch encoder", 12_197_664, 3_350_304),
@@ -76,7 +83,14 @@ def list_presets():
     ]
     return [
         *(
-            Preset(f"{name}_mini_en", *sizes, 2 * sizes[1], "CC-BY-SA-3.0", text, None)
+            Preset(
+                f"{name}_mini_en",
+                *sizes,
+                2 * sizes[1],
+                "CC-BY-SA-3.0",
+                text,
+                dict(zip(tasks, scores[name], strict=True)),
+            )
             for name, sizes in twins.items()
         ),
         *(

@@ -14,6 +14,7 @@ from zoo.catalogue import shipped
 from zoo.conversion import save_transformers
 from zoo.hub import sha256
 from zoo.models.deferred import Deferred
+from zoo.tasks.task import get
 
 SHIPPED = ("dense_mini_en", "switch_mini_en", "expert_choice_mini_en")
 TEXT = (
@@ -337,6 +338,18 @@ class TestShipped:
         for preset in listed:
             size = sum(file.stat().st_size for file in shipped()[preset.name].glob("*.h5"))
             assert size == pytest.approx(preset.file_bytes, rel=0.05)
+
+    def test_scores_are_those_that_were_measured(self):
+        from benchmarks import glue
+
+        measured = json.loads(glue.KEPT.read_text())["scores"]
+        model_of = {preset: model for model, preset in glue.TWINS.items()}
+        for preset in zoo.list_presets()[: len(SHIPPED)]:
+            assert len(preset.scores) == 4
+            for task, score in preset.scores.items():
+                runs = measured[task][f"{model_of[preset.name]}-pretrained"]["runs"]
+                right = np.mean([run["best"][get(task).primary] for run in runs])
+                assert score == pytest.approx(right, abs=0.0006)
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_guess_words_that_are_hidden_from_them(self, name):
