@@ -34,6 +34,8 @@ def build(task, settings):
         check_vocabulary(pretrained, settings["preset"])
         backbone, preprocessor = pretrained.backbone, pretrained.preprocessor
         preprocessor.sequence_length = settings["max_length"]
+        # A head that mixed layers has frozen it.
+        backbone.get_layer("output_norm").trainable = True
     is_apart = settings["pairs"] == "apart"
     return EncoderTextClassifier(
         backbone,

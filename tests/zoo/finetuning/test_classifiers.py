@@ -66,6 +66,14 @@ def test_layers_are_mixed(masked_lm, begin):
         assert model.mix_layers is mix_layers
 
 
+def test_a_new_head_thaws_what_the_one_before_had_frozen(masked_lm, tmp_path):
+    settings = settle("glue/rte", preset=masked_lm, max_length=12)
+    build(get("glue/rte"), settings).save_to_preset(str(tmp_path))
+    assert not zoo.from_preset(tmp_path).backbone.get_layer("output_norm").trainable_weights
+    model = build(get("glue/cola"), settle("glue/cola", preset=tmp_path, max_length=12))
+    assert model.backbone.get_layer("output_norm").trainable_weights
+
+
 def test_the_rates_of_a_preset_stay_unless_others_are_given(masked_lm):
     backbone = zoo.from_preset(masked_lm, num_classes=2).backbone
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.1)
