@@ -14,7 +14,7 @@ PAGE, PICTURE = ZOO / "RESULTS.md", ZOO / "results.png"
 MODELS = ("dense", "switch", "expert_choice")
 WORDS = ("words", "words and overlap")
 SUITE_NAMES = {"glue": "GLUE", "superglue": "SuperGLUE"}
-ASKED = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb")
+ASKED = ("glue/sst2", "glue/cola", "glue/mrpc", "glue/stsb", "glue/qnli")
 # Of 4.4M and 11.3M parameters (https://github.com/google-research/bert; Turc et al. 2019,
 # https://arxiv.org/abs/1908.08962).
 YARDSTICKS = {
@@ -175,11 +175,11 @@ def _average_claim(kept, suite, one, other):
     claim = f"* `{one}` beats `{other}` on {SUITE_NAMES[suite]}'s average"
     if not tasks:
         return f"{claim}: not measured."
-    runs = [{task: _by_seed(kept, task, name) for task in tasks} for name in (one, other)]
-    means = [
-        suite_score({task: _means(of_seed.values()) for task, of_seed in each.items()}, suite)
-        for each in runs
-    ]
+    runs, last = (
+        [{task: _by_seed(kept, task, name, epoch=epoch) for task in tasks} for name in (one, other)]
+        for epoch in ("best", "last")
+    )
+    means, at_last = ([_suite_mean(each, suite) for each in pair] for pair in (runs, last))
     seeds = sorted(set.intersection(*(set(of_seed) for each in runs for of_seed in each.values())))
     _, p = significance(*(_averages(each, suite, seeds) for each in reversed(runs)))
     verdict = "does not hold"
@@ -189,7 +189,8 @@ def _average_claim(kept, suite, one, other):
     names = ", ".join(_title(kept, task) for task in tasks)
     return (
         f"{claim} of {names}: {verdict} "
-        f"({means[0]:.3f} and {means[1]:.3f}; {chance}, seeds that all tasks have: {len(seeds)})."
+        f"({means[0]:.3f} and {means[1]:.3f}; {chance}, seeds that all tasks have: {len(seeds)}; "
+        f"by the last epochs {at_last[0]:.3f} and {at_last[1]:.3f})."
     )
 
 
@@ -217,6 +218,11 @@ def _means(scores):
     """The mean of each metric of several dictionaries."""
     scores = list(scores)
     return {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+
+
+def _suite_mean(runs, suite):
+    """The suite's average of each task's mean over its seeds."""
+    return suite_score({task: _means(of_seed.values()) for task, of_seed in runs.items()}, suite)
 
 
 def _averages(runs, suite, seeds):
@@ -329,8 +335,10 @@ def _mean(kept, task, model, begin, metric, epoch="best"):
 
 
 def _words(kept, task, name, metric):
+    """Mean over the validation splits, as of a run."""
     found = kept["words"].get(task, {}).get(name)
-    return found and found[f"val_{metric}"]
+    names = [f"{split}_{metric}" for split in ("val", *get(task).validation[1:])]
+    return found and float(np.mean([found[name] for name in names if name in found]))
 
 
 def _shown(number):

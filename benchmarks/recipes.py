@@ -34,6 +34,9 @@ TRIALS = {
     "glue/stsb": [
         *({"learning_rate": rate, **_LAST_LAYER} for rate in (5e-4, 1e-3, 2e-3)),
         *({"learning_rate": rate} for rate in (1e-3, 2e-3)),
+        {"expert_dropout": 0.1},
+        {"expert_dropout": 0.1, "learning_rate": 2e-3},
+        {"expert_dropout": 0.1, "learning_rate": 2e-3, "batch_size": 32, "train": "all"},
     ],
 }
 HELD_OUT = 1000
@@ -54,7 +57,13 @@ def main():
 
 def plan():
     """The trials: task, model, and what is tried."""
-    return [(task, model, tried) for task in TRIALS for tried in TRIALS[task] for model in TWINS]
+    return [
+        (task, model, tried)
+        for task in TRIALS
+        for tried in TRIALS[task]
+        for model in TWINS
+        if model != "dense" or "expert_dropout" not in tried
+    ]
 
 
 def name(task, model, tried):

@@ -1,5 +1,6 @@
 """The few things that tests must do differently on each backend."""
 
+import functools
 import math
 
 import keras
@@ -203,6 +204,25 @@ def compiled(function):
 
         return tf.function(function, jit_compile=True)
     return function
+
+
+def outputs(model, x):
+    """What a model makes of a batch, not in training.
+
+    JAX compiles it as a whole; in a plain call it would compile every operation by itself, and a
+    loop again in every call.
+    """
+    if keras.backend.backend() == "jax":
+        state = [
+            [variable.value for variable in variables]
+            for variables in (model.trainable_variables, model.non_trainable_variables)
+        ]
+        y, others = compiled(functools.partial(model.stateless_call, training=False))(*state, x)
+        for variable, value in zip(model.non_trainable_variables, others, strict=True):
+            variable.assign(value)
+    else:
+        y = model(x, training=False)
+    return ops.convert_to_numpy(y)
 
 
 def numpy(tensor):

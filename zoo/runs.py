@@ -197,6 +197,24 @@ class Run:
                 f"`output`, or `restart` to throw that run away. Received: output={str(folder)!r}, "
                 f"{name}={settings.get(name)!r}"
             )
+        else:  # with those that the version which began it did not have
+            self.results["settings"] = settings
+
+    def of_data(self, **facts):
+        """Keeps what the run's data is, which an old run that goes on must have begun with.
+
+        Raises:
+            ValueError: if it began with other data.
+        """
+        for name, value in facts.items():
+            old = self.results.get(name, value)
+            if self.epoch and old != value:
+                raise ValueError(
+                    f"`output` holds a run on other data, with {name}={old!r}; give another "
+                    f"`output`, or `restart` to throw that run away. Received: "
+                    f"output={str(self.folder)!r}, data with {name}={value!r}"
+                )
+        self.results |= facts
 
     @property
     def epoch(self):

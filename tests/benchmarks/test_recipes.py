@@ -8,11 +8,13 @@ from zoo.tasks import data
 
 
 def test_every_model_is_tried_alike():
+    """But the dense one with nothing that is for experts."""
     plan = recipes.plan()
     assert len({recipes.name(*trial) for trial in plan}) == len(plan)
     for task, trials in recipes.TRIALS.items():
         for model in recipes.TWINS:
-            assert [tried for *which, tried in plan if which == [task, model]] == trials
+            own = [t for t in trials if model != "dense" or "expert_dropout" not in t]
+            assert [tried for *which, tried in plan if which == [task, model]] == own
 
 
 @pytest.mark.parametrize(("number", "part"), [(50, 10), (6000, 1000)])

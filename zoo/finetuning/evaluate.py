@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 
+from keras_moe.routing.base import positive_integer
 from zoo import tasks
 from zoo.extras import require
 from zoo.finetuning.batches import TokenisedTask
@@ -36,6 +37,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
         FileNotFoundError: if the data is not there.
     """
     task = tasks.get(task)
+    if batch_size is not None:
+        positive_integer("batch_size", batch_size)
     preset, settings = _of_run(preset)
     encoder_config(preset, trained=True)
     for module in ("sklearn", "scipy"):
@@ -49,9 +52,9 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
         )
     data = TokenisedTask(task, data_dir, classifier.preprocessor.sequence_length)
     split = split or data.validation[0]
-    batches = data.batches(
-        split, classifier.preprocessor, batch_size or settings.get("batch_size", 32)
-    )
+    if batch_size is None:
+        batch_size = settings.get("batch_size", 32)
+    batches = data.batches(split, classifier.preprocessor, batch_size)
     outputs = predict(keras.Model(classifier.input, classifier.output), batches)
     examples = data.examples(split)
     if predictions is not None:

@@ -108,22 +108,22 @@ def finetune(
     settings = settle(
         task,
         model,
-        preset,
-        load_weights,
-        train,
-        lora_rank,
-        size,
-        num_experts,
-        epochs,
-        batch_size,
-        learning_rate,
-        dropout,
-        expert_dropout,
-        max_length,
-        pairs,
-        mix_layers,
-        max_examples,
-        seed,
+        preset=preset,
+        load_weights=load_weights,
+        train=train,
+        lora_rank=lora_rank,
+        size=size,
+        num_experts=num_experts,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        expert_dropout=expert_dropout,
+        max_length=max_length,
+        pairs=pairs,
+        mix_layers=mix_layers,
+        max_examples=max_examples,
+        seed=seed,
     )
     name = f"{settings['task'].replace('/', '-')}-{label(settings)}-seed{seed}"
     run = open_run(Path(output or Path("runs") / name), settings, restart)
@@ -197,7 +197,8 @@ class Bench:
             for split in self.data.validation
         }
         self._begin_with(classifier, settings, len(batches))
-        run.results["partial"] = list(self.data.partial)
+        examples = len(self.data.examples("train").labels)
+        run.of_data(partial=list(self.data.partial), training_examples=examples)
         run.open(self.network)
         self.network.fit(
             batches,

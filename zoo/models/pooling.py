@@ -8,8 +8,8 @@ from keras import ops
 
 from zoo.layers import Dropout
 
-# Of the attention from one text to the other, whose scores are cosines. Raw products of the shipped
-# presets' outputs instead were as good: Pearson 0.784 and 0.785 on STS-B.
+# Of the attention from one text to the other, whose scores are cosines. Raw products of the
+# outputs of former presets instead were as good: Pearson 0.784 and 0.785 on STS-B.
 _SHARPNESS = 10.0
 
 

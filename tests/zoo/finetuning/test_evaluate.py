@@ -54,6 +54,9 @@ def test_what_does_not_fit(whole, tmp_path):
         zoo.evaluate(folder, "glue/mnli")
     with pytest.raises(ValueError, match="`task` must be one of"):
         zoo.evaluate(folder, "glue/coal")
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+            zoo.evaluate(folder, "glue/cola", batch_size=size)
     (tmp_path / "results.json").write_text(json.dumps(results | {"finished": False}))
     with pytest.raises(ValueError, match="`preset` must be a run that is finished"):
         zoo.evaluate(tmp_path, "glue/cola")

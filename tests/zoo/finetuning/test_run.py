@@ -74,36 +74,32 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["weights", "results", "next epoch"])
-def test_an_interrupted_run_goes_on_to_the_same_end(whole, tmp_path, monkeypatch, moment):
-    with monkeypatch.context() as patch:
-        if moment == "weights":  # while the weights of epoch 2 are half written
+def test_a_run_interrupted_again_and_again_comes_to_the_same_end(whole, tmp_path, monkeypatch):
+    def save(self, model, logs, seconds, original=runs.Run.save):
+        if self.epoch == 1:  # while the weights of epoch 2 are half written
+            (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
+            raise Killed
+        original(self, model, logs, seconds)
 
-            def save(self, model, logs, seconds, original=runs.Run.save):
-                if self.epoch == 1:
-                    (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
-                    raise Killed
-                original(self, model, logs, seconds)
+    def write(self, original=runs.Run._write):
+        if self.epoch == 2:  # when they are written, and nothing says so yet
+            raise Killed
+        original(self)
 
-            patch.setattr(runs.Run, "save", save)
-        elif moment == "results":  # when they are written, and nothing says so yet
+    def predict(self, epoch, logs=None, original=scores.OfficialMetrics.on_epoch_end):
+        if epoch == 2:  # within epoch 3
+            raise Killed
+        original(self, epoch, logs)
 
-            def write(self, original=runs.Run._write):
-                if self.epoch == 2:
-                    raise Killed
-                original(self)
-
-            patch.setattr(runs.Run, "_write", write)
-        else:
-
-            def predict(self, epoch, logs=None, original=scores.OfficialMetrics.on_epoch_end):
-                if epoch == 2:
-                    raise Killed
-                original(self, epoch, logs)
-
-            patch.setattr(scores.OfficialMetrics, "on_epoch_end", predict)
-        with pytest.raises(Killed):
+    for of, name, killed, epochs_kept in (
+        (runs.Run, "save", save, 1),
+        (runs.Run, "_write", write, 1),
+        (scores.OfficialMetrics, "on_epoch_end", predict, 2),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(of, name, killed)
             run(tmp_path, epochs=10)
+        assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == epochs_kept
     resumed = run(tmp_path, epochs=10)
     for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
         for name in one:
@@ -134,6 +130,22 @@ def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
     assert run(tmp_path, epochs=10)["history"] == results["history"]
     with pytest.raises(ValueError, match="`output` holds another run, with mix_layers=None"):
         run(tmp_path, epochs=10, mix_layers=True)
+    begun = {"settings": settings, "finished": False, "history": [], "best": None}
+    (tmp_path / "results.json").write_text(json.dumps({**results, **begun}))
+    gone_on = run(tmp_path, epochs=10)
+    assert gone_on["finished"] and gone_on["settings"] == results["settings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("training_examples", 63), ("partial", ["validation"])]
+)
+def test_going_on_with_other_data_is_refused(whole, tmp_path, name, value):
+    begun = {"finished": False, "history": whole[0]["history"][:1], name: value}
+    (tmp_path / "results.json").write_text(json.dumps({**whole[0], **begun}))
+    said = f"`output` holds a run on other data, with {name}="
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, epochs=10)
+    assert json.loads((tmp_path / "results.json").read_text())[name] == value
 
 
 def test_the_folder_says_what_is_trained(masked_lm):

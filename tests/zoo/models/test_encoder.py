@@ -8,6 +8,7 @@ from keras import ops
 
 import keras_moe
 import zoo
+from tests.backend import outputs
 from tests.zoo.models.pairs import compared
 
 TINY = {
@@ -36,10 +37,6 @@ def inputs(lengths=(9, 4, 6), seed=0):
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     token_ids = np.where(mask, rng.integers(3, 8000, mask.shape), 0)
     return {"token_ids": token_ids.astype("int32"), "padding_mask": mask.astype("int32")}
-
-
-def output(model, x):
-    return ops.convert_to_numpy(model(x, training=False))
 
 
 def test_dense_encoder_is_t5():
@@ -85,7 +82,7 @@ def test_dense_encoder_is_t5():
             attention_mask=torch.tensor(x["padding_mask"]),
         ).last_hidden_state.numpy()
     valid = x["padding_mask"] > 0
-    np.testing.assert_allclose(output(ours, x)[valid], expected[valid], atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(outputs(ours, x)[valid], expected[valid], atol=2e-4, rtol=1e-4)
 
 
 def test_every_other_block_is_sparse():
@@ -150,7 +147,7 @@ def test_padding_changes_nothing(kind):
     longer = {name: np.pad(value, ((0, 0), (0, 5))) for name, value in x.items()}
     longer["token_ids"][:, 9:] = 77
     valid = x["padding_mask"] > 0
-    a, b = output(model, x), output(model, longer)[:, :9]
+    a, b = outputs(model, x), outputs(model, longer)[:, :9]
     np.testing.assert_allclose(a[valid], b[valid], atol=1e-5)
 
 
@@ -172,7 +169,7 @@ def test_config_and_keras_file_round_trip(kind, tmp_path):
     assert copy.activation is model.activation is keras.activations.gelu
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
+    np.testing.assert_array_equal(outputs(loaded, inputs()), outputs(model, inputs()))
 
 
 def test_ids_reach_the_hash_router():
@@ -180,7 +177,7 @@ def test_ids_reach_the_hash_router():
     model = encoder(router=keras_moe.HashRouter(), num_experts=2, group=5)
     moe = model.get_layer("block_2").feed_forward
     x = inputs()
-    output(model, x)
+    outputs(model, x)
     even = np.sum((x["token_ids"] % 2 == 0) & (x["padding_mask"] > 0))
     odd = np.sum((x["token_ids"] % 2 == 1) & (x["padding_mask"] > 0))
     _, expert_tokens = moe.statistics
@@ -300,15 +297,15 @@ def test_two_texts_that_are_read_apart(tmp_path):
         begin, between, last = ends[ends[:, 0] == row, 1]
         parts = (slice(begin, between + 1), slice(between + 1, last + 1))
         alone = [{name: x[row : row + 1, part] for name, x in given.items()} for part in parts]
-        features.append(compared(*(output(backbone, text)[0] for text in alone), *layer))
+        features.append(compared(*(outputs(backbone, text)[0] for text in alone), *layer))
     features = np.array(features)
     kernel, bias = (ops.convert_to_numpy(weight) for weight in model.weights[-2:])
-    logits = output(model, given)
+    logits = outputs(model, given)
     np.testing.assert_allclose(logits, features @ kernel + bias, rtol=1e-4, atol=1e-5)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert again.separator == end
-    np.testing.assert_allclose(output(again, given), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs(again, given), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_what_every_layer_puts_out():
@@ -319,7 +316,7 @@ def test_what_every_layer_puts_out():
     right = ops.convert_to_numpy(table)[x["token_ids"]]
     np.testing.assert_allclose(embedded, right, rtol=1e-6)
     normed = ops.convert_to_numpy(backbone.get_layer("output_norm")(blocks[-1]))
-    np.testing.assert_allclose(normed, output(backbone, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normed, outputs(backbone, x), rtol=1e-5, atol=1e-6)
     assert np.abs(blocks[0] - blocks[1]).max() > 0.1
 
 
@@ -348,7 +345,7 @@ def test_what_a_sparse_classifier_that_mixes_layers_learns_from(kind, tmp_path):
         assert moved > 0, weight.path
     mixed.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(output(again, x), output(mixed, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs(again, x), outputs(mixed, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("separator", [None, 1])
@@ -379,12 +376,12 @@ def test_a_classifier_that_mixes_layers(tmp_path, separator):
     if separator is None:
         block = ops.convert_to_numpy(backbone.layer_outputs()(x)[2])
         unit = block / np.sqrt(np.mean(block**2, axis=-1, keepdims=True))
-        np.testing.assert_allclose(output(seen, x), unit, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(outputs(seen, x), unit, rtol=1e-4, atol=1e-5)
     else:  # the two texts do not see each other
         other = {name: ops.convert_to_numpy(value).copy() for name, value in x.items()}
         first_end = np.argwhere(other["token_ids"][0] == separator)[1, 0]
         other["token_ids"][:, first_end + 1] = 77
-        one, two = output(seen, x), output(seen, other)
+        one, two = outputs(seen, x), outputs(seen, other)
         np.testing.assert_allclose(one[0, :first_end], two[0, :first_end], rtol=1e-5, atol=1e-6)
         assert np.abs(one[0, first_end + 1] - two[0, first_end + 1]).max() > 0.1
 
@@ -454,7 +451,7 @@ def test_a_pair_is_a_tuple_of_two_lists(ready):
     pairs = (["a dog", "a cat"], ["it ran", "it sat"])
     tokens = ready.preprocessor(pairs, y=None)
     scores = ready.predict(pairs, verbose=0)
-    np.testing.assert_allclose(scores, output(ready, tokens), atol=1e-5)
+    np.testing.assert_allclose(scores, outputs(ready, tokens), atol=1e-5)
     swapped = ready.predict(tuple(texts[::-1] for texts in pairs), verbose=0)
     np.testing.assert_allclose(swapped, scores[::-1], atol=1e-5)
     assert not np.allclose(scores, ready.predict(pairs[::-1], verbose=0))
@@ -496,7 +493,7 @@ def test_name_and_trainable(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert (loaded.name, loaded.backbone.name) == ("whole", "body")
-    np.testing.assert_array_equal(output(loaded, inputs()), output(model, inputs()))
+    np.testing.assert_array_equal(outputs(loaded, inputs()), outputs(model, inputs()))
 
 
 def test_sparse_blocks_are_there():

@@ -113,27 +113,27 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["weights", "in between"])
-def test_an_interrupted_run_goes_on_to_the_same_end(whole, text, tmp_path, monkeypatch, moment):
-    with monkeypatch.context() as patch:
-        if moment == "weights":  # while those of the second epoch are written
+def test_a_run_interrupted_again_and_again_comes_to_the_same_end(
+    whole, text, tmp_path, monkeypatch
+):
+    def save(self, model, logs, seconds, original=runs.Run.save, **more):
+        if self.epoch == 1:  # while the weights of the second epoch are written
+            (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
+            raise Killed
+        original(self, model, logs, seconds, **more)
 
-            def save(self, model, logs, seconds, original=runs.Run.save, **more):
-                if self.epoch == 1:
-                    (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
-                    raise Killed
-                original(self, model, logs, seconds, **more)
+    def stop(self, batch, logs=None):
+        if self.run.epoch == 1 and batch == 0:  # within the second epoch
+            raise Killed
 
-            patch.setattr(runs.Run, "save", save)
-        else:
-
-            def stop(self, batch, logs=None):
-                if self.run.epoch == 1 and batch == 0:
-                    raise Killed
-
-            patch.setattr(pretraining.StopAtNaN, "on_train_batch_end", stop)
-        with pytest.raises(Killed):
+    for of, name, killed in (
+        (runs.Run, "save", save),
+        (pretraining.StopAtNaN, "on_train_batch_end", stop),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(of, name, killed)
             run(text, tmp_path)
+        assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
     resumed = run(text, tmp_path)
     for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
         assert one["place"] == other["place"]
