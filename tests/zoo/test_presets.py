@@ -192,6 +192,10 @@ def test_an_unknown_option_is_refused(preset):
 
 def test_no_preset(tmp_path):
     assert "`preset` must be the folder of a saved preset" in error_of(tmp_path)
+    (tmp_path / "preset").mkdir()  # as in the folder of a run
+    assert "Did you mean" not in error_of(tmp_path)
+    (tmp_path / "preset" / "config.json").write_text("{}")
+    assert error_of(tmp_path).endswith(f" Did you mean {str(tmp_path / 'preset')!r}?")
 
 
 def test_what_is_no_name():

@@ -52,6 +52,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
         )
     data = TokenisedTask(task, data_dir, classifier.preprocessor.sequence_length)
     split = split or data.validation[0]
+    if predictions is not None:  # better refused now than when all is done
+        tasks.submission_path(task, predictions, split)
     if batch_size is None:
         batch_size = settings.get("batch_size", 32)
     batches = data.batches(split, classifier.preprocessor, batch_size)
@@ -73,10 +75,17 @@ def _of_run(preset):
         )
     if not (folder / "results.json").is_file():
         return preset, {}
-    results = json.loads((folder / "results.json").read_text())
-    if not results["finished"]:
+    try:
+        results = json.loads((folder / "results.json").read_text())
+        finished, settings = results["finished"], results["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            "`preset` must be a run that can be read, but its `results.json` is damaged. "
+            f"Received: preset={str(preset)!r}"
+        ) from error
+    if not finished:
         raise ValueError(
             "`preset` must be a run that is finished; what began it goes on with it. "
             f"Received: preset={str(preset)!r}"
         )
-    return folder / "preset", results["settings"]
+    return folder / "preset", settings

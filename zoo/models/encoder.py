@@ -293,7 +293,8 @@ class EncoderTextClassifier(keras_hub.models.TextClassifier):
             read as one text.
         mix_layers: whether it sees a learnt mean of the embedded tokens and of what every block
             puts out, see `zoo.models.pooling.MixedLayers`, instead of what the last block does. The
-            backbone's last norm has no part in it then and is frozen.
+            backbone's last norm has no part in it then and is frozen; whoever gives that backbone
+            another head thaws it, as `zoo.finetune` does.
         name: of the model.
         trainable: whether training changes the weights.
 

@@ -4,7 +4,7 @@ from zoo.tasks.data import Examples, load
 from zoo.tasks.metrics import evaluate
 from zoo.tasks.mixtures import mixture, rates
 from zoo.tasks.prepare import Prepared, prepare, prepared_in, validation_splits
-from zoo.tasks.submission import write_submission
+from zoo.tasks.submission import submission_path, write_submission
 from zoo.tasks.suites import Average, average
 from zoo.tasks.task import SUITES, TASKS, Task, get
 from zoo.tasks.text_scores import score_text
@@ -30,5 +30,6 @@ __all__ = [
     "rates",
     "score_text",
     "text_to_text",
+    "submission_path",
     "write_submission",
 ]

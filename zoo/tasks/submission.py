@@ -69,7 +69,7 @@ def write_submission(task, examples, outputs, folder, split=None):
             an example is there twice.
     """
     task = get(task)
-    name = _file_name(task, split)
+    path = submission_path(task, folder, split)
     if isinstance(examples, Examples):
         predicted = _from_outputs(task, examples, outputs)
     else:
@@ -82,7 +82,25 @@ def write_submission(task, examples, outputs, folder, split=None):
             f"`examples` must have every example of {task.name!r} once. Received: one twice"
         )
     lines = _lines(task, sorted(predicted, key=lambda pair: pair[0]))
-    return _write(Path(folder).expanduser() / name, lines)
+    return _write(path, lines)
+
+
+def submission_path(task, folder, split=None):
+    """Where `write_submission` writes.
+
+    Args:
+        task, folder, split: As there.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: If the task or split has no submission file, or the folder is none.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`predictions` must be a folder. Received: predictions={str(folder)!r}")
+    return folder / _file_name(get(task), split)
 
 
 def _file_name(task, split):
@@ -96,7 +114,10 @@ def _file_name(task, split):
         return _MNLI_FILES[part]
     if task.name not in _FILES:
         known = [name for names in SUITES.values() for name in names]
-        raise ValueError(f"`task` must be one of {known}. Received: task={task.name!r}")
+        raise ValueError(
+            f"`task` must be one of {known}, whose predictions can be handed in. "
+            f"Received: task={task.name!r}"
+        )
     return _FILES[task.name]
 
 

@@ -11,6 +11,7 @@ from zoo.models import builders
 def main(folder, mesh):
     builders.SIZES["mini"] = {**builders.SIZES["mini"], **TINY}
     options = {"epochs": 1, "max_examples": 32, "max_length": 8, "batch_size": 8, "dropout": 0.0}
+    options["mix_layers"] = True  # a weight of the head that is neither an expert's nor a kernel
     results = zoo.finetune(**options, mesh=json.loads(mesh), output=folder, verbose=0)
     print(json.dumps(results["history"][0]))
 

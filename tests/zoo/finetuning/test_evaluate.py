@@ -48,6 +48,24 @@ def test_what_is_no_trained_classifier(masked_lm, tmp_path):
         zoo.evaluate(tmp_path, "glue/cola")
 
 
+@pytest.mark.parametrize(
+    ("task", "split", "message"),
+    [
+        ("acceptability", "validation", "`task` must be one of .* can be handed in"),
+        ("glue/cola", "validation", "`predictions` must be a folder"),
+    ],
+)
+def test_predictions_that_cannot_be_written_are_refused_first(
+    whole, tmp_path, monkeypatch, task, split, message
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("zoo.finetuning.evaluate.predict", None)
+    where = tmp_path / ("file" if task == "glue/cola" else "folder")
+    with pytest.raises(ValueError, match=message):
+        zoo.evaluate(whole[1], task, split, predictions=where)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "folder").exists()
+
+
 def test_what_does_not_fit(whole, tmp_path):
     results, folder = whole
     with pytest.raises(ValueError, match="of a classifier of 3 classes for 'glue/mnli'.*one of 2"):
@@ -57,6 +75,10 @@ def test_what_does_not_fit(whole, tmp_path):
     for size in (0, -1):
         with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
             zoo.evaluate(folder, "glue/cola", batch_size=size)
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "results.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"`preset` must be a run .* is damaged. Received: "):
+            zoo.evaluate(tmp_path, "glue/cola")
     (tmp_path / "results.json").write_text(json.dumps(results | {"finished": False}))
     with pytest.raises(ValueError, match="`preset` must be a run that is finished"):
         zoo.evaluate(tmp_path, "glue/cola")

@@ -309,7 +309,7 @@ def test_two_texts_that_are_read_apart(tmp_path):
 
 
 def test_what_every_layer_puts_out():
-    backbone, x = encoder(num_layers=3), inputs()
+    backbone, x = encoder(num_layers=3, name="mine"), inputs()
     embedded, *blocks = (ops.convert_to_numpy(y) for y in backbone.layer_outputs()(x))
     assert len(blocks) == 3
     (table,) = backbone.get_layer("token_embedding").weights
