@@ -309,7 +309,7 @@ def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_p
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     command = [sys.executable, "-m", "zoo", "finetune", "--backend", backend, "--epochs", "1"]
-    command += ["--max-examples", "64", "--max-length", "16", "--output", str(tmp_path)]
+    command += ["--max-examples", "64", "--max-length", "8", "--output", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "generated from the project's own grammar" in done.stdout
