@@ -1,4 +1,4 @@
-"""Runs the whole suite once per backend, a folder of `tests/` to a process, two at once.
+"""Runs the whole suite once per backend, a part of `tests/` to a process, two at once.
 
 python -m tests                             all three backends
 python -m tests jax torch                   only these
@@ -32,6 +32,9 @@ QUICK = {
     "--xla_cpu_parallel_codegen_split_count=1",
 }
 LONG = "tests/tutorials"  # whose programs run for minutes
+# Folders of a folder that have processes of their own: the more programs one has compiled, the
+# slower it compiles the next, and the more memory it holds.
+SPLIT = {"zoo": ("models", "conversion", "finetuning", "pretraining")}
 SLOWEST = ("--durations=12", "--durations-min=5")  # for whoever makes the suite faster
 NO_TESTS = pytest.ExitCode.NO_TESTS_COLLECTED
 FIGURES = ("tests", "failures", "errors", "skipped", "time")
@@ -66,19 +69,30 @@ def run(backend, pytest_arguments, alone):
     return code, {name: float(suite.get(name)) for name in FIGURES}
 
 
-def summary(parts):
+def summary(ran):
     """Whether a backend's parts passed, and a line that says so; a part may have had no test."""
-    stopped = [code for code, figures in parts if figures is None]
+    stopped = [code for code, figures in ran if figures is None]
     if stopped:
         return False, f"pytest stopped with exit code {stopped[0]}"
-    total = {name: sum(figures[name] for _, figures in parts) for name in FIGURES}
+    total = {name: sum(figures[name] for _, figures in ran) for name in FIGURES}
     failed = total["failures"] + total["errors"]
     passed = total["tests"] - total["skipped"] - failed
     line = (
         f"{passed:.0f} passed, {total['failures']:.0f} failed, {total['errors']:.0f} errors, "
         f"{total['skipped']:.0f} skipped in {total['time']:.0f} s"
     )
-    return passed > 0 and all(code in (0, NO_TESTS) for code, _ in parts), line
+    return passed > 0 and all(code in (0, NO_TESTS) for code, _ in ran), line
+
+
+def parts():
+    """What pytest is told to run in each process, the longest first."""
+    folders = (file.parent.name for file in pathlib.Path(__file__).parent.glob("*/__init__.py"))
+    found = []
+    for folder in sorted(folders, reverse=True):
+        own = [f"tests/{folder}/{name}" for name in SPLIT.get(folder, ())]
+        found += [[path] for path in own]
+        found.append([f"tests/{folder}", *(f"--ignore={path}" for path in own)])
+    return found
 
 
 def main():
@@ -93,26 +107,23 @@ def main():
         if backend not in BACKENDS:
             parser.error(f"`backend` must be one of {', '.join(BACKENDS)}. Received: {backend}")
 
-    folders = (file.parent.name for file in pathlib.Path(__file__).parent.glob("*/__init__.py"))
-    parts = [[f"tests/{folder}"] for folder in sorted(folders, reverse=True)]  # the longest first
-    if arguments[split + 1 :]:
-        parts = [arguments[split + 1 :]]
-    at_once = min(AT_ONCE, len(backends) * len(parts), os.cpu_count() or 1)
+    to_run = [arguments[split + 1 :]] if arguments[split + 1 :] else parts()
+    at_once = min(AT_ONCE, len(backends) * len(to_run), os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
         running = [
             (backend, pool.submit(run, backend, part, at_once == 1))
-            for part in parts
+            for part in to_run
             for backend in backends
         ]
         try:
             results = {backend: [] for backend in backends}
-            for backend, part in running:
-                results[backend].append(part.result())
+            for backend, ran in running:
+                results[backend].append(ran.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     print()
-    verdicts = {backend: summary(parts) for backend, parts in results.items()}
+    verdicts = {backend: summary(ran) for backend, ran in results.items()}
     for backend, (passed, line) in verdicts.items():
         print(f"{backend:<12}{'ok' if passed else 'FAILED':<8}{line}")
     return 0 if all(passed for passed, _ in verdicts.values()) else 1
