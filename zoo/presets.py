@@ -333,10 +333,10 @@ def model_card(model, name, licence=None, training_data=None, scores=None):
 def _check_configs(folder):
     if not (folder / "config.json").is_file():
         within = folder / "preset"
-        hint = f" Did you mean {str(within)!r}?" if (within / "config.json").is_file() else ""
+        hint = f". Did you mean {str(within)!r}?" if (within / "config.json").is_file() else ""
         raise ValueError(
             "`preset` must be the folder of a saved preset, with a `config.json` in it. "
-            f"Received: preset={str(folder)!r}.{hint}"
+            f"Received: preset={str(folder)!r}{hint}"
         )
     for path in (folder / "config.json", folder / "task.json"):
         if path.is_file() and not _describes_an_object(path):
