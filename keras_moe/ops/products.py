@@ -98,7 +98,7 @@ def row_size(assignments, num_experts):
 def _fastest_of_one_each(slots):
     """What "auto" stands for where every expert has one row; `python -m benchmarks.layer` tells."""
     backend = keras.backend.backend()
-    if backend == "torch" or not _on_cpu(backend):
+    if backend == "torch" or not _on_cpu(backend) or _compiles_anew():
         return "batched"
     # On a CPU XLA's batched products are slow where rows are short.
     return "loop" if _compiles() and isinstance(slots, int) and slots < 128 else "batched"
@@ -107,7 +107,7 @@ def _fastest_of_one_each(slots):
 def _fastest_as_needed(kernel_EDF=None):
     """What "auto" stands for where an expert has the rows it needs; for most kernels if `None`."""
     backend = keras.backend.backend()
-    if backend == "tensorflow" or _on_cpu(backend):
+    if backend == "tensorflow" or (_on_cpu(backend) and not _compiles_anew()):
         return "loop"
     if backend == "jax" or kernel_EDF is None:
         return "grouped"
@@ -139,6 +139,15 @@ def _compiles():
 
         return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     return backend == "jax"
+
+
+def _compiles_anew():
+    """Whether a loop would be compiled at every call: on JAX, outside of what is compiled whole."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return not isinstance(jax.numpy.zeros(()), jax.core.Tracer)
 
 
 def _grouped(x_RCD, kernel_EDF, row_expert):

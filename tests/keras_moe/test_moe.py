@@ -762,6 +762,26 @@ def test_every_config_key_makes_the_round_trip():
     assert type(copy.shared) is keras.layers.Dense and copy.shared.use_bias is False
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX alone compiles plain calls")
+@pytest.mark.parametrize("router", [SwitchRouter(E), TopKRouter(2, E)], ids=["capacity", "all"])
+def test_a_plain_call_compiles_nothing_that_was_compiled(router):
+    import jax
+
+    compiled = []
+    layer, x = built(router), np.ones((2, 5, D), "float32")
+    layer(x)
+    jax.monitoring.register_event_duration_secs_listener(
+        listen := lambda *a, **k: compiled.append(a)
+    )
+    try:
+        layer(x)
+        assert not compiled
+        layer(np.ones((2, 6, D), "float32"))
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("make", "message"),
