@@ -3,6 +3,9 @@
 python -m tests                             all three backends
 python -m tests jax torch                   only these
 python -m tests tensorflow -- -k dispatch   what follows `--` goes to pytest
+
+Tests marked `one_backend` look at files, settings and messages, which are the same on all backends,
+and run on the quickest, PyTorch, alone. `pytest` by itself runs all tests on its backend.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from xml.etree import ElementTree
 import pytest
 
 BACKENDS = ("tensorflow", "jax", "torch")
+QUICKEST = "torch"  # it neither traces nor compiles
 AT_ONCE = 2
 # Compiling and small shapes gain nothing by threads, and processes that run at once lose by them;
 # programs that run for milliseconds gain nothing by a compiler that takes its time.
@@ -108,12 +112,13 @@ def main():
             parser.error(f"`backend` must be one of {', '.join(BACKENDS)}. Received: {backend}")
 
     to_run = [arguments[split + 1 :]] if arguments[split + 1 :] else parts()
+    others = ["-m", "not one_backend"] if QUICKEST in backends else []
     at_once = min(AT_ONCE, len(backends) * len(to_run), os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
         running = [
-            (backend, pool.submit(run, backend, part, at_once == 1))
+            (backend, pool.submit(run, backend, [*extra, *part], at_once == 1))
             for part in to_run
-            for backend in backends
+            for backend, extra in ((b, [] if b == QUICKEST else others) for b in backends)
         ]
         try:
             results = {backend: [] for backend in backends}

@@ -22,7 +22,6 @@ def model_of(hidden_dim=16):
     x = keras.layers.Dense(DIM, activation="relu")(inputs)
     for router in (
         keras_moe.SwitchRouter(jitter=0.1, min_capacity=1, seed=1),
-        keras_moe.TopKRouter(2),
         keras_moe.ExpertChoiceRouter(inference="threshold"),
     ):
         experts = keras_moe.FeedForwardExperts(EXPERTS, hidden_dim, use_bias=True, seed=1)
@@ -65,14 +64,11 @@ def main(devices, folder, weights=None):
         # All along one axis: no process has all the experts.
         stack.enter_context(ExpertParallel(data=1, experts=count).scope())
         model = model_of()
-        losses = trained(model, folder, keep=None)
-        x, y = data()
-        result = {
-            "devices": count,
-            "losses": losses,
-            "evaluated": model.evaluate(x, y, 16, verbose=0),
-            "predicted": model.predict(x, 16, verbose=0)[:, 0, 0].tolist(),
-        }
+        result = {"devices": count, "losses": trained(model, folder, keep=None)}
+        if len(result["losses"]) == EPOCHS:  # one that goes on is asked for its losses alone
+            x, y = data()
+            result["evaluated"] = model.evaluate(x, y, 16, verbose=0)
+            result["predicted"] = model.predict(x, 16, verbose=0)[:, 0, 0].tolist()
         if weights is not None:
             own = f"{weights}/{keras_moe.distribution.process_id()}"
             model.save_weights(f"{own}.weights.h5")

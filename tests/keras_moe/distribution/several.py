@@ -11,11 +11,7 @@ import keras
 
 from tests.__main__ import QUICK
 
-MESHES = (
-    {"data": 2, "experts": 4},
-    {"data": 1, "experts": 8},
-    {"data": 2, "experts": 2, "model": 2},
-)
+MESHES = ({"data": 1, "experts": 8}, {"data": 2, "experts": 2, "model": 2})
 
 
 def checked(*arguments):

@@ -45,11 +45,13 @@ def test_scores_to_regress(tmp_path):
     assert finetuning._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
 
 
+@pytest.mark.one_backend
 def test_two_validation_splits_and_pairs(tmp_path):
     best = run(tmp_path, task="glue/mnli")["best"]
     assert {"val_accuracy", "validation_mismatched_accuracy"} <= set(best)
 
 
+@pytest.mark.one_backend
 def test_the_official_metrics_come_before_the_routing_figures(whole, tmp_path, capsys):
     names = list(whole[0]["best"])
     assert names.index("val_loss") < names.index("val_matthews") < names.index("moe_1/dropped")
@@ -120,6 +122,7 @@ def test_another_run_in_the_folder_is_refused(whole):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
+@pytest.mark.one_backend
 def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
     """Were `None`, or off: such a run is this one."""
     results, _ = whole
@@ -162,6 +165,7 @@ def test_the_folder_says_what_is_trained(masked_lm):
     assert finetuning.label(finetuning.settle("glue/cola", "dense")) == f"dense-{backend}"
 
 
+@pytest.mark.one_backend
 def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
@@ -232,6 +236,7 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch
     assert len(run(tmp_path, epochs=3)["history"]) == 3
 
 
+@pytest.mark.one_backend
 def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
     said = "Received: (nan|inf) at step 1; .* has no weights yet"
     with pytest.raises(FloatingPointError, match=said):
@@ -239,6 +244,7 @@ def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.one_backend
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def save(self, path, original=finetuning.trainable.Network.save_weights):
         if path.name.startswith("new-epoch-2"):
@@ -335,6 +341,7 @@ def test_several_processes_need_a_mesh(tmp_path, monkeypatch):
         run(tmp_path / "run")
 
 
+@pytest.mark.one_backend
 def test_partial_data_has_the_validation_splits_that_are_there(tmp_path, monkeypatch):
     splits = (("validation_matched",), ("train", "validation_matched"))
     monkeypatch.setattr(batches, "validation_splits", lambda task, data_dir: splits)

@@ -29,6 +29,7 @@ def suite(tmp_path_factory):
     return summary, folder
 
 
+@pytest.mark.one_backend
 def test_a_suite_leaves_out_what_has_no_data(suite):
     summary, folder = suite
     assert tuple(summary["tasks"]) == TWO and len(summary["left_out"]) == 7
@@ -68,12 +69,14 @@ def test_partial_data_is_not_left_out(monkeypatch):
     assert suites._without_data(unfinished, None) == {}
 
 
-def test_runs_differ_in_their_seeds_alone(suite, tmp_path):
+def test_runs_differ_in_their_seeds_alone(tmp_path):
     """The second of a suite, which trains the first one's compiled network, is the same alone."""
-    _, folder = suite
-    alone = run(tmp_path, seed=1, epochs=2)
-    other = json.loads((folder / "glue-cola" / "seed1" / "results.json").read_text())
-    first = json.loads((folder / "glue-cola" / "seed0" / "results.json").read_text())
+    run(tmp_path / "suite", finetune=finetune_suite, seeds=2, epochs=2)
+    alone = run(tmp_path / "alone", seed=1, epochs=2)
+    first, other = (
+        json.loads((tmp_path / "suite" / "glue-cola" / f"seed{seed}" / "results.json").read_text())
+        for seed in (0, 1)
+    )
     assert alone["settings"] == other["settings"]
     assert {n for n, v in first["settings"].items() if v != other["settings"][n]} == {"seed"}
     for one, two in zip(alone["history"], other["history"], strict=True):
@@ -82,6 +85,7 @@ def test_runs_differ_in_their_seeds_alone(suite, tmp_path):
     assert first["history"][0]["loss"] != other["history"][0]["loss"]
 
 
+@pytest.mark.one_backend
 def test_finished_runs_are_not_repeated(suite, monkeypatch):
     summary, folder = suite
     monkeypatch.setattr("zoo.finetuning.run.build", None)
@@ -95,6 +99,7 @@ def test_finished_runs_are_not_repeated(suite, monkeypatch):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
+@pytest.mark.one_backend
 def test_an_interrupted_suite_goes_on(suite, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

@@ -22,10 +22,14 @@ def weights(preset):
 @pytest.mark.parametrize(
     ("train", "moved"),
     [
-        ("all", lambda names: names),
+        pytest.param("all", lambda names: names, marks=pytest.mark.one_backend),
         ("frozen_experts", lambda names: names - EXPERTS),
-        ("non_experts", lambda names: names - EXPERTS - ROUTERS),
-        ("experts", lambda names: EXPERTS | ROUTERS),
+        pytest.param(
+            "non_experts",
+            lambda names: names - EXPERTS - ROUTERS,
+            marks=pytest.mark.one_backend,
+        ),
+        pytest.param("experts", lambda names: EXPERTS | ROUTERS, marks=pytest.mark.one_backend),
         ("lora", lambda names: ADAPTED),
     ],
 )
@@ -62,6 +66,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.one_backend
 def test_lora_goes_on_where_it_was(masked_lm, tmp_path, monkeypatch):
     """Keras' own file of weights forgets the factors."""
     options = {"preset": masked_lm, "train": "lora", "lora_rank": 2, "epochs": 4}

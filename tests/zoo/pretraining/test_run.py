@@ -208,6 +208,7 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(text, tmp_path, monke
     assert len(run(text, tmp_path, heldout=())["history"]) == 3
 
 
+@pytest.mark.one_backend
 def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
     def full(path, *arguments, **options):
         with open(path, "wb") as file:
@@ -227,6 +228,7 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "epoch-1.weights.h5"}
 
 
+@pytest.mark.one_backend
 def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
     whole = run(text, tmp_path, tensorboard=True, steps=4)
     logs = [path for path in (tmp_path / "tensorboard").rglob("*") if path.is_file()]
