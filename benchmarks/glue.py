@@ -106,15 +106,12 @@ def _is_kept(kept, task, begin, model, seed):
 
 @functools.cache
 def _has_data(task, data_dir):
-    from zoo.tasks import load, validation_splits
+    from zoo.finetuning.suite import missing_data
 
-    try:
-        for split in ("train", *validation_splits(task, data_dir)[0]):
-            load(task, split, data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"left out: {task}: {error}", flush=True)
-        return False
-    return True
+    reason = missing_data(task, data_dir)
+    if reason is not None:
+        print(f"left out: {task}: {reason}", flush=True)
+    return reason is None
 
 
 def _finetune(task, begin, model, seed, data_dir, output):

@@ -68,7 +68,9 @@ def finetune_suite(
         ]
         for task, each in settings.items()
     }
-    left_out = _without_data(runs, data_dir) if suite else {}
+    unfinished = [name for name in tasks if suite and not all(run.finished for run in runs[name])]
+    lacking = {name: missing_data(name, data_dir) for name in unfinished}
+    left_out = {name: reason for name, reason in lacking.items() if reason is not None}
     if len(left_out) == len(tasks):
         raise FileNotFoundError(next(iter(left_out.values())))
     with contextlib.nullcontext() if parallel is None else parallel.scope():
@@ -106,18 +108,14 @@ def _of_task(name, options, suite):
     return options
 
 
-def _without_data(runs, data_dir):
-    """The tasks that are to be trained on and cannot be, and why."""
-    reasons = {}
-    for name, each in runs.items():
-        if all(run.finished for run in each):
-            continue
-        try:
-            for split in ("train", *validation_splits(name, data_dir)[0]):
-                data.load(name, split, data_dir)
-        except (FileNotFoundError, ValueError) as error:
-            reasons[name] = str(error)
-    return reasons
+def missing_data(task, data_dir=None):
+    """What a task has not, of all that it takes to train on it, in words; `None` if it has it."""
+    try:
+        for split in ("train", *validation_splits(task, data_dir)[0]):
+            data.load(task, split, data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _say(text, verbose):
