@@ -86,7 +86,7 @@ def test_what_is_left_out_of_the_work(tmp_path, monkeypatch, capsys):
     rte = ("glue/rte", "pretrained", "expert_choice", 0)
     kept = {"scores": {"glue/mrpc": {"switch-scratch": {"runs": [{"seed": 0}]}}}}
     monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
-    monkeypatch.setattr(zoo.tasks, "load", load)
+    monkeypatch.setattr(zoo.tasks.data, "load", load)
     monkeypatch.setattr(glue, "plan", lambda: [sst2, *mrpc, rte])
     with monkeypatch.context() as patch:
         others = {" ".join(map(str, sst2))}
