@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.tables import drawn, markdown
+from zoo.extras import require
 from zoo.finetuning.compare import holm, significance
 from zoo.finetuning.summary import shown, spread, suite_score
 from zoo.tasks import SUITES, get
@@ -83,6 +84,7 @@ def claims(kept):
         *(_against(kept, model) for model in MODELS),
         *(_speed(kept["pretraining"], model) for model in MODELS[1:]),
         *(_average_claim(kept, suite, one, other) for suite in SUITE_NAMES for one, other in PAIRS),
+        *(line for suite in SUITE_NAMES for pair in PAIRS if (line := _margin(kept, suite, *pair))),
         *(_behind_words(kept, model) for model in MODELS),
         *(_yardstick(kept, name) for name in YARDSTICKS),
     ]
@@ -192,6 +194,28 @@ def _average_claim(kept, suite, one, other):
         f"{claim} of {names}: {verdict} "
         f"({means[0]:.3f} and {means[1]:.3f}; {chance}, seeds that all tasks have: {len(seeds)}; "
         f"by the last epochs {at_last[0]:.3f} and {at_last[1]:.3f})."
+    )
+
+
+def _margin(kept, suite, one, other):
+    """How far apart two twins may be, by the tasks with most seeds; `None` under three seeds."""
+    runs = {task: [_by_seed(kept, task, name) for name in (one, other)] for task in SUITES[suite]}
+    seeds = {task: set(pair[0]) & set(pair[1]) for task, pair in runs.items()}
+    most = max(map(len, seeds.values()))
+    tasks = [task for task in runs if len(seeds[task]) == most]
+    seeds = sorted(set.intersection(*(seeds[task] for task in tasks)))
+    if len(seeds) < 3:
+        return None
+    own, others = (
+        _averages({task: runs[task][which] for task in tasks}, suite, seeds) for which in (0, 1)
+    )
+    gains = np.array([own[seed] - others[seed] for seed in seeds])
+    low, high = require("scipy.stats").ttest_1samp(gains, 0).confidence_interval(0.95)
+    names = ", ".join(_title(kept, task) for task in tasks)
+    return (
+        f"* `{one}` minus `{other}`, averaged over the tasks of {SUITE_NAMES[suite]} that have "
+        f"{len(seeds)} seeds ({names}): {gains.mean():+.3f}, with 95% confidence from {low:+.3f} "
+        f"to {high:+.3f} where other seeds are drawn (t-test, paired)."
     )
 
 

@@ -49,11 +49,11 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
         )
     kernel_EDF = ops.convert_to_tensor(kernel_EDF)
     if implementation == "auto":
-        as_needed = row_expert is not None
-        slots = (x_RCD if before is None else x_RCD[0]).shape[1]
-        implementation = (
-            _fastest_as_needed(kernel_EDF) if as_needed else _fastest_of_one_each(slots)
-        )
+        rows, slots, _ = (x_RCD if before is None else x_RCD[0]).shape
+        if row_expert is None:
+            implementation = _fastest_of_one_each(slots)
+        else:
+            implementation = _fastest_as_needed(kernel_EDF, rows, slots)
     in_loop = implementation == "loop" and keras.backend.backend() == "jax"
     if before is not None and not in_loop:
         x_RCD = before(*x_RCD)
@@ -104,11 +104,15 @@ def _fastest_of_one_each(slots):
     return "loop" if _compiles() and isinstance(slots, int) and slots < 128 else "batched"
 
 
-def _fastest_as_needed(kernel_EDF=None):
+def _fastest_as_needed(kernel_EDF=None, rows=None, slots=None):
     """What "auto" stands for where an expert has the rows it needs; for most kernels if `None`."""
     backend = keras.backend.backend()
-    if backend == "tensorflow" or (_on_cpu(backend) and not _compiles_anew()):
+    if backend == "tensorflow":
         return "loop"
+    if _on_cpu(backend):
+        # Every slot times every kernel is sooner done than a loop is compiled, while it is little.
+        few = kernel_EDF is not None and _compiles_anew() and rows * slots * kernel_EDF.size < 2**30
+        return "grouped" if few else "loop"
     if backend == "jax" or kernel_EDF is None:
         return "grouped"
     from keras_moe.ops.torch_only import is_aligned

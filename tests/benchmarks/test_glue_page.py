@@ -143,6 +143,20 @@ def test_averages_of_tasks_with_different_seeds(kept):
     assert "(0.818 and 0.705; chance not tested, seeds that all tasks have: 1; " in switch
 
 
+def test_how_far_apart_twins_may_be(kept):
+    """On two tasks of three seeds; gains of 0.1, 0.1 and 0.4 are 0.2 +- 0.1 * 4.303."""
+    assert not any(" minus " in claim for claim in glue_page.claims(kept))
+    for task in ("glue/cola", "glue/stsb"):
+        kept["scores"][task]["switch-pretrained"] = run(task, (0.5, 0.6, 0.9))
+        kept["scores"][task]["dense-pretrained"] = run(task, (0.4, 0.5, 0.5))
+    (line,) = (claim for claim in glue_page.claims(kept) if " minus " in claim)
+    assert line == (
+        "* `switch` minus `dense`, averaged over the tasks of GLUE that have 3 seeds (cola, "
+        "stsb (partial)): +0.200, with 95% confidence from -0.230 to +0.630 where other seeds are "
+        "drawn (t-test, paired)."
+    )
+
+
 def test_a_claim_that_nobody_measured(kept):
     del kept["scores"]["glue/cola"]["switch-scratch"]
     _, switch, *_ = glue_page.claims(kept)
