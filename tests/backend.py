@@ -23,10 +23,21 @@ def run(layer, x, cotangent, jit=True, **call):
         `sum(outputs * cotangent) + sum(layer.losses)` with respect to `x` and, a list, to
         `layer.trainable_variables`, zeros for those that have no part in it.
     """
-    function, arguments = _differentiated(layer, x, cotangent, call)
-    y, loss, by_x, by_weight = (compiled(function) if jit else function)(*arguments)
-    by_weight = [ops.convert_to_numpy(gradient) for gradient in by_weight]
-    return ops.convert_to_numpy(y), float(loss), ops.convert_to_numpy(by_x), by_weight
+    return run_each(layer, [x], cotangent, jit, **call)[0]
+
+
+def run_each(layer, xs, cotangent, jit=True, **call):
+    """`run` for several inputs of one shape; it is compiled once."""
+    program, results = None, []
+    for x in xs:
+        function, arguments = _differentiated(layer, x, cotangent, call)
+        if program is None:
+            program = compiled(function) if jit else function
+        y, loss, by_x, by_weight = program(*arguments)
+        by_weight = [ops.convert_to_numpy(gradient) for gradient in by_weight]
+        result = ops.convert_to_numpy(y), float(loss), ops.convert_to_numpy(by_x), by_weight
+        results.append(result)
+    return results
 
 
 def gradients(layer, x, cotangent, **call):
@@ -204,6 +215,16 @@ def compiled(function):
 
         return tf.function(function, jit_compile=True)
     return function
+
+
+def stateless(function):
+    """The function without what it would write into variables; JAX compiles it as a whole."""
+
+    def call(*arguments):
+        with keras.StatelessScope():
+            return function(*arguments)
+
+    return compiled(call) if keras.backend.backend() == "jax" else call
 
 
 def outputs(model, x):

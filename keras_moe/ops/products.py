@@ -67,7 +67,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
     if row_expert is None:
         row_expert = np.arange(kernel_EDF.shape[0], dtype="int32")
     if in_loop:
-        xs = (x_RCD,) if before is None else x_RCD
+        xs = [ops.convert_to_tensor(x) for x in ((x_RCD,) if before is None else x_RCD)]
         return _jax_loop(xs, kernel_EDF, row_expert, before or (lambda x: x))
     return (_loop if implementation == "loop" else _grouped)(x_RCD, kernel_EDF, row_expert)
 

@@ -17,7 +17,7 @@ from keras_moe import (
     TopKRouter,
 )
 from tests import oracle
-from tests.backend import cost, numpy, run
+from tests.backend import cost, numpy, run, run_each
 
 tensor = ops.convert_to_tensor
 E, D, F = 4, 3, 4
@@ -237,8 +237,8 @@ class TestPadding:
         zeros = np.where(MASK[..., None], X, 0.0)
         other = zeros.copy()
         other[1, 3], other[1, 5] = np.nan, np.inf
-        (*_, by_x, by_weight), (*_, by_other, by_its_weight) = (
-            run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other)
+        (*_, by_x, by_weight), (*_, by_other, by_its_weight) = run_each(
+            layer, (zeros, other), np.ones(X.shape), mask=MASK
         )
         np.testing.assert_allclose(by_other, by_x, rtol=1e-6, atol=1e-6)
         assert (by_other[~MASK] == 0).all()
@@ -507,7 +507,7 @@ class TestShared:
         zeros = np.where(MASK[..., None], X, 0.0)
         other = zeros.copy()
         other[1, 3], other[1, 5] = np.nan, np.inf
-        one, two = (run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other))
+        one, two = run_each(layer, (zeros, other), np.ones(X.shape), mask=MASK)
         for a, b in zip((one[0], one[2], *one[3]), (two[0], two[2], *two[3]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe import FeedForwardExperts, LayerExperts, SoftMoE
 from tests import oracle
-from tests.backend import numpy, run
+from tests.backend import numpy, run, run_each
 from tests.keras_moe.routing.examples import check_layer, random_weights
 
 E, P, D, F = 3, 2, 4, 5
@@ -79,7 +79,7 @@ class TestPadding:
         layer, _ = built()
         zeros = np.where(MASK[..., None], X, 0.0)
         other = np.where(MASK[..., None], X, content)
-        one, two = (run(layer, x, np.ones(X.shape), mask=MASK) for x in (zeros, other))
+        one, two = run_each(layer, (zeros, other), np.ones(X.shape), mask=MASK)
         for a, b in zip((one[0], one[2], *one[3]), (two[0], two[2], *two[3]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
         assert (one[0][~MASK] == 0).all() and (one[2][~MASK] == 0).all()
