@@ -67,7 +67,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
     if row_expert is None:
         row_expert = np.arange(kernel_EDF.shape[0], dtype="int32")
     if in_loop:
-        xs = [ops.convert_to_tensor(x) for x in ((x_RCD,) if before is None else x_RCD)]
+        xs = (x_RCD,) if before is None else x_RCD
         return _jax_loop(xs, kernel_EDF, row_expert, before or (lambda x: x))
     return (_loop if implementation == "loop" else _grouped)(x_RCD, kernel_EDF, row_expert)
 
@@ -232,7 +232,7 @@ def _jax_loop(xs, kernel_EDF, row_expert, before):
 
     # The spans are found twice: they may not be carried from one to the other when rematerialising.
     def forward(*inputs):
-        *xs, kernel_EDF = inputs
+        *xs, kernel_EDF = map(ops.convert_to_tensor, inputs)  # a gradient hands NumPy's arrays on
 
         def product(row, kernel_DF):
             return (before(*of_row(row, xs)) @ kernel_DF,)
@@ -242,7 +242,7 @@ def _jax_loop(xs, kernel_EDF, row_expert, before):
         return _jax_rows(product, kernel_EDF, spans, [ops.zeros(shape, xs[0].dtype)])[0]
 
     def backward(upstream_RCF, *inputs):
-        *xs, kernel_EDF = inputs
+        *xs, kernel_EDF = map(ops.convert_to_tensor, inputs)
         spans = _spans(row_expert, num_experts)
 
         def of_inputs(row, kernel_DF):
