@@ -45,16 +45,18 @@ other tasks and from scratch; with the rates found by heads that see the last la
 there, on STS-B with the dense one and Switch, that heads which compare two texts see all layers.
 How many epochs and which weights are trained was chosen earlier, on the validation sets of CoLA,
 STS-B, MRPC and SST-2, with more trials for the sparse models: small differences between models may
-be the gain of choosing. Where no p is given chance was not tested. "Scratch" is the same model with
-new weights, all of them trained, while the experts of a pretrained one stay as they are; all else
-is the same. Partial tasks have only a part of the official data: their scores are to be compared
-with each other, and not with published ones; of QQP 49% of the examples to train on are positive,
-and 36% of those measured on. QNLI and ReCoRD are missing for want of data to train on, and larger
-presets, `*_small_en`, which were to reach BERT-mini's scores, are not made. A bag of words is a
-linear model of words and pairs of words, how regularized chosen within its training data by the
-metric that chooses epochs; with "overlap" it also knows what two texts share. The three were
-pretrained at the same time on one GPU, and fine-tuned many at a time on one, where JAX multiplies
-in TF32 (COPA, CB, WNLI and of the sparse ones WSC on a CPU): hours do not compare them.
+be the gain of choosing. Where neither p nor an interval is given chance was not tested; intervals
+are of best epochs, each by itself, and of seeds of fine-tuning, with one pretrained model each.
+"Scratch" is the same model with new weights, all of them trained, while the experts of a pretrained
+one stay as they are; all else is the same. Partial tasks have only a part of the official data:
+their scores are to be compared with each other, and not with published ones; of QQP 49% of the
+examples to train on are positive, and 36% of those measured on. QNLI and ReCoRD are missing for
+want of data to train on, and larger presets, `*_small_en`, which were to reach BERT-mini's scores,
+are not made. A bag of words is a linear model of words and pairs of words, how regularized chosen
+within its training data by the metric that chooses epochs; with "overlap" it also knows what two
+texts share. The three were pretrained at the same time on one GPU, and fine-tuned many at a time on
+one, where JAX multiplies in TF32 (COPA, CB, WNLI and of the sparse ones WSC on a CPU): hours do not
+compare them.
 """
 
 
@@ -198,24 +200,24 @@ def _average_claim(kept, suite, one, other):
 
 
 def _margin(kept, suite, one, other):
-    """How far apart two twins may be, by the tasks with most seeds; `None` under three seeds."""
+    """How far apart two twins may be, by the tasks with most seeds; `None` where none can tell."""
     runs = {task: [_by_seed(kept, task, name) for name in (one, other)] for task in SUITES[suite]}
-    seeds = {task: set(pair[0]) & set(pair[1]) for task, pair in runs.items()}
-    most = max(map(len, seeds.values()))
-    tasks = [task for task in runs if len(seeds[task]) == most]
-    seeds = sorted(set.intersection(*(seeds[task] for task in tasks)))
-    if len(seeds) < 3:
-        return None
+    seeds_of = {task: set(pair[0]) & set(pair[1]) for task, pair in runs.items()}
+    most = max(map(len, seeds_of.values()))
+    tasks = [task for task in runs if len(seeds_of[task]) == most]
+    seeds = sorted(set.intersection(*(seeds_of[task] for task in tasks)))
     own, others = (
         _averages({task: runs[task][which] for task in tasks}, suite, seeds) for which in (0, 1)
     )
     gains = np.array([own[seed] - others[seed] for seed in seeds])
+    if len(seeds) < 3 or np.ptp(gains) < 1e-12:
+        return None
     low, high = require("scipy.stats").ttest_1samp(gains, 0).confidence_interval(0.95)
     names = ", ".join(_title(kept, task) for task in tasks)
     return (
-        f"* `{one}` minus `{other}`, averaged over the tasks of {SUITE_NAMES[suite]} that have "
-        f"{len(seeds)} seeds ({names}): {gains.mean():+.3f}, with 95% confidence from {low:+.3f} "
-        f"to {high:+.3f} where other seeds are drawn (t-test, paired)."
+        f"* `{one}` minus `{other}`, averaged over the tasks of {SUITE_NAMES[suite]} with most "
+        f"seeds ({names}; {len(seeds)} in common): {gains.mean():+.3f}, with 95% confidence from "
+        f"{low:+.3f} to {high:+.3f} (paired t-test)."
     )
 
 

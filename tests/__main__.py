@@ -1,11 +1,13 @@
-"""Runs the whole suite once per backend, a part of `tests/` to a process, two at once.
+"""Runs the suite once per backend, a part of `tests/` to a process, two at once.
 
 python -m tests                             all three backends
 python -m tests jax torch                   only these
 python -m tests tensorflow -- -k dispatch   what follows `--` goes to pytest
 
-Tests marked `one_backend` look at files, settings and messages, which are the same on all backends,
-and run on the quickest, PyTorch, alone. `pytest` by itself runs all tests on its backend.
+Of the whole suite, tests marked `one_backend` run on the quickest, PyTorch, alone: they take
+seconds where a backend traces and compiles, and look at what is the same on all of them; what they
+compute on the way, another test computes on every backend. With `--`, and by `pytest` itself, they
+run on every backend.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from xml.etree import ElementTree
 import pytest
 
 BACKENDS = ("tensorflow", "jax", "torch")
-QUICKEST = "torch"  # it neither traces nor compiles
+QUICKEST = "torch"  # neither `fit` nor a call traces or compiles
 AT_ONCE = 2
 # Compiling and small shapes gain nothing by threads, and processes that run at once lose by them;
 # programs that run for milliseconds gain nothing by a compiler that takes its time.
@@ -112,7 +114,8 @@ def main():
             parser.error(f"`backend` must be one of {', '.join(BACKENDS)}. Received: {backend}")
 
     to_run = [arguments[split + 1 :]] if arguments[split + 1 :] else parts()
-    others = ["-m", "not one_backend"] if QUICKEST in backends else []
+    is_whole = QUICKEST in backends and not arguments[split + 1 :]
+    others = ["-m", "not one_backend"] if is_whole else []
     at_once = min(AT_ONCE, len(backends) * len(to_run), os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
         running = [

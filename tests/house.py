@@ -38,10 +38,10 @@ class House:
 
     def not_from_above(self, name):
         """What a module imports of its package, and from no module above it."""
-        above = self.order[: self.order.index(name)]
-        known = {module.removesuffix(".__init__") for module in above}
+        modules = [module.removesuffix(".__init__") for module in self.order]
+        above = modules[: self.order.index(name)]
         for imported in self.imports(name):
             package, _, rest = imported.partition(".")
-            # The name of a module, or of something within one.
-            if package == self.package and known.isdisjoint((rest, rest.rpartition(".")[0])):
+            module = rest if rest in modules else rest.rpartition(".")[0]  # or a name within one
+            if package == self.package and (module or "__init__") not in above:
                 yield imported

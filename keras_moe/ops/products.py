@@ -10,6 +10,9 @@ from keras import ops
 from keras_moe.ops.gradients import with_gradient
 
 IMPLEMENTATIONS = ("auto", "batched", "loop", "grouped")
+# Multiplications of every slot by every kernel that JAX has done on a CPU before it has compiled a
+# loop, and whose masked copies of the slots are not large.
+FEW = 2**28
 
 
 def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", before=None):
@@ -22,7 +25,8 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
     * `"loop"`: expert after expert. An expert without rows costs nothing, its kernel is not read.
     * `"grouped"`: the backend's own product of sorted rows, `torch.nn.functional.grouped_mm` or
       `jax.lax.ragged_dot`; TensorFlow has none. Made for accelerators: on a CPU PyTorch's is a
-      loop and JAX's multiplies every row by every kernel.
+      loop and JAX's multiplies every row by every kernel, so that one which is not finite spoils
+      all rows.
     * `"auto"`: the fastest on this backend and kind of device, see `benchmarks/README.md`.
 
     Args:
@@ -52,8 +56,10 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
         rows, slots, _ = (x_RCD if before is None else x_RCD[0]).shape
         if row_expert is None:
             implementation = _fastest_of_one_each(slots)
+        elif _is_plain_jax_call() and _on_cpu("jax") and rows * slots * kernel_EDF.size < FEW:
+            implementation = "grouped"
         else:
-            implementation = _fastest_as_needed(kernel_EDF, rows, slots)
+            implementation = _fastest_as_needed(kernel_EDF)
     in_loop = implementation == "loop" and keras.backend.backend() == "jax"
     if before is not None and not in_loop:
         x_RCD = before(*x_RCD)
@@ -98,21 +104,17 @@ def row_size(assignments, num_experts):
 def _fastest_of_one_each(slots):
     """What "auto" stands for where every expert has one row; `python -m benchmarks.layer` tells."""
     backend = keras.backend.backend()
-    if backend == "torch" or not _on_cpu(backend) or _compiles_anew():
+    if backend == "torch" or not _on_cpu(backend) or _is_plain_jax_call():
         return "batched"
     # On a CPU XLA's batched products are slow where rows are short.
     return "loop" if _compiles() and isinstance(slots, int) and slots < 128 else "batched"
 
 
-def _fastest_as_needed(kernel_EDF=None, rows=None, slots=None):
+def _fastest_as_needed(kernel_EDF=None):
     """What "auto" stands for where an expert has the rows it needs; for most kernels if `None`."""
     backend = keras.backend.backend()
-    if backend == "tensorflow":
+    if backend == "tensorflow" or _on_cpu(backend):
         return "loop"
-    if _on_cpu(backend):
-        # Every slot times every kernel is sooner done than a loop is compiled, while it is little.
-        few = kernel_EDF is not None and _compiles_anew() and rows * slots * kernel_EDF.size < 2**30
-        return "grouped" if few else "loop"
     if backend == "jax" or kernel_EDF is None:
         return "grouped"
     from keras_moe.ops.torch_only import is_aligned
@@ -145,8 +147,8 @@ def _compiles():
     return backend == "jax"
 
 
-def _compiles_anew():
-    """Whether a loop would be compiled at every call: on JAX, outside of what is compiled whole."""
+def _is_plain_jax_call():
+    """Whether JAX is not compiling all of this as a whole; it then compiles loops at every call."""
     if keras.backend.backend() != "jax":
         return False
     import jax

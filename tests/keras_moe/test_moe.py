@@ -768,11 +768,13 @@ def test_a_plain_call_compiles_nothing_that_was_compiled(router):
     import jax
 
     compiled = []
+
+    def listen(event, seconds, **_):
+        compiled.append(event)
+
     layer, x = built(router), np.ones((2, 5, D), "float32")
     layer(x)
-    jax.monitoring.register_event_duration_secs_listener(
-        listen := lambda *a, **k: compiled.append(a)
-    )
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         layer(x)
         assert not compiled

@@ -367,7 +367,6 @@ def test_texts_may_follow_options(preset, capsys):
         assert "unrecognized arguments: " in capsys.readouterr().err
 
 
-@pytest.mark.one_backend
 def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a fox\nthe dog\n"))
     options = ("--max-length", 4, "--sampler", "beam", "--dtype", "bfloat16")

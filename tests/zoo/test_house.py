@@ -81,12 +81,10 @@ ORDER = (
 HOUSE = House("zoo", ORDER)
 
 
-@pytest.mark.one_backend
 def test_the_order_names_every_file():
     assert HOUSE.files() == set(ORDER)
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_only_from_above(name):
     assert list(HOUSE.not_from_above(name)) == []

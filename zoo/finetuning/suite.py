@@ -68,9 +68,11 @@ def finetune_suite(
         ]
         for task, each in settings.items()
     }
-    unfinished = [name for name in tasks if suite and not all(run.finished for run in runs[name])]
-    lacking = {name: missing_data(name, data_dir) for name in unfinished}
-    left_out = {name: reason for name, reason in lacking.items() if reason is not None}
+    left_out = {}
+    for name in tasks if suite else ():
+        is_finished = all(run.finished for run in runs[name])
+        if not is_finished and (reason := missing_data(name, data_dir)) is not None:
+            left_out[name] = reason
     if len(left_out) == len(tasks):
         raise FileNotFoundError(next(iter(left_out.values())))
     with contextlib.nullcontext() if parallel is None else parallel.scope():
@@ -91,6 +93,24 @@ def finetune_suite(
     return summary
 
 
+def missing_data(task, data_dir=None):
+    """Why a task cannot be trained on.
+
+    Args:
+        task: A `Task` or the name of one.
+        data_dir: The TensorFlow Datasets directory; `None` for the default one.
+
+    Returns:
+        A sentence, or `None` if all of its data is there.
+    """
+    try:
+        for split in ("train", *validation_splits(task, data_dir)[0]):
+            data.load(task, split, data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def _seeds(seeds):
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
@@ -106,16 +126,6 @@ def _of_task(name, options, suite):
     if suite and len(get(name).inputs) == 1:
         return {option: value for option, value in options.items() if option != "pairs"}
     return options
-
-
-def missing_data(task, data_dir=None):
-    """What a task has not, of all that it takes to train on it, in words; `None` if it has it."""
-    try:
-        for split in ("train", *validation_splits(task, data_dir)[0]):
-            data.load(task, split, data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _say(text, verbose):

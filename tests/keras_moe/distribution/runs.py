@@ -21,7 +21,7 @@ def model_of(hidden_dim=16):
     inputs = keras.Input((LENGTH, DIM))
     x = keras.layers.Dense(DIM, activation="relu")(inputs)
     for router in (
-        keras_moe.SwitchRouter(jitter=0.1, min_capacity=1, seed=1),
+        keras_moe.SwitchRouter(capacity_factor=None, eval_capacity_factor=None, jitter=0.1, seed=1),
         keras_moe.ExpertChoiceRouter(inference="threshold"),
     ):
         experts = keras_moe.FeedForwardExperts(EXPERTS, hidden_dim, use_bias=True, seed=1)

@@ -101,7 +101,7 @@ def shards(model):
 
 def details():
     """One mesh and several questions, each with what one device answers."""
-    parallel = ExpertParallel(data=1, experts=4)
+    parallel = ExpertParallel(data=2, experts=4)
     result = {}
 
     def both(name, function):

@@ -40,7 +40,7 @@ def test_each_device_has_its_share_of_experts_and_moments(mesh):
 
 @pytest.mark.parametrize("case", ["batch", "rest"])
 def test_groups_and_batches_that_devices_cannot_share(case):
-    """One group of the whole batch; a last batch of 13 sequences, and one of 8, for 4 devices."""
+    """One group of the whole batch; a last batch of 13 sequences, and one of 8, of 8 devices."""
     compare(*reversed(checked("details")[case]))
 
 

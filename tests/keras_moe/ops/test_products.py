@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_moe import ops as moe_ops
+from keras_moe.ops import products
 from tests.backend import cost, gradients, run
 
 tensor = ops.convert_to_tensor
@@ -180,6 +181,19 @@ def test_compiles_once_whatever_the_rows():
 
     program = step.experimental_get_compiler_ir(tensor([0, 1, 1, 2, 3], "int32"))(stage="hlo")
     assert "s32[5]{0} parameter(" in program
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="is about JAX's plain calls")
+def test_much_is_not_grouped_in_a_plain_call(monkeypatch):
+    """Three rows of two slots times five kernels of 4 x 6."""
+    sizes, grouped = [], products._grouped
+    monkeypatch.setattr(
+        products, "_grouped", lambda x, *more: sizes.append(few) or grouped(x, *more)
+    )
+    for few in (3 * 2 * 5 * 4 * 6 + 1, 3 * 2 * 5 * 4 * 6):
+        monkeypatch.setattr(products, "FEW", few)
+        moe_ops.expert_product(ops.ones((3, 2, 4)), ops.ones((5, 4, 6)), tensor([0, 1, 1], "int32"))
+    assert sizes == [721]
 
 
 def test_batched_is_for_one_row_per_expert():

@@ -32,7 +32,7 @@ def random_weights(layer):
     return {v.name: numpy(v).astype("float64") for v in layer.trainable_variables}
 
 
-def check_layer(layer, loop, x, weights, mask):
+def check_layer(layer, loop, x, weights, mask, compiles=True):
     """Compares a layer's outputs, losses and gradients with a float64 loop's.
 
     Args:
@@ -42,6 +42,8 @@ def check_layer(layer, loop, x, weights, mask):
         x: float64 array, the inputs.
         weights: dictionary of the float64 arrays of all weights.
         mask: booleans, or `None`.
+        compiles: whether XLA compiles it on TensorFlow, which takes seconds; one case of each
+            router should. JAX always compiles it, and is slower if it does not.
     """
     cotangent = np.random.default_rng(2).normal(size=x.shape)
 
@@ -49,8 +51,7 @@ def check_layer(layer, loop, x, weights, mask):
         y, losses = loop()
         return np.sum(y * cotangent) + losses
 
-    # TensorFlow is done before it would have compiled; `test_moe.py` has it compile.
-    jit = keras.backend.backend() != "tensorflow"
+    jit = compiles or keras.backend.backend() != "tensorflow"
     y, losses, by_x, by_weight = run(layer, x, cotangent, jit, mask=mask, training=True)
     expected, losses_expected = loop()
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

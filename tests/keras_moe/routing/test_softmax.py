@@ -32,7 +32,7 @@ def test_is_the_weighted_sum_of_all_experts(group, mask):
         y = oracle.mixture(x, gates, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
         return y, 0.5 * oracle.router_z(logits, valid)
 
-    check_layer(layer, loop, x, weights, mask)
+    check_layer(layer, loop, x, weights, mask, compiles=group == 5)
 
 
 def test_every_expert_sees_every_token_in_order():

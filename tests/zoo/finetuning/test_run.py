@@ -236,7 +236,6 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch
     assert len(run(tmp_path, epochs=3)["history"]) == 3
 
 
-@pytest.mark.one_backend
 def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
     said = "Received: (nan|inf) at step 1; .* has no weights yet"
     with pytest.raises(FloatingPointError, match=said):

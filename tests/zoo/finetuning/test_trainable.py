@@ -66,7 +66,6 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.one_backend
 def test_lora_goes_on_where_it_was(masked_lm, tmp_path, monkeypatch):
     """Keras' own file of weights forgets the factors."""
     options = {"preset": masked_lm, "train": "lora", "lora_rank": 2, "epochs": 4}
