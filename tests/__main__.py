@@ -4,10 +4,10 @@ python -m tests                             all three backends
 python -m tests jax torch                   only these
 python -m tests tensorflow -- -k dispatch   what follows `--` goes to pytest
 
-Of the whole suite, tests marked `one_backend` run on the quickest, PyTorch, alone: they take
-seconds where a backend traces and compiles, and look at what is the same on all of them; what they
-compute on the way, another test computes on every backend. With `--`, and by `pytest` itself, they
-run on every backend.
+With all three, tests marked `one_backend` run on one alone, on the quickest, PyTorch, unless the mark
+names another: they take seconds where a backend traces and compiles, and look at what is the same
+on all of them; what they compute on the way, another test computes on every backend. With fewer
+backends, with `--`, and by `pytest` itself, they run on every backend.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from xml.etree import ElementTree
 import pytest
 
 BACKENDS = ("tensorflow", "jax", "torch")
-QUICKEST = "torch"  # neither `fit` nor a call traces or compiles
 AT_ONCE = 2
 # Compiling and small shapes gain nothing by threads, and processes that run at once lose by them;
 # programs that run for milliseconds gain nothing by a compiler that takes its time.
@@ -114,14 +113,14 @@ def main():
             parser.error(f"`backend` must be one of {', '.join(BACKENDS)}. Received: {backend}")
 
     to_run = [arguments[split + 1 :]] if arguments[split + 1 :] else parts()
-    is_whole = QUICKEST in backends and not arguments[split + 1 :]
-    others = ["-m", "not one_backend"] if is_whole else []
+    is_whole = len(backends) == len(BACKENDS) and not arguments[split + 1 :]
+    shared = ["--shared"] if is_whole else []
     at_once = min(AT_ONCE, len(backends) * len(to_run), os.cpu_count() or 1)
     with ThreadPoolExecutor(at_once) as pool:
         running = [
-            (backend, pool.submit(run, backend, [*extra, *part], at_once == 1))
+            (backend, pool.submit(run, backend, [*shared, *part], at_once == 1))
             for part in to_run
-            for backend, extra in ((b, [] if b == QUICKEST else others) for b in backends)
+            for backend in backends
         ]
         try:
             results = {backend: [] for backend in backends}

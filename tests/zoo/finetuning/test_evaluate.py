@@ -9,6 +9,7 @@ from zoo import tasks
 from zoo.finetuning import batches
 
 
+@pytest.mark.one_backend
 def test_a_run_scores_as_its_best_epoch(whole):
     results, folder = whole
     scores = zoo.evaluate(folder, "glue/cola")

@@ -214,6 +214,7 @@ def test_starts_from_a_preset(whole, tmp_path):
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.4)
 
 
+@pytest.mark.one_backend
 def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch):
     """64 examples in batches of 16 make 4 steps; the third of the second epoch is the seventh."""
 

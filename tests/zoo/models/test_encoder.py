@@ -348,7 +348,7 @@ def test_what_a_sparse_classifier_that_mixes_layers_learns_from(kind, tmp_path):
     np.testing.assert_allclose(outputs(again, x), outputs(mixed, x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("separator", [None, 1])
+@pytest.mark.parametrize("separator", [pytest.param(None, marks=pytest.mark.one_backend), 1])
 def test_a_classifier_that_mixes_layers(tmp_path, separator):
     """Trained, saved, loaded; one layer alone, and its head has what that one puts out."""
     backbone = encoder("dense", num_layers=3)
@@ -406,6 +406,7 @@ def test_a_dense_classifier_learns_from_a_sparse_one():
     assert distiller.evaluate(x, labels, verbose=0, return_dict=True)["accuracy"] == 1.0
 
 
+@pytest.mark.one_backend
 def test_regressor():
     model = classifier(num_classes=1)
     assert model.loss == "mean_squared_error"
