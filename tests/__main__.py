@@ -4,10 +4,10 @@ python -m tests                             all three backends
 python -m tests jax torch                   only these
 python -m tests tensorflow -- -k dispatch   what follows `--` goes to pytest
 
-With all three, tests marked `one_backend` run on one alone, on the quickest, PyTorch, unless the mark
-names another: they take seconds where a backend traces and compiles, and look at what is the same
-on all of them; what they compute on the way, another test computes on every backend. With fewer
-backends, with `--`, and by `pytest` itself, they run on every backend.
+With all three, tests marked `one_backend` run on one alone, on the quickest, PyTorch, unless the
+mark names another: they take seconds where a backend traces and compiles, and look at what is the
+same on all of them; what they compute on the way, another test computes on every backend. With
+fewer backends, with `--`, and by `pytest` itself, they run on every backend.
 """
 
 import argparse
