@@ -95,8 +95,8 @@ def test_output_losses_and_gradients_are_the_equations(case, monkeypatch):
         y = oracle.mixture(x, gates, lambda x_D, e: oracle.feed_forward(x_D, weights, e))
         return y, 0.5 * importance + 0.25 * load
 
-    mask = None if "no mask" in case else mask
-    check_layer(layer, loop, x, weights, mask, compiles="drops" in case)
+    given = None if "no mask" in case else mask
+    check_layer(layer, loop, x, weights, given, compiles="drops" in case)
 
 
 def test_routing_by_hand():
