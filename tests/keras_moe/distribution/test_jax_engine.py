@@ -6,19 +6,17 @@ import keras
 import numpy as np
 import pytest
 
-from tests.keras_moe.distribution.several import MESHES, checked
+from tests.keras_moe.distribution.several import MESH, checked
 
 if keras.backend.backend() != "jax":
     pytest.skip("JAX's engine", allow_module_level=True)
 
 KINDS = ("switch", "top2", "choice")
-EVERYWHERE = pytest.mark.parametrize("mesh", MESHES, ids=str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@EVERYWHERE
-def test_devices_do_not_change_the_losses(kind, mesh):
-    one, many = checked("curves")[kind]["one"], checked("curves")[kind][str(mesh)]
+def test_devices_do_not_change_the_losses(kind):
+    one, many = (checked("curves")[kind][name] for name in ("one", "many"))
     assert len(one["losses"]) == 20
     assert one["losses"][-1] < 0.7 * one["losses"][0]
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-4)
@@ -26,9 +24,8 @@ def test_devices_do_not_change_the_losses(kind, mesh):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@EVERYWHERE
-def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
-    one, many = checked("curves")[kind]["one"], checked("curves")[kind][str(mesh)]
+def test_devices_do_not_change_figures_and_auxiliary_losses(kind):
+    one, many = (checked("curves")[kind][name] for name in ("one", "many"))
     assert one["figures"].keys() == many["figures"].keys()
     assert len(one["figures"]) > 10
     for name, value in one["figures"].items():
@@ -37,13 +34,12 @@ def test_devices_do_not_change_figures_and_auxiliary_losses(kind, mesh):
     np.testing.assert_allclose(many["auxiliary"], one["auxiliary"], rtol=0, atol=1e-5)
 
 
-@EVERYWHERE
-def test_each_device_has_its_share_of_experts_and_moments(mesh):
-    shards = checked("curves")["switch"][str(mesh)]["shards"]
+def test_each_device_has_its_share_of_experts_and_moments():
+    shards = checked("curves")["switch"]["shards"]
     # Kernels and biases of three layers, one of them gated, and two moments of each.
     assert len(shards) == 3 * (4 + 5 + 4)
     for path, (total, least, most) in shards.items():
-        share = mesh["experts"] * (1 if "bias_out" in path else mesh.get("model", 1))
+        share = MESH["experts"] * (1 if "bias_out" in path else MESH["model"])
         assert least == most == total // share, path
 
 

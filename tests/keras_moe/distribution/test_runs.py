@@ -1,4 +1,4 @@
-"""Two processes of four devices against one process of eight, and runs that change devices."""
+"""Two processes of two devices against one process of four, and runs that change devices."""
 
 import shutil
 
@@ -27,20 +27,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return launched(8, folder / "one")[0]
+    return launched(4, folder / "one")[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder):
     (folder / "weights").mkdir()
-    return launched(4, folder / "two", folder / "weights", processes=2)
+    return launched(2, folder / "two", folder / "weights", processes=2)
 
 
 def test_processes_change_nothing(one, two):
     assert len(one["losses"]) == runs.EPOCHS
     assert one["losses"][-1] < 0.8 * one["losses"][0]
     for process in two:
-        assert process["devices"] == one["devices"] == 8
+        assert process["devices"] == one["devices"] == 4
         for name in ("losses", "evaluated", "predicted"):
             np.testing.assert_allclose(process[name], one[name], rtol=0, atol=1e-5, err_msg=name)
 
@@ -78,12 +78,12 @@ def taken_up(folder, run):
 
 
 def test_two_processes_saved_and_two_of_fewer_devices_go_on(folder, one, two):
-    for process in launched(2, taken_up(folder, "two"), processes=2):
-        assert process["devices"] == 4
+    for process in launched(1, taken_up(folder, "two"), processes=2):
+        assert process["devices"] == 2
         np.testing.assert_allclose(process["losses"], one["losses"][2:], rtol=0, atol=1e-5)
 
 
-def test_eight_devices_saved_and_one_goes_on(folder, one):
+def test_four_devices_saved_and_one_goes_on(folder, one):
     again = taken_up(folder, "one")
     losses = runs.trained(runs.model_of(), again, keep=None)
     np.testing.assert_allclose(losses, one["losses"][2:], rtol=0, atol=1e-5)
