@@ -46,7 +46,17 @@ def layer(*arguments):
     )
 
 
-@pytest.mark.parametrize("suite", CONTESTANTS)
+@pytest.mark.parametrize(
+    "suite",
+    [
+        "peers",  # the layers, and whom they are measured against
+        *(
+            pytest.param(suite, marks=pytest.mark.one_backend)
+            for suite in CONTESTANTS
+            if suite != "peers"
+        ),
+    ],
+)
 def test_measures_every_contestant(suite, tmp_path):
     run = layer(suite, *SIZES, "--k", "1", "--backend", BACKEND, "--into", tmp_path)
     assert run.returncode == 0, run.stderr

@@ -303,6 +303,7 @@ def test_unknown_command_and_backend_exit_with_2():
         assert stopped.value.code == 2
 
 
+@pytest.mark.one_backend("tensorflow")  # whose remarks are the most
 def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_path):
     """The whole path in a process of its own, without what Keras and JAX set here."""
     ours = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")

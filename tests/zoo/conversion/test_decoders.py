@@ -75,6 +75,7 @@ def test_router_choices_agree(pair):
         )
 
 
+@pytest.mark.one_backend
 def test_greedy_generations_agree(pair):
     """Prompts of one length: theirs would pad them on the left, ours on the right."""
     model, loaded = pair

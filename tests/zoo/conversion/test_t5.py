@@ -79,6 +79,7 @@ def test_router_choices_agree(pair):
         assert sum(float(1 - out[0].sum(-1).float().mean()) for _, out in chosen) > 0.1
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generations_agree(family, tmp_path):
     model = theirs(family, lively=True)

@@ -30,6 +30,7 @@ def test_results_and_preset(whole):
     assert scores.argmax(axis=-1).tolist() == [0, 1]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("model", ["dense", "expert_choice"])
 def test_other_models(tmp_path, model):
     with counted_traces() as traces:
@@ -37,6 +38,7 @@ def test_other_models(tmp_path, model):
     assert len(traces) == (4 if keras.backend.backend() == "torch" else 1)  # which has four steps
 
 
+@pytest.mark.one_backend
 def test_scores_to_regress(tmp_path):
     results = run(tmp_path, task="glue/stsb")
     assert results["metrics"] == ["val_spearman", "val_pearson"]
@@ -76,6 +78,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.one_backend
 def test_a_run_interrupted_again_and_again_comes_to_the_same_end(whole, tmp_path, monkeypatch):
     def save(self, model, logs, seconds, original=runs.Run.save):
         if self.epoch == 1:  # while the weights of epoch 2 are half written
@@ -201,6 +204,7 @@ def test_weights_that_do_not_fit(whole, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == unfinished
 
 
+@pytest.mark.one_backend
 def test_starts_from_a_preset(whole, tmp_path):
     """With a new head, but what the trained model tells apart it tells apart at once."""
     results, _ = whole

@@ -67,6 +67,7 @@ def test_partial_data_is_not_left_out(monkeypatch):
     assert suites.missing_data("glue/mnli") is None
 
 
+@pytest.mark.one_backend
 def test_runs_differ_in_their_seeds_alone(tmp_path):
     """The second of a suite, which trains the first one's compiled network, is the same alone."""
     run(tmp_path / "suite", finetune=finetune_suite, seeds=2, epochs=2)

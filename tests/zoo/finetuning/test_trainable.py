@@ -41,6 +41,7 @@ def test_only_some_weights_move(masked_lm, tmp_path, train, moved):
     assert changed == moved(set(before))
 
 
+@pytest.mark.one_backend
 def test_all_but_the_experts_move_under_a_head_that_mixes_layers(masked_lm, tmp_path):
     """Of a pair of texts; the last norm has no part in it."""
     results = run(tmp_path, "glue/rte", preset=masked_lm, max_examples=32)

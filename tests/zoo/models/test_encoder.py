@@ -184,6 +184,7 @@ def test_ids_reach_the_hash_router():
     assert ops.convert_to_numpy(expert_tokens).tolist() == [even, odd] and even != odd
 
 
+@pytest.mark.one_backend
 def test_options_reach_the_layers():
     model = encoder(expert_dim=24, activation="gelu", expert_dropout=0.3, expert_init_scale=0.5)
     moe = model.get_layer("block_2").feed_forward
@@ -386,6 +387,7 @@ def test_a_classifier_that_mixes_layers(tmp_path, separator):
         assert np.abs(one[0, first_end + 1] - two[0, first_end + 1]).max() > 0.1
 
 
+@pytest.mark.one_backend
 def test_a_dense_classifier_learns_from_a_sparse_one():
     """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
     keras.utils.set_random_seed(0)
