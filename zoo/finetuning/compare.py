@@ -27,8 +27,9 @@ def compare(*folders, epoch="best"):
 
     Returns:
         Dictionary: `epoch`; `folders`, list of their names; `tasks`, name -> dictionary of
-        `metric`, `partial` (whether the data is not the official one) and `models`; `average`, a
-        list like `models`, `None` where there is no suite. In `models` each has `mean`, `sd`,
+        `metric`, `partial` (whether the data is not the official one), `epochs` (of each folder the
+        numbers of epochs that its runs have) and `models`; `average`, a list like `models`, `None`
+        where there is no suite. In `models` each has `mean`, `sd`,
         `seeds`, and all but the first `difference`, `test` ("paired", "welch" or `None`), `p` and
         `p_holm`. `left_out` lists tasks that not all have.
 
@@ -55,8 +56,13 @@ def compare(*folders, epoch="best"):
             {run["seed"]: run[epoch][metric] for run in summary["tasks"][name]["runs"]}
             for summary in summaries
         ]
-        partial = any(summary["tasks"][name].get("partial") for summary in summaries)
-        tasks[name] = {"metric": metric, "partial": partial, "models": _models(scores)}
+        entries = [summary["tasks"][name] for summary in summaries]
+        tasks[name] = {
+            "metric": metric,
+            "partial": any(entry.get("partial") for entry in entries),
+            "epochs": [sorted({run["epochs"] for run in entry["runs"]}) for entry in entries],
+            "models": _models(scores),
+        }
     for number in range(1, len(folders)):
         rows = [task["models"][number] for task in tasks.values()]
         for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
@@ -174,6 +180,10 @@ def comparison_table(comparison):
         "t-test over seeds, paired where they are the same, else Welch's; Holm's correction over "
         "tasks; - where there are not two seeds; * below 0.05."
     )
+    for name, task in comparison["tasks"].items():
+        if any(epochs != task["epochs"][0] for epochs in task["epochs"]):
+            beside = " beside ".join(" or ".join(map(str, epochs)) for epochs in task["epochs"])
+            lines.append(f"not trained alike: {name}, {beside} epochs")
     lines += [f"left out: {name}" for name in comparison["left_out"]]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The official metrics, or the submission file, of a saved classifier."""
 
 import json
+import warnings
 from pathlib import Path
 
 import keras
@@ -20,7 +21,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
     Args:
         preset: a preset of a trained classifier, see `zoo.from_preset`, or the folder of a finished
             run of `zoo.finetune`, of which it is the best epoch.
-        task: name of a task.
+        task: name of a task. One that a run was not trained on is scored with a warning: its
+            classes may be others.
         split: one of the task's; `None`: its first validation split.
         data_dir: as in `zoo.finetune`.
         predictions: folder to write the submission file to, see `zoo.tasks.write_submission`;
@@ -49,6 +51,13 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
         raise ValueError(
             f"`preset` must be of a classifier of {task.num_classes} classes for {task.name!r}. "
             f"Received: one of {classifier.num_classes}, preset={str(preset)!r}"
+        )
+    trained_on = settings.get("task", task.name)
+    if trained_on != task.name:
+        warnings.warn(
+            f"`preset` was trained on {trained_on!r} and is scored on {task.name!r}: what a class "
+            "means may differ.",
+            stacklevel=2,
         )
     data = TokenisedTask(task, data_dir, classifier.preprocessor.sequence_length)
     split = split or data.validation[0]

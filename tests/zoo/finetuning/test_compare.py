@@ -20,7 +20,12 @@ def folders(tmp_path):
             for task, scores in tasks.items():
                 scores = scores if isinstance(scores, dict) else dict(enumerate(scores))
                 runs = [
-                    {"seed": seed, "best": {"accuracy": x}, "last": {"accuracy": x / 2}}
+                    {
+                        "seed": seed,
+                        "epochs": 3,
+                        "best": {"accuracy": x},
+                        "last": {"accuracy": x / 2},
+                    }
                     for seed, x in scores.items()
                 ]
                 partial = ["train"] if task == "glue/mnli" else []
@@ -126,6 +131,21 @@ def test_the_table(folders):
     )
     assert lines[3] == "| glue/qnli | accuracy | 0.100 | 0.200 | +0.100 | - |"
     assert lines[4] == "| average of 2 tasks | | 0.300 | 0.400 | +0.100 | - |"
+
+
+def test_runs_of_different_lengths_are_named(folders):
+    names = folders(
+        {"glue/rte": ONES, "glue/qnli": [0.1]}, {"glue/rte": OTHERS, "glue/qnli": [0.2]}
+    )
+    assert "trained alike" not in comparison_table(compare(*names))
+    path = names[1] / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["tasks"]["glue/rte"]["runs"][1]["epochs"] = 5
+    path.write_text(json.dumps(summary))
+    comparison = compare(*names)
+    assert comparison["tasks"]["glue/rte"]["epochs"] == [[3], [3, 5]]
+    lines = comparison_table(comparison).splitlines()
+    assert lines[-1] == "not trained alike: glue/rte, 3 beside 3 or 5 epochs"
 
 
 def test_what_cannot_be_compared(folders, tmp_path):

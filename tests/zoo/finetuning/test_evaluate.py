@@ -67,6 +67,12 @@ def test_predictions_that_cannot_be_written_are_refused_first(
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "folder").exists()
 
 
+@pytest.mark.one_backend
+def test_another_task_with_as_many_classes_is_remarked_on(whole):
+    with pytest.warns(UserWarning, match="trained on 'glue/cola' and is scored on 'glue/sst2'"):
+        assert set(zoo.evaluate(whole[1], "glue/sst2")) == {"accuracy"}
+
+
 def test_what_does_not_fit(whole, tmp_path):
     results, folder = whole
     with pytest.raises(ValueError, match="of a classifier of 3 classes for 'glue/mnli'.*one of 2"):
