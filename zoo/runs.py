@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import numbers
 import os
 import shutil
 import tempfile
@@ -34,6 +35,21 @@ def devices(mesh):
             f"Received: mesh={mesh}, and {num_processes()} processes"
         )
     return None
+
+
+def check_seed_and_rate(settings):
+    """Refuses a `seed` or a `learning_rate` that is out of range.
+
+    Raises:
+        ValueError: if one is.
+    """
+    seed, rate = settings["seed"], settings["learning_rate"]
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:  # NumPy's range
+        raise ValueError(f"`seed` must be from 0 to {2**32 - 1}. Received: seed={seed}")
+    if not 0 < rate < float("inf"):
+        raise ValueError(
+            f"`learning_rate` must be a positive number. Received: learning_rate={rate}"
+        )
 
 
 class SeedEpochs(keras.callbacks.Callback):
@@ -171,14 +187,26 @@ class Run:
         restart: begins anew; the old run's files are deleted by `open`, not before.
 
     Raises:
-        ValueError: if the folder cannot be one, or holds another run or a damaged one.
+        ValueError: if the folder cannot be one, or holds another run or a damaged one, or a preset
+            that no run of its made.
     """
 
-    FILES = ("results.json", "preset", "epoch-*.weights.h5", "new-*")
+    WEIGHTS = "epoch-*.weights.h5"
+    FILES = ("results.json", "preset", WEIGHTS, "new-results.json", "new-preset", f"new-{WEIGHTS}")
 
     def __init__(self, folder, settings, metric_names, restart=False, last=False):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`output` must be a folder. Received: output={str(folder)!r}")
+        if (folder / "preset").exists() and not (folder / "results.json").exists():
+            raise ValueError(
+                "`output` must be a folder without a `preset` that is no run's, which this one "
+                f"would replace. Received: output={str(folder)!r}"
+            )
+        # JSON has no numbers of NumPy's.
+        settings = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in settings.items()
+        }
         self.folder = folder
         self.restart = restart
         self.last = last
@@ -254,7 +282,7 @@ class Run:
         self.results |= {"best": best, "parameters": model.count_params()}
         self._write()
         if process_id() == 0:
-            for path in self.folder.glob("epoch-*.weights.h5"):
+            for path in self.folder.glob(self.WEIGHTS):
                 if path not in (self._weights(epoch), self._weights(best["epoch"])):
                     path.unlink()
 
@@ -268,7 +296,7 @@ class Run:
         self.results |= {"finished": True, "preset": str(self.folder / "preset")}
         self._write()
         if process_id() == 0:
-            self._delete("epoch-*.weights.h5")
+            self._delete(self.WEIGHTS)
 
     def _delete(self, *patterns):
         for pattern in patterns:
@@ -286,8 +314,9 @@ class Run:
             results = json.loads(path.read_text())
             if not {"settings", "metrics", "finished", "history", "best"} <= set(results):
                 raise ValueError("entries are missing")
+            results["settings"].items(), results["history"][:0]
             return results
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`output` must hold a run that can be read, but {path} is damaged; give another "
                 "`output`, or `restart` to throw that run away."
@@ -308,10 +337,8 @@ def replacing(path):
         beside = path.with_name(f"new-{path.name}")
         try:
             yield beside
-        except (
-            BaseException
-        ) as error:  # a full disk, say: what is there stays, and gets the room back
-            _remove(beside)
+        except BaseException as error:
+            _remove(beside)  # the disk may be full: what is there stays, and gets the room back
             if isinstance(error, RuntimeError):  # so says HDF5 when it closes a file
                 raise OSError(f"{path} could not be written: {error}") from error
             raise

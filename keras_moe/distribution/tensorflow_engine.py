@@ -31,7 +31,7 @@ from tensorflow.experimental import dtensor
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import active, bank
 from keras_moe.distribution.engine import Engine
-from keras_moe.distribution.layouts import AXES, bank_axes, moment_axes, other_axes, prefix
+from keras_moe.distribution.layouts import AXES, bank_axes, moment_axes, prefix
 from keras_moe.ops import with_gradient
 
 COMBINE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
@@ -141,9 +141,9 @@ class TensorFlowEngine(Engine):
         if bank() is not None and len(shape) > 0 and shape[0] == bank().num_experts:
             return bank_axes(path, shape, self.size)
         of_moment = moment_axes(name, shape, self._axes)
-        if of_moment is not None:
-            return of_moment
-        return other_axes(path, shape, self.size["model"])
+        # All else is whole on every device: where attention's heads are shared, DTensor moves them
+        # between dimensions as it sees fit, and mixes them up, see `_by_groups`.
+        return (None,) * len(shape) if of_moment is None else of_moment
 
     def placed(self, value, layout):
         """A NumPy array on the mesh: each device is given its part."""
@@ -262,16 +262,24 @@ class TensorFlowEngine(Engine):
         return self._by_batch(self.gathered(combine(y_RCD, routing, groups, tokens)))
 
     def _by_groups(self, experts, x_GSD, routing, training):
-        """Every device fills the slots of its own groups; an all-to-all takes them to experts."""
+        """Every device fills the slots of its own groups; an all-to-all takes them to experts.
+
+        "expert" has the first dimension while it does: between two later dimensions DTensor mixes
+        up what it moves (TensorFlow 2.21, CPU).
+        """
         p, q = self.batch_axis, self.other_axis
-        P, Q = self.size[p], self.size[q]
+        sizes = (self.size[p], self.size[q])
+        P, Q = self.size["expert"], self.size["data"]
         groups, tokens, dim = x_GSD.shape
         num_experts, capacity = routing.token_index.shape[1:]
         num_slots = num_experts * capacity
 
+        def experts_first(x):  # and the way back
+            return x if p == "expert" else tf.transpose(x, (1, 0, *range(2, len(x.shape))))
+
         def split(x_G, *shape):  # [G, ...] -> [P, Q, B, ...]
-            x_PQB = tf.reshape(self._relayout(x_G, p), (P, Q, groups // (P * Q), *shape))
-            return self._relayout(x_PQB, p, q)
+            x = tf.reshape(self._relayout(x_G, p), (*sizes, groups // (P * Q), *shape))
+            return self._relayout(experts_first(self._relayout(x, p, q)), "expert", "data")
 
         token_M, weight_M = (split(x, num_slots) for x in (routing.token_index, routing.weight))
         if routing.slot_index is None:
@@ -281,12 +289,12 @@ class TensorFlowEngine(Engine):
             to_slots, to_tokens = _by_gathers(token_M, split(routing.slot_index, tokens * k), k)
 
         # [P, Q, B, E, C, D] <-> [E, groups * C, D], groups along "data" first
-        of_data = [axis if axis == "data" else None for axis in (p, q)]
-        order = (3, 0, 1, 2, 4, 5) if p == "data" else (3, 1, 0, 2, 4, 5)
+        order = (3, 1, 0, 2, 4, 5)
         slots_ECD = tf.reshape(
             to_slots(split(x_GSD, tokens, dim)), (P, Q, -1, num_experts, capacity, dim)
         )
-        slots_ECD = self._relayout(self._relayout(slots_ECD, p, q), *of_data, None, "expert")
+        slots_ECD = self._relayout(slots_ECD, "expert", "data")
+        slots_ECD = self._relayout(slots_ECD, None, "data", None, "expert")
         slots_RCD = tf.transpose(slots_ECD, order)
         moved = slots_RCD.shape[:-1]
         slots_RCD = tf.reshape(slots_RCD, (num_experts, groups * capacity, dim))
@@ -294,12 +302,13 @@ class TensorFlowEngine(Engine):
         width = y_RCD.shape[-1]
         y_ECD = tf.reshape(self._relayout(y_RCD, "expert", "data"), (*moved, width))
         y_ECD = tf.transpose(y_ECD, tuple(np.argsort(order)))
-        y_ECD = self._relayout(self._relayout(y_ECD, *of_data, None, "expert"), p, q)
+        y_ECD = self._relayout(y_ECD, None, "data", None, "expert")
+        y_ECD = self._relayout(y_ECD, "expert", "data")
 
         y_MD = tf.reshape(y_ECD, (P, Q, -1, num_slots, width))
         wide = keras.backend.result_type(y_MD.dtype.name, "float32")
         y_SD = to_tokens(tf.cast(y_MD, wide) * tf.cast(tf.expand_dims(weight_M, -1), wide))
-        y_SD = tf.cast(self._relayout(y_SD, p), y_MD.dtype)
+        y_SD = tf.cast(self._relayout(experts_first(y_SD), p), y_MD.dtype)
         return self._relayout(tf.reshape(y_SD, (groups, tokens, width)), p)
 
 

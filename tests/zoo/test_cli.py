@@ -99,7 +99,13 @@ SUMMARY = {
             "metrics": ["accuracy"],
             "partial": [],
             "runs": [
-                {"seed": n, "seconds": 1.0, "best": {"accuracy": n / 4}, "last": {"accuracy": 0}}
+                {
+                    "seed": n,
+                    "epochs": 3,
+                    "seconds": 1.0,
+                    "best": {"accuracy": n / 4},
+                    "last": {"accuracy": 0},
+                }
                 for n in (1, 2)
             ],
             "best": {"accuracy": {"mean": 0.375, "sd": 0.125}},
@@ -306,9 +312,9 @@ def test_unknown_command_and_backend_exit_with_2():
 @pytest.mark.one_backend("tensorflow")  # whose remarks are the most
 def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_path):
     """The whole path in a process of its own, without what Keras and JAX set here."""
-    ours = ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment = {name: x for name, x in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    environment["KERAS_BACKEND"] = "jax" if backend == "torch" else "torch"
     command = [sys.executable, "-m", "zoo", "finetune", "--backend", backend, "--epochs", "1"]
     command += ["--max-examples", "64", "--max-length", "8", "--output", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

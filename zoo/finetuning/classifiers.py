@@ -5,7 +5,7 @@ from zoo.models.encoder import EncoderTextClassifier, EncoderTextClassifierPrepr
 from zoo.presets import from_preset
 from zoo.tokenizer import default_tokenizer
 
-_VOCABULARY_SIZE = 8192  # of the shipped tokenizer's 8,000 pieces, rounded up
+_VOCABULARY_SIZE = 8192  # the shipped tokenizer's 8,000 pieces, rounded up as in pretraining
 
 
 def build(task, settings):

@@ -80,8 +80,12 @@ def _summary(folder):
     path = folder / "summary.json"
     try:
         summary = json.loads(path.read_text())
-        summary["suite"], summary["tasks"].items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        summary["suite"]
+        for task in summary["tasks"].values():
+            task["metrics"][0]
+            for run in task["runs"]:
+                run["seed"], run["epochs"], run["best"], run["last"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             "`folders` must each have the `summary.json` that `finetune --seeds` writes. "
             f"Received: {str(folder)!r}"
@@ -183,7 +187,7 @@ def comparison_table(comparison):
     for name, task in comparison["tasks"].items():
         if any(epochs != task["epochs"][0] for epochs in task["epochs"]):
             beside = " beside ".join(" or ".join(map(str, epochs)) for epochs in task["epochs"])
-            lines.append(f"not trained alike: {name}, {beside} epochs")
+            lines.append(f"numbers of epochs differ: {name}, {beside}")
     lines += [f"left out: {name}" for name in comparison["left_out"]]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
 
     Args:
         preset: a preset of a trained classifier, see `zoo.from_preset`, or the folder of a finished
-            run of `zoo.finetune`, of which it is the best epoch.
+            run of `zoo.finetune`, of which it is the best epoch, or `preset` in that.
         task: name of a task. One that a run was not trained on is scored with a warning: its
             classes may be others.
         split: one of the task's; `None`: its first validation split.
@@ -77,6 +77,8 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
 def _of_run(preset):
     """The preset, and settings, of a run's folder; of any other preset itself, and none."""
     folder = Path(preset)
+    if folder.name == "preset" and (folder.parent / "results.json").is_file():
+        folder = folder.parent
     if (folder / "summary.json").is_file():
         raise ValueError(
             "`preset` must be a preset or one run, a folder `seed<k>` in this one. "

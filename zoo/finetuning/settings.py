@@ -7,6 +7,7 @@ from zoo import recipes
 from zoo.finetuning.trainable import OF_EXPERTS, TRAIN
 from zoo.models.builders import MODELS
 from zoo.presets import encoder_config
+from zoo.runs import check_seed_and_rate
 from zoo.tasks.task import get, recipe
 
 # What a model that is built from scratch takes, and what of that has to do with experts.
@@ -159,7 +160,7 @@ def _check(settings, texts):
             f"`pairs` must be one of {', '.join(PAIRS)}. Received: pairs={settings['pairs']!r}"
         )
     _check_flag("mix_layers", settings["mix_layers"])
-    for name in ("epochs", "batch_size", "num_experts", "lora_rank"):
+    for name in ("epochs", "batch_size", "num_experts", "lora_rank", "max_length", "max_examples"):
         if settings[name] is not None:
             positive_integer(name, settings[name])
     if not 4 <= settings["max_length"] <= _LONGEST:  # two texts and the marks of their ends need 4
@@ -167,8 +168,7 @@ def _check(settings, texts):
             f"`max_length` must be from 4 to {_LONGEST}. "
             f"Received: max_length={settings['max_length']}"
         )
-    if not 0 <= settings["seed"] < 2**32:  # NumPy's range
-        raise ValueError(f"`seed` must be from 0 to {2**32 - 1}. Received: seed={settings['seed']}")
+    check_seed_and_rate(settings)
     for name in ("dropout", "expert_dropout"):
         if settings[name] is not None and not 0 <= settings[name] < 1:
             raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={settings[name]}")
@@ -176,9 +176,4 @@ def _check(settings, texts):
         raise ValueError(
             f"`max_examples` must be at least the batch size, {settings['batch_size']}. "
             f"Received: max_examples={settings['max_examples']}"
-        )
-    if not 0 < settings["learning_rate"] < float("inf"):
-        raise ValueError(
-            "`learning_rate` must be a positive number. "
-            f"Received: learning_rate={settings['learning_rate']}"
         )

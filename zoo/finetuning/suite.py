@@ -71,8 +71,12 @@ def finetune_suite(
     left_out = {}
     for name in tasks if suite else ():
         is_finished = all(run.finished for run in runs[name])
-        if not is_finished and (reason := missing_data(name, data_dir)) is not None:
+        if is_finished:
+            continue
+        if (reason := missing_data(name, data_dir)) is not None:
             left_out[name] = reason
+        else:
+            _check_batch_size(name, settings[name][0], data_dir)
     if len(left_out) == len(tasks):
         raise FileNotFoundError(next(iter(left_out.values())))
     with contextlib.nullcontext() if parallel is None else parallel.scope():
@@ -109,6 +113,16 @@ def missing_data(task, data_dir=None):
     except (FileNotFoundError, ValueError) as error:
         return str(error)
     return None
+
+
+def _check_batch_size(task, settings, data_dir):
+    """Refuses now what would stop the suite when it comes to this task."""
+    examples = len(data.load(task, "train", data_dir).labels)
+    if settings["batch_size"] > examples:
+        raise ValueError(
+            f"`batch_size` must be at most the number of examples of {task}, {examples}. "
+            f"Received: batch_size={settings['batch_size']}"
+        )
 
 
 def _seeds(seeds):

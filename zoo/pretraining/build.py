@@ -11,6 +11,7 @@ from zoo.models.encoder import EncoderTextClassifierPreprocessor
 from zoo.models.encoder_decoder import Seq2SeqLM, Seq2SeqLMPreprocessor
 from zoo.models.masked_lm import EncoderMaskedLM
 from zoo.pretraining.objectives import OBJECTIVES
+from zoo.runs import check_seed_and_rate
 from zoo.schedules import InverseSquareRoot
 
 TASKS = {
@@ -32,9 +33,9 @@ def check(settings):
         ValueError: if one is.
     """
     _check_choices(settings)
-    for name in ("steps", "steps_per_save", "batch_size", "accumulate", "warmup_steps", "window"):
+    counts = ("steps", "steps_per_save", "batch_size", "length", "accumulate", "warmup_steps")
+    for name in (*counts, "window", "heldout_batches"):
         positive_integer(name, settings[name])
-    positive_integer("heldout_batches", settings["heldout_batches"])
     for name in ("steps_per_save", "accumulate"):
         if settings["steps"] % settings[name]:
             raise ValueError(
@@ -49,13 +50,7 @@ def check(settings):
     # Relative positions and the zoo's tokens are made for texts of some sentences.
     if not 8 <= settings["length"] <= 512:
         raise ValueError(f"`length` must be from 8 to 512. Received: length={settings['length']}")
-    if not 0 <= settings["seed"] < 2**32:  # NumPy's range
-        raise ValueError(f"`seed` must be from 0 to {2**32 - 1}. Received: seed={settings['seed']}")
-    if not 0 < settings["learning_rate"] < float("inf"):
-        raise ValueError(
-            "`learning_rate` must be a positive number. "
-            f"Received: learning_rate={settings['learning_rate']}"
-        )
+    check_seed_and_rate(settings)
     for name in ("clip", "router_z_weight"):
         if not 0 <= settings[name] < float("inf"):
             raise ValueError(f"`{name}` must not be negative. Received: {name}={settings[name]}")

@@ -70,6 +70,26 @@ def size(source):
     return max(1, info.num_bytes), max(1, info.num_examples)
 
 
+def overlap(source, other):
+    """Whether two sources have examples of a data set in common."""
+    if not other.startswith(TFDS) or _named(source)[0] != _named(other)[0]:
+        return False
+    return any(
+        file == same and begin < other_end and other_begin < end
+        for file, begin, end in _parts(source)
+        for same, other_begin, other_end in _parts(other)
+    )
+
+
+def _parts(source):
+    """The files of a data set that are read, each from one example to before another."""
+    builder, split = _opened(source)
+    return [
+        (part.filename, part.skip, part.skip + part.take)
+        for part in builder.info.splits[split].file_instructions
+    ]
+
+
 def title(source):
     """The name of a data set, with config and version, and its split, wherever it is kept."""
     builder, split = _opened(source)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shutil
 from pathlib import Path
 
 import keras
@@ -192,6 +193,8 @@ def _train(run, settings, texts, tensorboard, verbose):
     batches = blocks.batches(place)
     first = next(batches)  # text that cannot be read is refused before an old run is thrown away
     run.open(network)
+    if run.restart and process_id() == 0:
+        shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
     feed = Feed(itertools.chain([first], batches))
     callbacks = [
         SeedEpochs(settings["seed"]),

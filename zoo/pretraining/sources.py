@@ -59,9 +59,14 @@ def sources(patterns, argument="corpus", data_dir=None):
 
 
 def check_apart(corpus, heldout):
-    """Raises a ValueError if a source is in both lists."""
+    """Raises a ValueError if a source, or examples of a data set, are in both lists."""
     trained_on = {os.path.realpath(name) for name in corpus}
-    both = [name for name in heldout if os.path.realpath(name) in trained_on]
+    both = [
+        name
+        for name in heldout
+        if os.path.realpath(name) in trained_on
+        or (name.startswith(TFDS) and any(datasets.overlap(name, other) for other in corpus))
+    ]
     if both:
         raise ValueError(
             f"`heldout` must not be what a model is trained on. Received: {', '.join(both)}"

@@ -97,17 +97,18 @@ def shards(model):
 
 
 def details():
-    """Four devices and several questions, each with what one device answers."""
-    parallel = ExpertParallel(data=2, experts=2)
+    """Several devices and several questions, each with what one device answers."""
+    wide, parallel = ExpertParallel(data=2, experts=4), ExpertParallel(data=1, experts=4)
+    tall, deep = ExpertParallel(data=4, experts=2), ExpertParallel(data=1, experts=2, model=2)
     result = {}
 
-    def both(name, function):
+    def both(name, function, parallel=parallel):
         one = function()
         with parallel.scope():
             result[name] = [one, function()]
 
-    both("batch", lambda: trained(model_of("choice", group="batch"), 4))
-    both("rest", lambda: trained(model_of("switch"), 3, rest=3, tested=20))
+    both("batch", lambda: trained(model_of("choice", group="batch"), 4), wide)
+    both("rest", lambda: trained(model_of("switch"), 3, rest=3, tested=24), tall)
 
     def masked():
         x, y = data(3)
@@ -146,7 +147,7 @@ def details():
         model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3), loss)
         return model.fit(x, ids, 16, shuffle=False, verbose=0, epochs=3).history["loss"]
 
-    both("zoo", of_the_zoo)
+    both("zoo", of_the_zoo, deep)
     with parallel.scope():
         model = model_of("top2", optimizer=keras_moe.optimizers.Adafactor(1e-2))
         model.fit(*data(2), 16, verbose=0)

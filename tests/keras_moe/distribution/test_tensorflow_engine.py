@@ -36,7 +36,7 @@ def test_each_device_has_its_share_of_experts_and_moments():
 
 @pytest.mark.parametrize("case", ["batch", "rest"])
 def test_groups_and_batches_that_devices_cannot_share(case):
-    """One group of the whole batch; a last batch of 13 sequences, and one of 4, of 4 devices."""
+    """One group of the whole batch; a last batch of 13 sequences, and one of 8, of 8 devices."""
     compare(*reversed(checked("details")[case]))
 
 
@@ -51,7 +51,7 @@ def test_adafactor_keeps_its_factors_with_their_experts():
     factors = {path: sizes for path, sizes in shards.items() if "experts_kernel" in path}
     assert len(factors) > 2
     for path, (total, least, most) in factors.items():
-        assert total == 1 or least == most == total // 2, path
+        assert total == 1 or least == most == total // 4, path
 
 
 def test_a_saved_model_comes_back_on_the_mesh():
@@ -60,14 +60,14 @@ def test_a_saved_model_comes_back_on_the_mesh():
     kernels = [path for path in details["loaded"] if path.endswith("experts/kernel_in")]
     assert kernels
     for path, (total, least, most) in details["loaded"].items():
-        assert least == most == total // 2, path
+        assert least == most == total // 4, path
 
 
 def test_the_table_shows_layouts_and_bytes_per_device():
     lines = checked("details")["table"].splitlines()
     line = next(line for line in lines if line.startswith("top2/experts/kernel_in"))
-    # 8 experts of 8 x 16 numbers of 4 bytes, half of them here
-    assert " ".join(line.split()[1:]) == "(8, 8, 16) expert, None, model 2,048"
+    # 8 experts of 8 x 16 numbers of 4 bytes, a fourth of them here
+    assert " ".join(line.split()[1:]) == "(8, 8, 16) expert, None, model 1,024"
 
 
 def test_nothing_outlives_the_scope():

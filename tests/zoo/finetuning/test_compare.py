@@ -137,7 +137,7 @@ def test_runs_of_different_lengths_are_named(folders):
     names = folders(
         {"glue/rte": ONES, "glue/qnli": [0.1]}, {"glue/rte": OTHERS, "glue/qnli": [0.2]}
     )
-    assert "trained alike" not in comparison_table(compare(*names))
+    assert "epochs differ" not in comparison_table(compare(*names))
     path = names[1] / "summary.json"
     summary = json.loads(path.read_text())
     summary["tasks"]["glue/rte"]["runs"][1]["epochs"] = 5
@@ -145,7 +145,7 @@ def test_runs_of_different_lengths_are_named(folders):
     comparison = compare(*names)
     assert comparison["tasks"]["glue/rte"]["epochs"] == [[3], [3, 5]]
     lines = comparison_table(comparison).splitlines()
-    assert lines[-1] == "not trained alike: glue/rte, 3 beside 3 or 5 epochs"
+    assert lines[-1] == "numbers of epochs differ: glue/rte, 3 beside 3 or 5"
 
 
 def test_what_cannot_be_compared(folders, tmp_path):
@@ -158,9 +158,11 @@ def test_what_cannot_be_compared(folders, tmp_path):
         compare(names[0], tmp_path / "none")
     with pytest.raises(ValueError, match="`epoch` must be 'best' or 'last'"):
         compare(*names, epoch="first")
-    (names[1] / "summary.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"`folders` must each have the `summary.json`"):
-        compare(*names)
+    without_epochs = {"metrics": ["accuracy"], "runs": [{"seed": 0, "best": {}, "last": {}}]}
+    for damaged in ([], {"suite": None, "tasks": {"glue/rte": without_epochs}}):
+        (names[1] / "summary.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"`folders` must each have the `summary.json`"):
+            compare(*names)
 
 
 def test_partial_data_is_marked(folders):

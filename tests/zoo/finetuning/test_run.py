@@ -30,15 +30,16 @@ def test_results_and_preset(whole):
     assert scores.argmax(axis=-1).tolist() == [0, 1]
 
 
-@pytest.mark.one_backend
-@pytest.mark.parametrize("model", ["dense", "expert_choice"])
+@pytest.mark.parametrize(
+    "model", ["expert_choice", pytest.param("dense", marks=pytest.mark.one_backend)]
+)
 def test_other_models(tmp_path, model):
+    """And the step is traced once; PyTorch traces nothing, and has four steps."""
     with counted_traces() as traces:
         assert np.isfinite(run(tmp_path, model=model)["best"]["val_loss"])
-    assert len(traces) == (4 if keras.backend.backend() == "torch" else 1)  # which has four steps
+    assert len(traces) == (4 if keras.backend.backend() == "torch" else 1)
 
 
-@pytest.mark.one_backend
 def test_scores_to_regress(tmp_path):
     results = run(tmp_path, task="glue/stsb")
     assert results["metrics"] == ["val_spearman", "val_pearson"]
@@ -172,6 +173,7 @@ def test_the_folder_says_what_is_trained(masked_lm):
 def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
+    (tmp_path / "run" / "new-corpus").mkdir()
     first = run(tmp_path / "run", max_examples=16)
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
     with pytest.raises(ValueError, match="`size` must be one of"):
@@ -180,10 +182,28 @@ def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     again = run(tmp_path / "run", max_examples=16, seed=1, restart=True)
     assert again["best"]["loss"] != first["best"]["loss"]
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+    assert (tmp_path / "run" / "new-corpus").is_dir()
+
+
+def test_a_preset_that_is_no_runs_is_not_replaced(tmp_path):
+    (tmp_path / "preset").mkdir()
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="`output` must be a folder without a `preset`"):
+            run(tmp_path, restart=restart)
+    assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+@pytest.mark.one_backend
+def test_numbers_of_numpys(tmp_path):
+    numbers = {"epochs": np.int64(1), "learning_rate": np.float32(1e-2), "seed": np.uint32(3)}
+    settings = run(tmp_path, max_examples=np.int32(16), **numbers)["settings"]
+    assert json.loads((tmp_path / "results.json").read_text())["settings"] == settings
+    assert (settings["epochs"], settings["seed"], settings["max_examples"]) == (1, 3, 16)
 
 
 def test_damaged_results(tmp_path):
-    for text in ("{", "[]", '{"a": 1}'):
+    nothing = dict.fromkeys(("settings", "metrics", "finished", "history", "best"))
+    for text in ("{", "[]", '{"a": 1}', json.dumps(nothing)):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged"):
             run(tmp_path)
@@ -297,6 +317,9 @@ def test_another_setting_of_a_preset_is_refused(masked_lm, tmp_path, option, sai
         ({"max_length": 3}, "`max_length` must be from 4 to 512. Received: max_length=3"),
         ({"max_length": 513}, "`max_length` must be from 4 to 512. Received: max_length=513"),
         ({"seed": -1}, "`seed` must be from 0 to 4294967295. Received: seed=-1"),
+        ({"seed": 0.5}, "`seed` must be from 0 to 4294967295. Received: seed=0.5"),
+        ({"max_length": 8.5}, "`max_length` must be a positive integer"),
+        ({"max_examples": 32.5}, "`max_examples` must be a positive integer"),
         ({"seed": 2**32}, "`seed` must be from 0 to 4294967295. Received: seed=4294967296"),
         ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"batch_size": 65}, "`batch_size` must be at most the number of examples, 64"),

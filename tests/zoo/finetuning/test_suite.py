@@ -67,11 +67,16 @@ def test_partial_data_is_not_left_out(monkeypatch):
     assert suites.missing_data("glue/mnli") is None
 
 
-@pytest.mark.one_backend
+def test_a_batch_that_is_too_large_for_a_task_is_refused_before_any_is_trained(tmp_path):
+    with pytest.raises(ValueError, match="at most the number of examples of glue/cola, 64. Rece"):
+        run(tmp_path / "run", "glue", finetune=finetune_suite, batch_size=65)
+    assert not (tmp_path / "run").exists()
+
+
 def test_runs_differ_in_their_seeds_alone(tmp_path):
     """The second of a suite, which trains the first one's compiled network, is the same alone."""
-    run(tmp_path / "suite", finetune=finetune_suite, seeds=2, epochs=2)
-    alone = run(tmp_path / "alone", seed=1, epochs=2)
+    run(tmp_path / "suite", finetune=finetune_suite, seeds=2, max_examples=32)
+    alone = run(tmp_path / "alone", seed=1, max_examples=32)
     first, other = (
         json.loads((tmp_path / "suite" / "glue-cola" / f"seed{seed}" / "results.json").read_text())
         for seed in (0, 1)

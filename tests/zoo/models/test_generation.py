@@ -124,7 +124,6 @@ def test_the_best_token(case, sampler):
     assert case.write(sampler) == [greedy(case, prompt) for prompt in case.prompts]
 
 
-@pytest.mark.one_backend
 def test_contrastive_search(case):
     expected = [contrastive(case, prompt, k=3, alpha=0.6) for prompt in case.prompts]
     assert case.write(keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.6)) == expected

@@ -1,7 +1,7 @@
 import pytest
 
 from zoo.pretraining.mixture import mixture
-from zoo.pretraining.sources import described, documents, size, sources
+from zoo.pretraining.sources import check_apart, described, documents, size, sources
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -47,6 +47,27 @@ def test_splits(data_dir, tmp_path):
         "corpus tfds:few_texts/1.0.0:test": 3,
         "corpus tfds:few_texts/1.0.0:train[:50%]": 10,
     }
+
+
+@pytest.mark.parametrize(
+    ("heldout", "is_apart"),
+    [
+        ("train[:1]", False),
+        ("train[10:]", True),
+        ("train[9:]", False),
+        ("train[15:]+test", True),
+        ("test+train", False),
+        ("test", True),
+    ],
+)
+def test_parts_of_a_data_set_that_are_trained_on_are_not_held_out(data_dir, heldout, is_apart):
+    corpus = sources("tfds:few_texts:train[:50%]", data_dir=data_dir)
+    heldout = sources(f"tfds:few_texts:{heldout}", data_dir=data_dir)
+    if is_apart:
+        check_apart(corpus, heldout)
+        return
+    with pytest.raises(ValueError, match="`heldout` must not be what a model is trained on"):
+        check_apart(corpus, heldout)
 
 
 def test_data_sets_and_files_end_together(data_dir, tmp_path):

@@ -161,12 +161,7 @@ def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp
 @pytest.mark.parametrize(
     ("objective", "options", "task"),
     [
-        pytest.param(
-            "span",
-            {"model": "switch", "optimizer": "adafactor"},
-            "Seq2SeqLM",
-            marks=pytest.mark.one_backend,
-        ),
+        ("span", {"model": "switch", "optimizer": "adafactor"}, "Seq2SeqLM"),
         pytest.param(
             "prefix",
             {"model": "expert_choice", "schedule": "inverse_sqrt"},
