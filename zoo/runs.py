@@ -315,12 +315,20 @@ class Run:
             if not {"settings", "metrics", "finished", "history", "best"} <= set(results):
                 raise ValueError("entries are missing")
             results["settings"].items(), results["history"][:0]
-            return results
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`output` must hold a run that can be read, but {path} is damaged; give another "
                 "`output`, or `restart` to throw that run away."
             ) from error
+        if results["finished"] and results.get("preset"):
+            preset = self.folder / "preset"  # the folder may have been moved
+            if not preset.is_dir():
+                raise ValueError(
+                    "`output` must hold a whole run, but the `preset` of this finished one is "
+                    f"gone; `restart` makes it again. Received: output={str(self.folder)!r}"
+                )
+            results["preset"] = str(preset)
+        return results
 
     def _write(self):
         with replacing(self.folder / "results.json") as path:

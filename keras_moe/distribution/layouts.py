@@ -1,4 +1,4 @@
-"""Which axis of a weight lies along which axis of the mesh, on every backend.
+"""Which axis of a weight lies along which axis of the mesh; on TensorFlow those of experts alone.
 
 The mesh has three axes. The batch is sharded over "data" and "expert" together; the experts over
 "expert"; hidden units, of experts, attention and dense feed-forward layers, over "model", as in

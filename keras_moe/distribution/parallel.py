@@ -15,10 +15,10 @@ class ExpertParallel:
 
     The devices are `data * experts * model`. Every device has `1 / (data * experts)` of the batch
     and `1 / (experts * model)` of every expert kernel and of the optimizer's moments of it: the
-    experts are split into `experts` parts, each expert's hidden units, and those of attention and
-    dense feed-forward layers, into `model` parts. Everything else every device has whole. A token
-    goes to the device of its expert and back; router, losses and metrics are those of the whole
-    batch, however many devices there are.
+    experts are split into `experts` parts, each expert's hidden units, and on JAX those of
+    attention and dense feed-forward layers, into `model` parts. Everything else every device has
+    whole. A token goes to the device of its expert and back; router, losses and metrics are those
+    of the whole batch, however many devices there are.
 
     Example:
 

@@ -87,7 +87,7 @@ def _summary(folder):
                 run["seed"], run["epochs"], run["best"], run["last"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            "`folders` must each have the `summary.json` that `finetune --seeds` writes. "
+            "`folders` must each have the `summary.json` that `finetune --seeds` writes, whole. "
             f"Received: {str(folder)!r}"
         ) from error
     return summary

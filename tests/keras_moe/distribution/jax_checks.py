@@ -221,10 +221,10 @@ def in_bfloat16():
 
 
 def batch_by_batch():
-    """`train_on_batch`, `test_on_batch` and `predict_on_batch`."""
+    """`train_on_batch`, `test_on_batch` and `predict_on_batch`, on more data than experts."""
     x, y = examples()
     result = []
-    for scope in (no_devices(), ExpertParallel(data=2, experts=4).scope()):
+    for scope in (no_devices(), ExpertParallel(data=4, experts=2).scope()):
         with scope:
             model = model_of(ROUTERS["top2"][:1], ["sequence"])
             model.compile(keras.optimizers.Adam(1e-2), "mse")

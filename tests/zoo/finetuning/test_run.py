@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -133,6 +134,7 @@ def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
     new = {"load_weights": None, "mix_layers": False}
     assert results["settings"].items() >= new.items()
     settings = {name: v for name, v in results["settings"].items() if name not in new}
+    (tmp_path / "preset").mkdir()
     (tmp_path / "results.json").write_text(json.dumps({**results, "settings": settings}))
     assert run(tmp_path, epochs=10)["history"] == results["history"]
     with pytest.raises(ValueError, match="`output` holds another run, with mix_layers=None"):
@@ -191,6 +193,15 @@ def test_a_preset_that_is_no_runs_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match="`output` must be a folder without a `preset`"):
             run(tmp_path, restart=restart)
     assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+@pytest.mark.one_backend
+def test_a_finished_run_that_was_moved_or_lost_its_preset(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "moved")
+    assert run(tmp_path / "moved", epochs=10)["preset"] == str(tmp_path / "moved" / "preset")
+    shutil.rmtree(tmp_path / "moved" / "preset")
+    with pytest.raises(ValueError, match="the `preset` of this finished one is gone; `restart`"):
+        run(tmp_path / "moved", epochs=10)
 
 
 @pytest.mark.one_backend
