@@ -397,6 +397,12 @@ def _finetune(options):
         print("acceptability: sentences generated from the project's own grammar, in CoLA's form")
     if options.seed is not None and options.seeds is not None:
         raise ValueError(f"`seed` must be left out with `seeds`. Received: seed={options.seed}")
+    near = options.task.replace("_", "").lower()
+    if near in SUITES and options.task not in SUITES:
+        raise ValueError(
+            f"`task` must be a task, or one of {', '.join(SUITES)} (did you mean {near!r}?). "
+            f"Received: task={options.task!r}"
+        )
     given = {**_given(options), "verbose": 1 if sys.stdout.isatty() else 2}
     if options.task in SUITES or options.seeds is not None:
         given.setdefault("seeds", [given.pop("seed", 0)])

@@ -78,6 +78,10 @@ def test_prepare_into_a_file(tmp_path, capsys):
         (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
         (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
         (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
+        (
+            ["super_glue"],
+            "`task` must be a task, or one of glue, superglue (did you mean 'superglue'",
+        ),
         (["glue/rte", "--pairs", "both"], "`pairs` must be one of apart, together"),
         (["--seeds", "0"], "`seeds` must be a positive integer"),
         (["--seeds", "2", "--seed", "1"], "`seed` must be left out with `seeds`"),
