@@ -141,8 +141,8 @@ class TensorFlowEngine(Engine):
         if bank() is not None and len(shape) > 0 and shape[0] == bank().num_experts:
             return bank_axes(path, shape, self.size)
         of_moment = moment_axes(name, shape, self._axes)
-        # All else is whole on every device: where attention's heads are shared, DTensor moves them
-        # between dimensions as it sees fit, and mixes them up, see `_by_groups`.
+        # All else is whole on every device: with attention's heads shared a model learnt wrongly,
+        # likely by moves that DTensor makes of its own, see `_by_groups`.
         return (None,) * len(shape) if of_moment is None else of_moment
 
     def placed(self, value, layout):
