@@ -192,7 +192,8 @@ class Run:
     """
 
     WEIGHTS = "epoch-*.weights.h5"
-    FILES = ("results.json", "preset", WEIGHTS, "new-results.json", "new-preset", f"new-{WEIGHTS}")
+    # In the order in which they are deleted: a preset without its results would be no run's.
+    FILES = ("preset", "results.json", WEIGHTS, "new-results.json", "new-preset", f"new-{WEIGHTS}")
 
     def __init__(self, folder, settings, metric_names, restart=False, last=False):
         if folder.exists() and not folder.is_dir():

@@ -187,6 +187,19 @@ def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     assert (tmp_path / "run" / "new-corpus").is_dir()
 
 
+@pytest.mark.one_backend
+def test_a_restart_that_was_killed_can_be_made_again(whole, tmp_path, monkeypatch):
+    def remove(path, original=runs._remove):
+        original(path)
+        raise Killed
+
+    shutil.copytree(whole[1], tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs, "_remove", remove)
+        run(tmp_path / "run", max_examples=16, restart=True)
+    assert run(tmp_path / "run", max_examples=16, restart=True)["finished"]
+
+
 def test_a_preset_that_is_no_runs_is_not_replaced(tmp_path):
     (tmp_path / "preset").mkdir()
     for restart in (False, True):

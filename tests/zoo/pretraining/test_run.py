@@ -234,7 +234,9 @@ def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
 
 
 def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
-    whole = run(text, tmp_path, tensorboard=True, steps=2)
+    (tmp_path / "tensorboard" / "thrown away").mkdir(parents=True)
+    (tmp_path / "tensorboard" / "thrown away" / "events").write_text("of an earlier run")
+    whole = run(text, tmp_path, tensorboard=True, steps=2, restart=True)
     logs = [path for path in (tmp_path / "tensorboard").rglob("*") if path.is_file()]
     assert {path.parent.name for path in logs} == {"train", "validation"} and whole["finished"]
     monkeypatch.setitem(sys.modules, "tensorboard", None)
