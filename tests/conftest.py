@@ -1,33 +1,54 @@
-"""What holds for all tests."""
+"""What holds for all tests: backend settings, the `full` marker and garbage collection."""
 
 import gc
+import os
 
-import keras
 import pytest
 
-# Graphs and compiled programs are millions of objects that live on, and Keras collects garbage
-# whenever it clears a session or quantizes a layer. That is the cheaper, the fewer it goes through.
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
+DEVICES = 8
+
+# A test compiles small programs and runs each for milliseconds: it gains nothing from threads or
+# from an optimizing compiler. A user's own `XLA_FLAGS` come last and win.
+XLA_FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES}",
+    "--xla_cpu_multi_thread_eigen=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the flags
+    os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Graphs and compiled programs are millions of objects that stay alive, and Keras collects garbage
+# whenever it clears a session or quantizes a layer. Collecting is cheaper when it visits fewer.
 gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--shared",
+        "--full",
         action="store_true",
-        help="leave out tests marked `one_backend`, but on that backend (PyTorch if none is named)",
+        help="also run tests marked `full`, and the tutorials at full size",
     )
 
 
+def pytest_configure(config):
+    is_controller = getattr(config.option, "numprocesses", None) is not None
+    if BACKEND == "tensorflow" and not is_controller:
+        _make_virtual_devices()
+
+
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--shared"):
+    if config.getoption("--full"):
         return
-    others = []
-    for item in items:
-        mark = item.get_closest_marker("one_backend")
-        if mark and keras.backend.backend() != (mark.args or ("torch",))[0]:
-            others.append(item)
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_collection_finish():
@@ -40,7 +61,23 @@ def collected():
     _collect()
 
 
+@pytest.fixture(scope="session")
+def full(pytestconfig):
+    """Whether the full suite runs."""
+    return pytestconfig.getoption("--full")
+
+
 def _collect():
-    """Of what is left nothing is looked at again."""
+    """Collects garbage, and takes the objects that are left out of later collections."""
     gc.collect()
     gc.freeze()
+
+
+def _make_virtual_devices():
+    """TensorFlow fixes its devices when it starts; JAX reads them from `XLA_FLAGS`."""
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    kind = tf.config.LogicalDeviceConfiguration
+    tf.config.set_logical_device_configuration(cpu, [kind()] * DEVICES)
+    tf.config.threading.set_inter_op_parallelism_threads(16)  # each device waits for the others

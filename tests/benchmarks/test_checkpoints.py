@@ -4,14 +4,12 @@ import sys
 import time
 
 import numpy as np
-import pytest
 
 from benchmarks import checkpoints
 
 NANO = {"d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 1, "num_experts": 2}
 
 
-@pytest.mark.one_backend
 def test_loads_and_generates_what_transformers_made(tmp_path):
     options = argparse.Namespace(**NANO, tokens=5, rounds=2, folder=tmp_path)
     checkpoints.make(options)

@@ -50,11 +50,7 @@ def layer(*arguments):
     "suite",
     [
         "peers",  # the layers, and whom they are measured against
-        *(
-            pytest.param(suite, marks=pytest.mark.one_backend)
-            for suite in CONTESTANTS
-            if suite != "peers"
-        ),
+        *(pytest.param(suite) for suite in CONTESTANTS if suite != "peers"),
     ],
 )
 def test_measures_every_contestant(suite, tmp_path):

@@ -2,8 +2,6 @@ import argparse
 import json
 import sys
 
-import pytest
-
 from benchmarks import model
 from zoo.models import builders
 
@@ -11,7 +9,6 @@ NANO = {"num_layers": 2, "num_heads": 1, "hidden_dim": 8, "key_dim": 8, "interme
 SIZES = {"size": "nano", "experts": 2, "batch": 1, "length": 8}
 
 
-@pytest.mark.one_backend
 def test_measures_every_model(monkeypatch):
     monkeypatch.setitem(builders.SIZES, "nano", NANO)
     seconds = model.measure(argparse.Namespace(**SIZES, rounds=1))

@@ -52,7 +52,6 @@ def test_first_moe_layer(run, capsys):
     assert "difference after loading: 0.0" in capsys.readouterr().out
 
 
-@pytest.mark.one_backend
 def test_four_papers(run, tmp_path):
     names = run("four_papers")
     errors, trained = names["errors"], names["trained"]
@@ -73,7 +72,6 @@ def test_four_papers(run, tmp_path):
     assert (tmp_path / "runs" / "four_papers.png").is_file()
 
 
-@pytest.mark.one_backend
 def test_reading_a_router(run, tmp_path):
     names = run("reading_a_router")
     tokens = sum(map(len, names["words"]))
@@ -96,7 +94,6 @@ def test_reading_a_router(run, tmp_path):
     }
 
 
-@pytest.mark.one_backend
 def test_finetune_on_glue(run):
     """The pretrained model learns what the same from scratch does not."""
     names = run(
@@ -107,7 +104,6 @@ def test_finetune_on_glue(run):
         assert names["scores"]["pretrained"] > names["scores"]["scratch"] + 0.1
 
 
-@pytest.mark.one_backend
 def test_superglue_text_to_text(run, tmp_path):
     """It writes the right one of two words."""
     sizes = '("train", 2000), ("val", 400), ("test", 400)'

@@ -313,7 +313,6 @@ def test_unknown_command_and_backend_exit_with_2():
         assert stopped.value.code == 2
 
 
-@pytest.mark.one_backend("tensorflow")  # whose remarks are the most
 def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_path):
     """The whole path in a process of its own, without what Keras and JAX set here."""
     environment = {name: x for name, x in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
@@ -353,7 +352,6 @@ def run(*arguments):
     return cli.main([*map(str, arguments), "--backend", os.environ["KERAS_BACKEND"]])
 
 
-@pytest.mark.one_backend
 def test_convert_there_and_back_and_generate(preset, tmp_path, capsys):
     theirs, back = tmp_path / "theirs", tmp_path / "back"
     assert run("convert", preset, theirs, "--to", "transformers") == 0
@@ -367,7 +365,6 @@ def test_convert_there_and_back_and_generate(preset, tmp_path, capsys):
     assert said[0] == said[1] == said[2] and said[0].count("\n") == 2
 
 
-@pytest.mark.one_backend
 def test_texts_may_follow_options(preset, capsys):
     assert run("generate", preset, "--max-length", 4, "a fox", "the dog") == 0
     assert capsys.readouterr().out.count("\n") == 2
@@ -385,7 +382,6 @@ def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
     assert capsys.readouterr().out.count("\n") == 2
 
 
-@pytest.mark.one_backend
 def test_generate_prints_batches_as_they_finish(preset, capsys, monkeypatch):
     from zoo.models.encoder_decoder import Seq2SeqLM
 
@@ -401,7 +397,6 @@ def test_generate_prints_batches_as_they_finish(preset, capsys, monkeypatch):
     assert batches == [(2, 0), (2, 2), (1, 2)] and capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.one_backend
 def test_generate_looks_for_a_tokenizer_before_the_weights(preset, tmp_path, capsys, monkeypatch):
     import zoo
 
@@ -422,7 +417,6 @@ def test_generate_looks_for_a_tokenizer_before_the_weights(preset, tmp_path, cap
         assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.one_backend
 def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatch):
     import zoo
 

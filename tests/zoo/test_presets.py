@@ -305,7 +305,6 @@ class TestListPresets:
         }.items()
     }
 
-    @pytest.mark.one_backend
     def test_sizes_are_those_of_the_models(self):
         for preset in zoo.list_presets()[len(SHIPPED) :]:
             name = preset.name.rpartition("/")[2]

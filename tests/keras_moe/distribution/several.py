@@ -9,7 +9,7 @@ import sys
 
 import keras
 
-from tests.__main__ import QUICK
+from tests.conftest import XLA_FLAGS
 
 MESH = {"data": 2, "experts": 2, "model": 2}  # all three axes
 
@@ -34,8 +34,8 @@ def _run(arguments):
 
 def environment(devices):
     """Of a process with so many devices on JAX; on TensorFlow it makes them itself."""
-    flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "KERAS_BACKEND": keras.backend.backend(), "XLA_FLAGS": flags}
+    flags = [*XLA_FLAGS, f"--xla_force_host_platform_device_count={devices}"]  # the last one wins
+    return {**os.environ, "KERAS_BACKEND": keras.backend.backend(), "XLA_FLAGS": " ".join(flags)}
 
 
 def launched(*program, processes=1, devices=1):

@@ -20,7 +20,6 @@ from zoo.conversion.folder import has_tokenizer, read_config
 from zoo.models.deferred import Deferred
 
 
-@pytest.mark.one_backend
 def test_shards_and_pickles(tmp_path):
     model = theirs("switch")
     expected = run_theirs(model).logits
@@ -35,7 +34,6 @@ def test_shards_and_pickles(tmp_path):
     close(load_transformers(folder).predict(INPUTS, verbose=0), expected)
 
 
-@pytest.mark.one_backend
 def test_shards_of_pickles(tmp_path):
     model = theirs("switch")
     pickled(model, tmp_path)

@@ -79,7 +79,6 @@ def test_router_choices_agree(pair):
         assert sum(float(1 - out[0].sum(-1).float().mean()) for _, out in chosen) > 0.1
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generations_agree(family, tmp_path):
     model = theirs(family, lively=True)
@@ -118,7 +117,6 @@ def test_written_back_transformers_loads_it(pair, tmp_path):
             np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("family", ["t5", "switch"])
 def test_trains_on_and_is_written_back(family, tmp_path):
     model = theirs(family)

@@ -176,7 +176,6 @@ class TestModel:
         assert loaded.preprocessor.add_start_token == (family == "mixtral")
         assert loaded.preprocessor.sequence_length == 48
 
-    @pytest.mark.one_backend
     def test_generated_texts_agree(self, folder, loaded, reference):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         ids = reference("The year", return_tensors="pt")

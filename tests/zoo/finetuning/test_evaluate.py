@@ -9,7 +9,6 @@ from zoo import tasks
 from zoo.finetuning import batches
 
 
-@pytest.mark.one_backend
 @pytest.mark.filterwarnings("error:.*is scored on")
 def test_a_run_scores_as_its_best_epoch(whole):
     results, folder = whole
@@ -68,7 +67,6 @@ def test_predictions_that_cannot_be_written_are_refused_first(
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "folder").exists()
 
 
-@pytest.mark.one_backend
 def test_another_task_with_as_many_classes_is_remarked_on(whole):
     for preset in (whole[1], whole[0]["preset"]):
         with pytest.warns(UserWarning, match="on 'glue/cola' and is scored on 'glue/sst2'"):

@@ -31,9 +31,7 @@ def test_results_and_preset(whole):
     assert scores.argmax(axis=-1).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "model", ["expert_choice", pytest.param("dense", marks=pytest.mark.one_backend)]
-)
+@pytest.mark.parametrize("model", ["expert_choice", "dense"])
 def test_other_models(tmp_path, model):
     """And the step is traced once; PyTorch traces nothing, and has four steps."""
     with counted_traces() as traces:
@@ -49,13 +47,11 @@ def test_scores_to_regress(tmp_path):
     assert finetuning._loss(get("glue/cola")).reduction == "mean_with_sample_weight"
 
 
-@pytest.mark.one_backend
 def test_two_validation_splits_and_pairs(tmp_path):
     best = run(tmp_path, task="glue/mnli")["best"]
     assert {"val_accuracy", "validation_mismatched_accuracy"} <= set(best)
 
 
-@pytest.mark.one_backend
 def test_the_official_metrics_come_before_the_routing_figures(whole, tmp_path, capsys):
     names = list(whole[0]["best"])
     assert names.index("val_loss") < names.index("val_matthews") < names.index("moe_1/dropped")
@@ -80,7 +76,6 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.one_backend
 def test_a_run_interrupted_again_and_again_comes_to_the_same_end(whole, tmp_path, monkeypatch):
     def save(self, model, logs, seconds, original=runs.Run.save):
         if self.epoch == 1:  # while the weights of epoch 2 are half written
@@ -127,7 +122,6 @@ def test_another_run_in_the_folder_is_refused(whole):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
-@pytest.mark.one_backend
 def test_settings_that_an_earlier_version_did_not_have(whole, tmp_path):
     """Were `None`, or off: such a run is this one."""
     results, _ = whole
@@ -171,7 +165,6 @@ def test_the_folder_says_what_is_trained(masked_lm):
     assert finetuning.label(finetuning.settle("glue/cola", "dense")) == f"dense-{backend}"
 
 
-@pytest.mark.one_backend
 def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
@@ -187,7 +180,6 @@ def test_restart_throws_a_run_away_and_nothing_else(tmp_path):
     assert (tmp_path / "run" / "new-corpus").is_dir()
 
 
-@pytest.mark.one_backend
 def test_a_restart_that_was_killed_can_be_made_again(whole, tmp_path, monkeypatch):
     def remove(path, original=runs._remove):
         original(path)
@@ -208,7 +200,6 @@ def test_a_preset_that_is_no_runs_is_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["preset"]
 
 
-@pytest.mark.one_backend
 def test_a_finished_run_that_was_moved_or_lost_its_preset(whole, tmp_path):
     shutil.copytree(whole[1], tmp_path / "moved")
     assert run(tmp_path / "moved", epochs=10)["preset"] == str(tmp_path / "moved" / "preset")
@@ -217,7 +208,6 @@ def test_a_finished_run_that_was_moved_or_lost_its_preset(whole, tmp_path):
         run(tmp_path / "moved", epochs=10)
 
 
-@pytest.mark.one_backend
 def test_numbers_of_numpys(tmp_path):
     numbers = {"epochs": np.int64(1), "learning_rate": np.float32(1e-2), "seed": np.uint32(3)}
     settings = run(tmp_path, max_examples=np.int32(16), **numbers)["settings"]
@@ -248,7 +238,6 @@ def test_weights_that_do_not_fit(whole, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == unfinished
 
 
-@pytest.mark.one_backend
 def test_starts_from_a_preset(whole, tmp_path):
     """With a new head, but what the trained model tells apart it tells apart at once."""
     results, _ = whole
@@ -262,7 +251,6 @@ def test_starts_from_a_preset(whole, tmp_path):
     assert (backbone.dropout, backbone.expert_dropout) == (0.1, 0.4)
 
 
-@pytest.mark.one_backend
 def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tmp_path, monkeypatch):
     """64 examples in batches of 16 make 4 steps; the third of the second epoch is the seventh."""
 
@@ -292,7 +280,6 @@ def test_what_the_last_step_of_an_epoch_breaks_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.one_backend
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def save(self, path, original=finetuning.trainable.Network.save_weights):
         if path.name.startswith("new-epoch-2"):
@@ -392,7 +379,6 @@ def test_several_processes_need_a_mesh(tmp_path, monkeypatch):
         run(tmp_path / "run")
 
 
-@pytest.mark.one_backend
 def test_partial_data_has_the_validation_splits_that_are_there(tmp_path, monkeypatch):
     splits = (("validation_matched",), ("train", "validation_matched"))
     monkeypatch.setattr(batches, "validation_splits", lambda task, data_dir: splits)

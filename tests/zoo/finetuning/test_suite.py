@@ -28,7 +28,6 @@ def suite(tmp_path_factory):
     return summary, folder
 
 
-@pytest.mark.one_backend
 def test_a_suite_leaves_out_what_has_no_data(suite):
     summary, folder = suite
     assert tuple(summary["tasks"]) == TWO and len(summary["left_out"]) == 7
@@ -89,7 +88,6 @@ def test_runs_differ_in_their_seeds_alone(tmp_path):
     assert first["history"][0]["loss"] != other["history"][0]["loss"]
 
 
-@pytest.mark.one_backend
 def test_finished_runs_are_not_repeated(suite, monkeypatch):
     summary, folder = suite
     monkeypatch.setattr("zoo.finetuning.run.build", None)
@@ -103,7 +101,6 @@ def test_finished_runs_are_not_repeated(suite, monkeypatch):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-@pytest.mark.one_backend
 def test_an_interrupted_suite_goes_on(suite, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

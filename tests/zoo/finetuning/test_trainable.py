@@ -22,14 +22,10 @@ def weights(preset):
 @pytest.mark.parametrize(
     ("train", "moved"),
     [
-        pytest.param("all", lambda names: names, marks=pytest.mark.one_backend),
+        ("all", lambda names: names),
         ("frozen_experts", lambda names: names - EXPERTS),
-        pytest.param(
-            "non_experts",
-            lambda names: names - EXPERTS - ROUTERS,
-            marks=pytest.mark.one_backend,
-        ),
-        pytest.param("experts", lambda names: EXPERTS | ROUTERS, marks=pytest.mark.one_backend),
+        ("non_experts", lambda names: names - EXPERTS - ROUTERS),
+        ("experts", lambda names: EXPERTS | ROUTERS),
         ("lora", lambda names: ADAPTED),
     ],
 )
@@ -41,7 +37,6 @@ def test_only_some_weights_move(masked_lm, tmp_path, train, moved):
     assert changed == moved(set(before))
 
 
-@pytest.mark.one_backend
 def test_all_but_the_experts_move_under_a_head_that_mixes_layers(masked_lm, tmp_path):
     """Of a pair of texts; the last norm has no part in it."""
     results = run(tmp_path, "glue/rte", preset=masked_lm, max_examples=32)

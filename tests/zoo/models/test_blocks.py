@@ -177,7 +177,6 @@ class TestLora:
         paths = {v.path for v in backbone.trainable_variables}
         assert paths and all(path.startswith("block_1/attention/") for path in paths)
 
-    @pytest.mark.one_backend
     def test_it_learns_and_comes_back_with_what_it_learnt(self, tmp_path):
         """All else is as it was, experts and routers too; in the file it is part of the kernels."""
         keras.utils.set_random_seed(0)
@@ -239,9 +238,7 @@ class TestBytes:
         assert [(v.path, v.dtype) for v in again.weights] == [(v.path, v.dtype) for v in lm.weights]
         np.testing.assert_array_equal(predicted(again), ours)
 
-    @pytest.mark.parametrize(
-        "kind", ["decoder", pytest.param("encoder and decoder", marks=pytest.mark.one_backend)]
-    )
+    @pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
     def test_texts_are_written_and_the_preset_writes_the_same(self, kind, tmp_path):
         lm = model(kind)
         quantize(lm)

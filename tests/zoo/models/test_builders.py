@@ -158,7 +158,6 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize(("build", "size", "num_experts", "parameters"), PUBLISHED)
 def test_published_numbers_of_parameters(build, size, num_experts, parameters):
     options = {} if num_experts is None else {"num_experts": num_experts}

@@ -108,7 +108,6 @@ class TestGenerate:
             alone = {name: value[row : row + 1] for name, value in x.items()}
             np.testing.assert_array_equal(self.generated(lm, alone), together[row : row + 1])
 
-    @pytest.mark.one_backend
     @pytest.mark.parametrize(
         "sampler",
         [

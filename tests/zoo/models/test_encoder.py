@@ -184,7 +184,6 @@ def test_ids_reach_the_hash_router():
     assert ops.convert_to_numpy(expert_tokens).tolist() == [even, odd] and even != odd
 
 
-@pytest.mark.one_backend
 def test_options_reach_the_layers():
     model = encoder(expert_dim=24, activation="gelu", expert_dropout=0.3, expert_init_scale=0.5)
     moe = model.get_layer("block_2").feed_forward
@@ -349,7 +348,7 @@ def test_what_a_sparse_classifier_that_mixes_layers_learns_from(kind, tmp_path):
     np.testing.assert_allclose(outputs(again, x), outputs(mixed, x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("separator", [pytest.param(None, marks=pytest.mark.one_backend), 1])
+@pytest.mark.parametrize("separator", [None, 1])
 def test_a_classifier_that_mixes_layers(tmp_path, separator):
     """Trained, saved, loaded; one layer alone, and its head has what that one puts out."""
     backbone = encoder("dense", num_layers=3)
@@ -387,7 +386,6 @@ def test_a_classifier_that_mixes_layers(tmp_path, separator):
         assert np.abs(one[0, first_end + 1] - two[0, first_end + 1]).max() > 0.1
 
 
-@pytest.mark.one_backend
 def test_a_dense_classifier_learns_from_a_sparse_one():
     """It begins with all but the experts and routers; the labels, all 0, weigh nothing."""
     keras.utils.set_random_seed(0)
@@ -408,7 +406,6 @@ def test_a_dense_classifier_learns_from_a_sparse_one():
     assert distiller.evaluate(x, labels, verbose=0, return_dict=True)["accuracy"] == 1.0
 
 
-@pytest.mark.one_backend
 def test_regressor():
     model = classifier(num_classes=1)
     assert model.loss == "mean_squared_error"

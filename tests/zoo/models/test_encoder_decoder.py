@@ -168,7 +168,6 @@ def test_generates_with_hashes_and_in_lower_precision(dtype):
     np.testing.assert_array_equal(ours[given], x["decoder_token_ids"][given])
 
 
-@pytest.mark.one_backend
 def test_texts(tmp_path):
     keras.utils.set_random_seed(0)  # first: on TensorFlow it does away with tokenizers
     preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.default_tokenizer(), 8, 6)

@@ -136,7 +136,6 @@ def test_beam_search(case):
     assert expected != [greedy(case, prompt) for prompt in case.prompts]
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("TopKSampler", {"k": 4, "temperature": 0.5}), ("TopPSampler", {"p": 0.5})],

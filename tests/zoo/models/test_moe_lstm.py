@@ -284,7 +284,6 @@ class TestPresets:
         "MoE-4096-h": (4303.4, 0.2),
     }
 
-    @pytest.mark.one_backend
     def test_parameters_are_table_7s(self, monkeypatch):
         monkeypatch.setattr(moe_lstm, "LstmCausalLM", lambda backbone, _: backbone)
         assert set(moe_lstm.MODELS) == set(self.TABLE)

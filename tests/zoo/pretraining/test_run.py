@@ -166,7 +166,6 @@ def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp
             "prefix",
             {"model": "expert_choice", "schedule": "inverse_sqrt"},
             "Seq2SeqLM",
-            marks=pytest.mark.one_backend,
         ),
         ("causal", {"model": "dense", "dtype": "mixed_bfloat16"}, "CausalLM"),
     ],
@@ -213,7 +212,6 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(text, tmp_path, monke
     assert len(run(text, tmp_path, heldout=())["history"]) == 3
 
 
-@pytest.mark.one_backend
 def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
     def full(path, *arguments, **options):
         with open(path, "wb") as file:

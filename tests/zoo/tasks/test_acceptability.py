@@ -86,7 +86,6 @@ def test_every_phenomenon_is_there(rows):
     }
 
 
-@pytest.mark.one_backend
 def test_no_corruption_is_a_sentence_of_the_grammar():
     rng = random.Random(7)
     drawn = [_sentence(rng) for _ in range(20_000)]

@@ -6,7 +6,6 @@ from zoo.tasks import TASKS, get, load, prepare
 from zoo.tasks.acceptability import SIZES
 from zoo.tasks.data import features, group
 
-pytestmark = pytest.mark.one_backend
 tfds = pytest.importorskip("tensorflow_datasets")
 
 

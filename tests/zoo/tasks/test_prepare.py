@@ -11,7 +11,6 @@ from zoo.tasks import TASKS, load, prepare, prepared_in, validation_splits
 from zoo.tasks.prepare import tasks_in
 from zoo.tasks.raw_files import RawFile
 
-pytestmark = pytest.mark.one_backend
 tfds = pytest.importorskip("tensorflow_datasets")
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
