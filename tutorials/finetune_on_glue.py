@@ -17,6 +17,8 @@ import keras
 import zoo
 from zoo.finetuning.summary import table
 
+SIZE = 1.0  # 1.0 gives the results on this page; a smaller value trains less and runs faster
+
 # %% [markdown]
 # ## What there is
 # Three encoders come with the library, twins in everything but their feed-forward layers: dense,
@@ -35,11 +37,12 @@ for preset in zoo.list_presets()[:3]:
 # `"acceptability"` comes with the library, too: it has the form of CoLA, and its sentences are
 # written by a small grammar. The tasks of GLUE and SuperGLUE are run in the same way, by another
 # name and with the folder of TensorFlow Datasets (`python -m zoo prepare` makes one of the official
-# files). For the whole of CoLA change the first line to
+# files). For the whole of CoLA change the last line to
 # `TASK = {"task": "glue/cola", "data_dir": "tfds"}`, and nothing else.
 
 # %%
-TASK = {"task": "acceptability", "max_examples": 2000, "epochs": 3}
+EXAMPLES, EPOCHS = round(2000 * SIZE), max(1, round(3 * SIZE))
+TASK = {"task": "acceptability", "max_examples": EXAMPLES, "epochs": EPOCHS}
 
 # %% [markdown]
 # ## Twice the same model

@@ -18,6 +18,8 @@ import numpy as np
 
 import keras_moe
 
+SIZE = 1.0  # 1.0 gives the results on this page; a smaller value trains less and runs faster
+
 # %% [markdown]
 # ## A task
 # Sequences of 16 noisy numbers; the class is which of four waves they follow. With your own
@@ -27,7 +29,7 @@ import keras_moe
 rng = np.random.default_rng(0)
 
 
-def waves(examples=2048, length=16):
+def waves(examples, length=16):
     """Sequences `[examples, length, 1]` and their classes `[examples]`."""
     time = np.arange(length) / length
     label = rng.integers(0, 4, examples)
@@ -35,7 +37,7 @@ def waves(examples=2048, length=16):
     return (wave + 0.3 * rng.normal(size=wave.shape)).astype("float32")[:, :, None], label
 
 
-x, label = waves()
+x, label = waves(round(2048 * SIZE))
 
 # %% [markdown]
 # ## A model with room for a mixture
