@@ -95,6 +95,8 @@ class MixtureOfExperts(keras.layers.Layer):
         training: boolean; jitter, dropout and the training capacity only when `True`.
         token_ids: integers, `inputs.shape[:-1]`, for a router that hashes them (`HashRouter`); for
             no other.
+        inputs_mask: the upstream mask, which Keras passes under this name when `token_ids` are
+            given; `mask` comes first.
 
     Returns:
         Tensor shaped like `inputs`, but for the width of the experts' output.
@@ -180,7 +182,9 @@ class MixtureOfExperts(keras.layers.Layer):
                 f"Received: shared of width {width} for experts of width {expected}"
             )
 
-    def call(self, inputs, mask=None, training=False, token_ids=None):
+    def call(self, inputs, mask=None, training=False, token_ids=None, inputs_mask=None):
+        # Keras passes an upstream mask as `inputs_mask` once a call has two tensors.
+        mask = inputs_mask if mask is None else mask
         y, routing = self.outputs_and_routing(inputs, mask, training, token_ids)
         watched = _watched.get()
         if watched is not None:
