@@ -109,7 +109,8 @@ class LossFreeRouter(TopKRouter):
         if given != (None, None) and not (are_integers and 1 <= top_groups <= num_groups):
             raise ValueError(
                 "`num_groups` and `top_groups` must be positive integers, the second not above the "
-                f"first, or both None. Received: num_groups={num_groups}, top_groups={top_groups}"
+                "first, or both None. "
+                f"Received: num_groups={num_groups!r}, top_groups={top_groups!r}"
             )
         if group_score not in ("top2", "max"):
             raise ValueError(

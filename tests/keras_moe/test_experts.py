@@ -172,12 +172,12 @@ class TestFeedForwardExperts:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_experts": 0}, "`num_experts` must be a positive integer. Received: .*=0"),
-            ({"hidden_dim": 0}, "`hidden_dim` must be a positive integer. Received: .*=0"),
-            ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\). Received: dropout=1.0"),
-            ({"dropout": -0.5}, r"`dropout` must be in \[0, 1\). Received: dropout=-0.5"),
-            ({"init_scale": 0}, "`init_scale` must be a positive number. Received: .*=0"),
-            ({"implementation": "fast"}, "`implementation` must be one of auto, .*='fast'"),
+            ({"num_experts": 0}, "`num_experts`.*num_experts=0"),
+            ({"hidden_dim": 0}, "`hidden_dim`.*hidden_dim=0"),
+            ({"dropout": 1.0}, "`dropout`.*dropout=1.0"),
+            ({"dropout": -0.5}, "`dropout`.*dropout=-0.5"),
+            ({"init_scale": 0}, "`init_scale`.*init_scale=0"),
+            ({"implementation": "fast"}, "`implementation`.*implementation='fast'"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -273,9 +273,9 @@ class TestLinearExperts:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_experts": 0}, "`num_experts` must be a positive integer. Received: .*=0"),
-            ({"output_dim": 0}, "`output_dim` must be a positive integer. Received: .*=0"),
-            ({"init_scale": 0}, "`init_scale` must be a positive number. Received: .*=0"),
+            ({"num_experts": 0}, "`num_experts`.*num_experts=0"),
+            ({"output_dim": 0}, "`output_dim`.*output_dim=0"),
+            ({"init_scale": 0}, "`init_scale`.*init_scale=0"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -435,9 +435,9 @@ class TestLayerExperts:
     @pytest.mark.parametrize(
         ("layers", "message"),
         [
-            (lambda: [], r"`layers` must hold at least one Keras layer. Received: layers=\[\]"),
-            (lambda: [dense(), "dense"], "`layers` must be Keras layers. Received: 'dense'"),
-            (lambda: [dense()] * 2, "`layers` must be different objects"),
+            (lambda: [], r"`layers`.*layers=\[\]"),
+            (lambda: [dense(), "dense"], "`layers`.*'dense'"),
+            (lambda: [dense()] * 2, "`layers`.*different"),
         ],
     )
     def test_errors(self, layers, message):
@@ -446,7 +446,7 @@ class TestLayerExperts:
 
     def test_widths_that_differ(self):
         experts = LayerExperts([keras.layers.Dense(2), keras.layers.Dense(3)])
-        with pytest.raises(ValueError, match=r"agree in their output width. Received: \[2, 3\]"):
+        with pytest.raises(ValueError, match=r"`layers`.*\[2, 3\]"):
             experts.build((None, None, 4))
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import inspect
 import math
+import re
 
 import keras
 import numpy as np
@@ -790,39 +791,39 @@ class TestErrors:
         [
             (
                 lambda e, r: MixtureOfExperts(r, e),
-                "`router` must be a `keras_moe` router. Received",
+                "`router`.*router=<FeedForwardExperts",
             ),
             (
                 lambda e, r: MixtureOfExperts(keras.layers.Dense(3), r),
-                "`experts` must be a layer with `num_experts`.*Received: experts=<Dense",
+                "`experts`.*experts=<Dense",
             ),
-            (lambda e, r: MixtureOfExperts([e], r), "`experts` must be a layer with `num_experts`"),
+            (lambda e, r: MixtureOfExperts([e], r), r"`experts`.*experts=\[<FeedForwardExperts"),
             (
                 lambda e, r: MixtureOfExperts(e, r, group="row"),
-                "`group` must be 'sequence', 'batch' or a positive number.*Received: group='row'",
+                "`group`.*group='row'",
             ),
             (
                 lambda e, r: MixtureOfExperts(e, r, shared="dense"),
-                "`shared` must be a Keras layer or None. Received: shared='dense'",
+                "`shared`.*shared='dense'",
             ),
             (
                 lambda e, r: MixtureOfExperts(e, r, shared=FeedForwardExperts(1, 4)),
-                "`shared` must have a name of its own.* Received: a layer named 'experts'",
+                "`shared`.*'experts'",
             ),
             (
                 lambda e, r: MixtureOfExperts(e, r, shared=keras.layers.Dense(3, name="router")),
-                "`shared` must have a name of its own.* Received: a layer named 'router'",
+                "`shared`.*'router'",
             ),
-            (lambda e, r: MixtureOfExperts(e, r, group=0), "`group` must be .* group=0"),
-            (lambda e, r: MixtureOfExperts(e, r, group=True), "`group` must be .* group=True"),
-            (lambda e, r: MixtureOfExperts(e, r, group=None), "`group` must be .* group=None"),
+            (lambda e, r: MixtureOfExperts(e, r, group=0), "`group`.*group=0"),
+            (lambda e, r: MixtureOfExperts(e, r, group=True), "`group`.*group=True"),
+            (lambda e, r: MixtureOfExperts(e, r, group=None), "`group`.*group=None"),
             (
                 lambda e, r: MixtureOfExperts(e, TopKRouter(3)),
-                "`k` must be at most the number of experts. Received: k=3 for num_experts=2",
+                "`k`.*k=3.*num_experts=2",
             ),
             (
                 lambda e, r: MixtureOfExperts(e, SwitchRouter(4)),
-                "The router and the experts must agree in number. Received: .*=4 for num_experts=2",
+                "num_experts=4.*num_experts=2",
             ),
         ],
     )
@@ -843,7 +844,8 @@ class TestErrors:
     def test_batched_experts_without_a_capacity(self, router):
         """They would fail when they are called, some not before the first validation."""
         experts = FeedForwardExperts(2, 4, implementation="batched")
-        with pytest.raises(ValueError, match="with implementation='batched' need a router with a"):
+        received = f"router=<{type(router).__name__}"
+        with pytest.raises(ValueError, match=f"`experts`.*'batched'.*{received}"):
             MixtureOfExperts(experts, router)
 
     @pytest.mark.parametrize("router", [SwitchRouter, ExpertChoiceRouter])
@@ -855,23 +857,23 @@ class TestErrors:
     @pytest.mark.parametrize("shape", [(3,), (1, 2, 4, 3)])
     def test_rank_of_the_inputs(self, shape):
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
-        with pytest.raises(ValueError, match="must be .tokens, dim. or .batch, length, dim."):
+        with pytest.raises(ValueError, match=f"`inputs`.*{re.escape(str(shape))}"):
             layer(np.ones(shape, "float32"))
 
     def test_unknown_dim(self):
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter())
-        with pytest.raises(ValueError, match="with a known dim. Received: .*None"):
+        with pytest.raises(ValueError, match=r"`inputs`.*\(None, 4, None\)"):
             layer.build((None, 4, None))
 
     @pytest.mark.parametrize("width", [1, 2])
     def test_width_of_the_shared_layer(self, width):
         shared = keras.layers.Dense(width)
         layer = MixtureOfExperts(FeedForwardExperts(2, 4), SwitchRouter(), shared=shared)
-        with pytest.raises(ValueError, match="`shared` must have the experts' output width.* 3"):
+        with pytest.raises(ValueError, match=f"`shared`.* {width} .* 3"):
             layer.build((None, None, 3))
 
     @pytest.mark.parametrize("shape", [(2, 5), (2,), (2, 6, 3), (12,)])
     def test_shape_of_the_mask(self, shape):
         layer = built(SwitchRouter(E))
-        with pytest.raises(ValueError, match="`mask` must have the inputs' shape without the last"):
+        with pytest.raises(ValueError, match=f"`mask`.*{re.escape(str(shape))}"):
             layer(np.ones((2, 6, D), "float32"), mask=np.ones(shape, bool))

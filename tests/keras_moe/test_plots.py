@@ -71,12 +71,12 @@ class TestTokens:
         np.testing.assert_allclose(places, [(-0.4, 0), (2.6, 0), (-0.4, 1), (-0.4, 2)])
 
     def test_too_few_weights(self):
-        message = "`weights` must have a row for every token. Received: 1 rows for 2 tokens"
+        message = "`weights`.* 1 .* 2 "
         with pytest.raises(ValueError, match=message):
             plots.tokens([["a", "b"]], np.ones((1, 1, 3)))
 
     def test_other_texts_than_weights(self):
-        message = "`texts` and `weights` must be as many. Received: 1 texts, 2 tables of weights"
+        message = "`texts`.*`weights`.* 1 .* 2 "
         with pytest.raises(ValueError, match=message):
             plots.tokens([["a"]], np.ones((2, 1, 3)))
 
@@ -90,6 +90,6 @@ def test_without_matplotlib(monkeypatch):
         return find(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    message = r"`keras_moe.plots` needs the package 'matplotlib', which `pip install 'keras-moe\[p"
+    message = r"`keras_moe.plots`.*'matplotlib'.*keras-moe\[plots\]"
     with pytest.raises(ImportError, match=message):
         plots.load(np.ones((2, 2)))

@@ -211,13 +211,13 @@ def test_every_config_key_makes_the_round_trip():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda e: SoftMoE(keras.layers.Dense(3), 1), "`experts` must be a layer with `num_exp"),
-        (lambda e: SoftMoE(e, 0), "`slots_per_expert` must be a positive.*slots_per_expert=0"),
-        (lambda e: SoftMoE(e, 1).build((None, 3)), "`inputs` must be .batch, length, dim.*None, 3"),
-        (lambda e: SoftMoE(e, 1).build((2, 3, None)), "with a known dim. Received: .*None"),
+        (lambda e: SoftMoE(keras.layers.Dense(3), 1), "`experts`.*experts=<Dense"),
+        (lambda e: SoftMoE(e, 0), "`slots_per_expert`.*slots_per_expert=0"),
+        (lambda e: SoftMoE(e, 1).build((None, 3)), r"`inputs`.*\(None, 3\)"),
+        (lambda e: SoftMoE(e, 1).build((2, 3, None)), r"`inputs`.*\(2, 3, None\)"),
         (
             lambda e: SoftMoE(e, 1)(np.ones((2, 3, 4)), mask=np.ones((3, 2), bool)),
-            "`mask` must have the inputs' shape without the last axis, .2, 3.. Received: .*3, 2",
+            r"`mask`.*\(2, 3\).*\(3, 2\)",
         ),
     ],
 )

@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -139,15 +141,16 @@ class TestLoss:
         assert (copy.form, copy.reduction, copy.name) == ("competitive", "sum", "mine")
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"`form` must be one of mixture.*form='soft'"):
+        with pytest.raises(ValueError, match="`form`.*form='soft'"):
             losses.MixtureOfExpertsLoss("soft")
-        for wrong in (np.zeros((4, 5, 1)), np.zeros((4, 5)), np.zeros((4, 5, 1, D))):
+        for shape in ((4, 5, 1), (4, 5), (4, 5, 1, D)):
             for form in FORMS[:3]:
-                with pytest.raises(ValueError, match=r"`y_true` must be \[\.\.\., 2\]"):
-                    each(form, wrong, PACKED)
-        for wrong in (np.zeros((4, 5, D)), np.zeros((4,))):
-            with pytest.raises(ValueError, match="`y_true` must be class numbers"):
-                each("classification", wrong, PACKED)
+                with pytest.raises(ValueError, match=r"`y_true`.*y_true.*\(4, 5, 1"):
+                    each(form, np.zeros(shape), PACKED)
+        for shape in ((4, 5, D), (4,)):
+            message = f"`y_true`.*'classification'.*{re.escape(str(shape))}"
+            with pytest.raises(ValueError, match=message):
+                each("classification", np.zeros(shape), PACKED)
 
 
 class TestResponsibilities:

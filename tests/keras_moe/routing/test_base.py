@@ -208,11 +208,11 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_experts": 0}, "`num_experts` must be a positive integer. Received: .*=0"),
-            ({"capacity_factor": -1.0}, "`capacity_factor` must be .* Received: .*=-1.0"),
-            ({"eval_capacity_factor": -0.1}, "`eval_capacity_factor` must be .*=-0.1"),
-            ({"jitter": 1.0}, r"`jitter` must be in \[0, 1\). Received: jitter=1.0"),
-            ({"jitter": -0.1}, r"`jitter` must be in \[0, 1\). Received: jitter=-0.1"),
+            ({"num_experts": 0}, "`num_experts`.*num_experts=0"),
+            ({"capacity_factor": -1.0}, "`capacity_factor`.*capacity_factor=-1.0"),
+            ({"eval_capacity_factor": -0.1}, "`eval_capacity_factor`.*eval_capacity_factor=-0.1"),
+            ({"jitter": 1.0}, "`jitter`.*jitter=1.0"),
+            ({"jitter": -0.1}, "`jitter`.*jitter=-0.1"),
         ],
     )
     @pytest.mark.parametrize("router", [SwitchRouter, ExpertChoiceRouter])
@@ -232,49 +232,51 @@ class TestErrors:
         ],
     )
     def test_what_a_parent_takes_is_not_swallowed(self, router, argument):
-        message = f"Unrecognized keyword arguments passed to {router.__name__}: {argument}"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{router.__name__}: {argument}"):
             router(2, **{argument: None})
 
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: TopKRouter(0), "`k` must be a positive integer. Received: k=0"),
-            (lambda: TopKRouter(5, 4), "`k` must be at most the number of experts.*k=5.*=4"),
-            (lambda: SwitchRouter(min_capacity=0), "`min_capacity` must be a positive.*=0"),
+            (lambda: TopKRouter(0), "`k`.*k=0"),
+            (lambda: TopKRouter(5, 4), "`k`.*k=5.*num_experts=4"),
+            (lambda: SwitchRouter(min_capacity=0), "`min_capacity`.*min_capacity=0"),
             (
                 lambda: SwitchRouter(exploration="random"),
-                "`exploration` must be 'argmax', 'sample', .* Received: exploration='random'",
+                "`exploration`.*exploration='random'",
             ),
             (
                 lambda: SwitchRouter(input_dropout=1.0),
-                r"`input_dropout` must be in \[0, 1\). Received: input_dropout=1.0",
+                "`input_dropout`.*input_dropout=1.0",
             ),
-            (lambda: SwitchRouter(reroutes=-1), "`reroutes` must be 0 or a positive integer.*=-1"),
+            (lambda: SwitchRouter(reroutes=-1), "`reroutes`.*reroutes=-1"),
             (
                 lambda: SwitchRouter(4, reroutes=4),
-                "`reroutes` must be less than the number of experts. .*=4 for num_experts=4",
+                "`reroutes`.*reroutes=4.*num_experts=4",
             ),
             (
                 lambda: SwitchRouter(priority="batch"),
-                "`priority` must be 'position' or 'probability'. Received: priority='batch'",
+                "`priority`.*priority='batch'",
             ),
             (
                 lambda: ExpertChoiceRouter(linear_programme=True),
-                "`linear_programme` must come with a cap, .* Received: linear_programme=True",
+                "`linear_programme`.*`max_experts_per_token`.*linear_programme=True",
             ),
-            (lambda: ExpertChoiceRouter(capacity_factor=None), "mean number of experts per token"),
+            (
+                lambda: ExpertChoiceRouter(capacity_factor=None),
+                "`capacity_factor`.*capacity_factor=None",
+            ),
             (
                 lambda: ExpertChoiceRouter(max_experts_per_token=0),
-                "`max_experts_per_token` must be a positive integer or None. Received: .*=0",
+                "`max_experts_per_token`.*max_experts_per_token=0",
             ),
             (
                 lambda: ExpertChoiceRouter(inference="beam"),
-                "`inference` must be 'top_k' or 'threshold'. Received: inference='beam'",
+                "`inference`.*inference='beam'",
             ),
             (
                 lambda: ExpertChoiceRouter(threshold_momentum=1.0),
-                r"`threshold_momentum` must be in \[0, 1\). Received: threshold_momentum=1.0",
+                "`threshold_momentum`.*threshold_momentum=1.0",
             ),
         ],
     )
@@ -298,31 +300,27 @@ class TestErrors:
         ],
     )
     def test_what_must_be_a_positive_integer(self, make, name, value):
-        given = re.escape(f"Received: {name}={value!r}")
-        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer. {given}"):
+        given = re.escape(f"{name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}`.*{given}"):
             make(value)
         make(np.int64(4) if name == "num_groups" else np.int64(2))
 
     @pytest.mark.parametrize("value", [2.0, "2", 0])
     def test_what_may_be_left_out_is_checked_where_it_is_not(self, value):
-        with pytest.raises(ValueError, match="`num_experts` must be a positive integer. Received:"):
+        with pytest.raises(ValueError, match=f"`num_experts`.*num_experts={value!r}"):
             SoftmaxRouter(value)
         with pytest.raises(
-            ValueError, match="`max_experts_per_token` must be .* or None. Received:"
+            ValueError, match=f"`max_experts_per_token`.*max_experts_per_token={value!r}"
         ):
             ExpertChoiceRouter(4, max_experts_per_token=value)
-        with pytest.raises(
-            ValueError, match="`num_groups` and `top_groups` must be positive int.*"
-        ):
+        with pytest.raises(ValueError, match=f"`top_groups`.*top_groups={value!r}"):
             LossFreeRouter(2, num_groups=4, top_groups=value)
 
     @pytest.mark.parametrize("value", ["1.25", -0.5, float("nan")])
     @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
     def test_capacity_factors_are_not_negative(self, name, value):
-        given = re.escape(f"Received: {name}={value!r}")
-        with pytest.raises(
-            ValueError, match=f"`{name}` must be 0, a positive number or None. {given}"
-        ):
+        given = re.escape(f"{name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}`.*{given}"):
             SwitchRouter(4, **{name: value})
         for allowed in (0, np.float32(1.25)):
             SwitchRouter(4, **{name: allowed})
@@ -330,10 +328,8 @@ class TestErrors:
     @pytest.mark.parametrize("value", ["1.25", 0, -0.5, float("nan")])
     @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
     def test_capacity_factors_are_positive_where_experts_choose(self, name, value):
-        given = re.escape(f"Received: {name}={value!r}")
-        with pytest.raises(
-            ValueError, match=f"`{name}` must be a positive number or None. {given}"
-        ):
+        given = re.escape(f"{name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}`.*{given}"):
             ExpertChoiceRouter(4, **{name: value})
         ExpertChoiceRouter(4, **{name: np.float32(1.25)})
 
@@ -350,26 +346,24 @@ class TestErrors:
         ],
     )
     def test_weights_of_losses_are_not_negative(self, make, name, value):
-        given = re.escape(f"Received: {name}={value!r}")
-        with pytest.raises(ValueError, match=f"`{name}` must be 0 or a positive number. {given}"):
+        given = re.escape(f"{name}={value!r}")
+        with pytest.raises(ValueError, match=f"`{name}`.*{given}"):
             make(**{name: value})
         for allowed in (0, np.float32(0.5)):
             make(**{name: allowed})
 
     @pytest.mark.parametrize("value", [1.0, "1", -1])
     def test_reroutes_are_an_integer(self, value):
-        given = re.escape(f"Received: reroutes={value!r}")
-        with pytest.raises(
-            ValueError, match=f"`reroutes` must be 0 or a positive integer. {given}"
-        ):
+        given = re.escape(f"reroutes={value!r}")
+        with pytest.raises(ValueError, match=f"`reroutes`.*{given}"):
             SwitchRouter(4, reroutes=value)
 
     def test_used_alone_without_a_number_of_experts(self):
-        with pytest.raises(ValueError, match="`num_experts` must be given to a router"):
+        with pytest.raises(ValueError, match="`num_experts`.*num_experts=None"):
             SwitchRouter()(np.ones((1, 2, 3), "float32"))
 
     def test_two_numbers_of_experts(self):
-        with pytest.raises(ValueError, match="agree in number. Received: .*=4 for num_experts=8"):
+        with pytest.raises(ValueError, match="num_experts=4.*num_experts=8"):
             SwitchRouter(4).set_num_experts(8)
 
 

@@ -157,16 +157,16 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: HashRouter(table=[0.5]), "`table` must be a list of integers from 0 on"),
-            (lambda: HashRouter(table=[[0], [1]]), "`table` must be a list of integers from 0 on"),
-            (lambda: HashRouter(2)(np.zeros((1, 2, 3))), "`token_ids` must be given"),
-            (lambda: HashRouter(table=[]), "`table` must be a list of integers from 0 on, or None"),
-            (lambda: HashRouter(table=[0, -1]), "`table` must be a list .* Received: .*-1"),
+            (lambda: HashRouter(table=[0.5]), r"`table`.*table=\[0.5\]"),
+            (lambda: HashRouter(table=[[0], [1]]), r"`table`.*table=\[\[0\], \[1\]\]"),
+            (lambda: HashRouter(2)(np.zeros((1, 2, 3))), "`token_ids`.*token_ids=None"),
+            (lambda: HashRouter(table=[]), r"`table`.*table=\[\]"),
+            (lambda: HashRouter(table=[0, -1]), r"`table`.*table=\[0, -1\]"),
             (
                 lambda: HashRouter(4, table=[0, 4]),
-                "`table` must name experts below the .* Received: a table with 4 for num_experts=4",
+                "`table`.* 4 .*num_experts=4",
             ),
-            (lambda: HashRouter(min_capacity=0), "`min_capacity` must be a positive integer"),
+            (lambda: HashRouter(min_capacity=0), "`min_capacity`.*min_capacity=0"),
         ],
     )
     def test_when_it_is_made(self, make, message):
@@ -174,23 +174,21 @@ class TestErrors:
             make()
 
     def test_of_the_number_of_experts(self):
-        with pytest.raises(ValueError, match="`num_experts` must be given to a router"):
+        with pytest.raises(ValueError, match="`num_experts`.*num_experts=None"):
             routed(HashRouter(), [[0]])
 
     def test_without_ids(self):
         layer = MixtureOfExperts(FeedForwardExperts(2, F), HashRouter())
-        with pytest.raises(ValueError, match="`token_ids` must be given .* token_ids=None, router"):
+        with pytest.raises(ValueError, match="`token_ids`.*token_ids=None.*HashRouter"):
             layer(X)
 
     @pytest.mark.parametrize("router", [SwitchRouter(), TopKRouter(2), ExpertChoiceRouter()])
     def test_ids_for_nothing(self, router):
         layer = MixtureOfExperts(FeedForwardExperts(2, F), router)
-        with pytest.raises(
-            ValueError, match=r"`token_ids` must be left out .* ids of shape \(2, 6"
-        ):
+        with pytest.raises(ValueError, match=rf"`token_ids`.*\(2, 6\).*{type(router).__name__}"):
             layer(X, token_ids=IDS)
 
     def test_shape_of_the_ids(self):
         layer = MixtureOfExperts(FeedForwardExperts(2, F), HashRouter())
-        with pytest.raises(ValueError, match="`token_ids` must have the inputs' shape without"):
+        with pytest.raises(ValueError, match=r"`token_ids`.*token_ids.*\(2, 4\)"):
             layer(X, token_ids=IDS[:, :4])

@@ -367,20 +367,20 @@ def test_every_config_key_makes_the_round_trip():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score_function": "tanh"}, "`score_function` must be 'sigmoid' or 'softmax'.*='tanh'"),
-        ({"bias_update_rate": -1e-3}, "`bias_update_rate` must be 0 or a positive number.*=-0.001"),
-        ({"num_groups": 2}, "`num_groups` and `top_groups` must be .*=2, top_groups=None"),
-        ({"top_groups": 2}, "`num_groups` and `top_groups` must be .*=None, top_groups=2"),
-        ({"num_groups": 2, "top_groups": 3}, "the second not above the first.* top_groups=3"),
-        ({"num_groups": 2, "top_groups": 0}, "must be positive integers.*=2, top_groups=0"),
-        ({"group_score": "sum"}, "`group_score` must be 'top2' or 'max'.*group_score='sum'"),
-        ({"scale": 0.0}, "`scale` must be a positive number. Received: scale=0.0"),
-        ({"num_groups": 4, "top_groups": 1}, "`num_groups` must divide .*=4 for num_experts=6"),
+        ({"score_function": "tanh"}, "`score_function`.*score_function='tanh'"),
+        ({"bias_update_rate": -1e-3}, "`bias_update_rate`.*bias_update_rate=-0.001"),
+        ({"num_groups": 2}, "num_groups=2, top_groups=None"),
+        ({"top_groups": 2}, "num_groups=None, top_groups=2"),
+        ({"num_groups": 2, "top_groups": 3}, "`top_groups`.*num_groups=2, top_groups=3"),
+        ({"num_groups": 2, "top_groups": 0}, "`top_groups`.*num_groups=2, top_groups=0"),
+        ({"group_score": "sum"}, "`group_score`.*group_score='sum'"),
+        ({"scale": 0.0}, "`scale`.*scale=0.0"),
+        ({"num_groups": 4, "top_groups": 1}, "`num_groups`.*num_groups=4.*num_experts=6"),
         (
             {"k": 3, "num_groups": 3, "top_groups": 1},
-            "`k` must be at most the number of experts in `top_groups` groups, 2. Received: k=3",
+            "`k`.*`top_groups`.*k=3.*top_groups=1",
         ),
-        ({"k": 7}, "`k` must be at most the number of experts. Received: k=7"),
+        ({"k": 7}, "`k`.*k=7.*num_experts=6"),
     ],
 )
 def test_errors(arguments, message):

@@ -238,24 +238,24 @@ class TestDistiller:
 
     @pytest.mark.parametrize("share", [-0.1, 1.5])
     def test_share_out_of_range(self, share):
-        with pytest.raises(ValueError, match="`teacher_weight` must be from 0 to 1. Received: .*"):
+        with pytest.raises(ValueError, match=f"`teacher_weight`.*teacher_weight={share}"):
             Distiller(model(sparse=False), model(sparse=True), share)
 
     @pytest.mark.parametrize("heat", [0.0, -1.0])
     def test_temperature_out_of_range(self, heat):
-        with pytest.raises(ValueError, match="`temperature` must be a positive number. Received:"):
+        with pytest.raises(ValueError, match=f"`temperature`.*temperature={heat}"):
             Distiller(model(sparse=False), model(sparse=True), temperature=heat)
 
     @pytest.mark.parametrize("last", [keras.layers.Dense(2, "softmax"), keras.layers.Softmax()])
     def test_probabilities_instead_of_logits(self, last):
         ends = keras.Sequential([keras.Input((3,)), last])
         logits = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-        with pytest.raises(ValueError, match="`student` must return logits. Received: a model who"):
+        with pytest.raises(ValueError, match="`student`.*softmax"):
             Distiller(ends, logits)
-        with pytest.raises(ValueError, match="`teacher` must return logits"):
+        with pytest.raises(ValueError, match="`teacher`.*softmax"):
             Distiller(logits, ends)
         inputs = keras.Input((3,))
-        with pytest.raises(ValueError, match="`teacher` must return logits"):
+        with pytest.raises(ValueError, match="`teacher`.*softmax"):
             Distiller(logits, keras.Model(inputs, ends(inputs)))
         # A softmax that is not the last layer is none of its business.
         Distiller(keras.Model(inputs, keras.layers.Dense(2)(ends(inputs))), logits)
@@ -264,12 +264,12 @@ class TestDistiller:
         two, three = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(n)]) for n in (2, 3))
         distiller = Distiller(two, three)
         distiller.compile(loss=hard(), run_eagerly=True)
-        with pytest.raises(ValueError, match="the same classes. Received: 2 logits of the student"):
+        with pytest.raises(ValueError, match="`student`.*`teacher`.* 2 .* 3 "):
             distiller.fit(X[:, 0], LABELS[:, 0] % 2, verbose=0)
 
     def test_one_logit(self):
         one = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
         distiller = Distiller(one, keras.models.clone_model(one))
         distiller.compile(loss="mse", run_eagerly=True)
-        with pytest.raises(ValueError, match="`student` must have a logit for each of two or more"):
+        with pytest.raises(ValueError, match=r"`student`.*\(\d+, 1\)"):
             distiller.fit(X[:, 0], np.ones((6, 1)), verbose=0)
