@@ -5,7 +5,14 @@ import math
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
+
+
+def marked(params, *every_backend):
+    """Parameters of which the named ones run on every backend in the default suite."""
+    mark = pytest.mark.every_backend
+    return [pytest.param(name, marks=mark if name in every_backend else ()) for name in params]
 
 
 def run(layer, x, cotangent, jit=True, **call):

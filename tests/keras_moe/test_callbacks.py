@@ -61,6 +61,7 @@ def fit(model, callbacks, **kwargs):
 
 
 class TestFit:
+    @pytest.mark.every_backend
     def test_exact_figures_of_every_epoch(self):
         history = fit(
             compiled_model(moe(switch())),

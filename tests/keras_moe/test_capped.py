@@ -11,6 +11,8 @@ from keras_moe.capped import capped_choice, linear_programme
 from tests import oracle
 from tests.backend import compiled, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 PROGRAMME = pytest.mark.parametrize("by_programme", [False, True], ids=["greedy", "programme"])
 

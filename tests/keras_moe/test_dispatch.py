@@ -12,6 +12,8 @@ from keras_moe.dispatch import combine, dispatch
 from keras_moe.routing import Routing, seat_choices
 from tests.backend import compiled, gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 

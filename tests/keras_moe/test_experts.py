@@ -36,6 +36,7 @@ def random_weights(layer, seed=0):
 
 
 class TestFeedForwardExperts:
+    @pytest.mark.every_backend
     @VARIANTS
     @pytest.mark.parametrize("row_expert", [None, [0, 0, 1, 2, 2]], ids=["capacity", "dropless"])
     def test_output_and_gradients_are_the_oracles(self, options, row_expert):
@@ -125,6 +126,7 @@ class TestFeedForwardExperts:
         assert first == pytest.approx(np.full((2, 3, 1), 1000.0), abs=130)
         assert first.std() > 5 and (first != second).any()
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
     def test_computes_in_the_dtype_of_its_policy(self, policy):
         experts = FeedForwardExperts(2, 4, gated=True, use_bias=True, dropout=0.5, dtype=policy)
@@ -185,6 +187,7 @@ class TestFeedForwardExperts:
             FeedForwardExperts(**{"num_experts": 2, "hidden_dim": 4, **arguments})
 
 
+@pytest.mark.every_backend
 class TestRematerialisation:
     """In a `keras.RematScope`; whole layers are tested in `test_moe.py`."""
 
@@ -258,6 +261,7 @@ class TestLinearExperts:
         assert kernel.std(axis=(1, 2)) == pytest.approx(np.full(3, np.sqrt(0.1 / 64)), rel=0.06)
         np.testing.assert_array_equal(kernel, numpy(same.kernel))
 
+    @pytest.mark.every_backend
     def test_in_a_mixture(self):
         layer = MixtureOfExperts(LinearExperts(2, 5, dtype="bfloat16"), SwitchRouter())
         assert layer.compute_output_shape((None, 4, 3)) == (None, 4, 5)
@@ -323,6 +327,7 @@ class TestLayerExperts:
         capacity = factor and oracle.capacity(x.shape[1], 3, factor, router.k)
         return oracle.token_choice(p, router.k, capacity)[0]
 
+    @pytest.mark.every_backend
     @ROUTERS
     def test_is_each_layer_on_its_own_tokens(self, router):
         layers = [dense(), sequential(), functional()]
@@ -335,6 +340,7 @@ class TestLayerExperts:
         expected = np.einsum("gse,gsed->gsd", weight, each)
         np.testing.assert_allclose(numpy(layer(x)), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.every_backend
     @ROUTERS
     def test_gradients(self, router):
         """Of linear experts, which the oracle knows by heart: `y = w (x kernel + bias)`."""
@@ -360,6 +366,7 @@ class TestLayerExperts:
         for ours, expected in zip((by_x, by_kernel, by_bias), slopes, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.every_backend
     @ROUTERS
     def test_state_of_the_layers(self, router):
         """Batch statistics move and dropout drops, while training and then only."""
@@ -450,6 +457,7 @@ class TestLayerExperts:
             experts.build((None, None, 4))
 
 
+@pytest.mark.every_backend
 def test_compiles():
     experts = FeedForwardExperts(3, 4, gated=True, use_bias=True)
     x, row_expert = ops.ones((5, 2, 3)), tensor([0, 0, 1, 2, 2], "int32")

@@ -50,6 +50,7 @@ CASES = {
 }
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("case", CASES)
 def test_output_losses_and_gradients_are_the_equations(case, monkeypatch):
     """Eqs. 4-5 and 12-14 with the noise given, against central differences of a float64 loop."""

@@ -13,6 +13,8 @@ from keras_moe import (
 )
 from tests.backend import compiled, gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 

@@ -49,6 +49,7 @@ def state(optimizer):
     return sum(int(np.prod(variable.shape)) for variable in optimizer.variables[2:])
 
 
+@pytest.mark.every_backend
 class TestUpdates:
     @CASES
     def test_are_the_papers(self, shape, per_expert, size):

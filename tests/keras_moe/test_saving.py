@@ -179,6 +179,7 @@ np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
 """
 
 
+@pytest.mark.every_backend
 def test_loads_on_the_other_backends_with_equal_outputs(saved, tmp_path):
     model, path = saved
     np.save(tmp_path / "x.npy", X)

@@ -8,6 +8,8 @@ from keras import ops
 from keras_moe import slots
 from tests.backend import compiled, gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 

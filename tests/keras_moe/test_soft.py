@@ -37,6 +37,7 @@ def by_hand(x, weights, mask=None):
     return y
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_output_and_gradients_are_the_equations(slots, mask):
@@ -73,6 +74,7 @@ def test_starts_with_a_scale_of_one_and_phi_of_length_one():
     np.testing.assert_allclose(np.linalg.norm(numpy(layer.phi), axis=0), 1.0, atol=0.15)
 
 
+@pytest.mark.every_backend
 class TestPadding:
     @pytest.mark.parametrize("content", [50.0, np.inf, np.nan])
     def test_its_content_changes_nothing(self, content):

@@ -289,6 +289,7 @@ TROUBLE = [
 ]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     ("then", "code", "last"),
     [

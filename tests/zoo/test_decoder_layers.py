@@ -58,6 +58,7 @@ def test_causal_mask(first, expected):
     np.testing.assert_array_equal(numpy(causal_mask(2, 4, first)), np.array(expected) == 1)
 
 
+@pytest.mark.every_backend
 def test_causal_self_attention():
     """By hand: of the tokens up to the query's own those that are no padding."""
     layer = ready(CausalSelfAttention(H, K))
@@ -133,6 +134,7 @@ KINDS = {
 }
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_goes_on_where_it_stopped(kind):
     """Three tokens, and then one at a time, with a cache; it may be longer than the text."""

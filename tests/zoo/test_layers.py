@@ -31,6 +31,7 @@ def attention(**options):
 
 
 class TestSwitchAttention:
+    @pytest.mark.every_backend
     def test_output_losses_and_gradients_are_the_papers(self):
         """Against central differences of a float64 loop, with tokens that no expert takes."""
         layer = attention()
@@ -125,6 +126,7 @@ def test_a_block_keeps_padding_out_of_soft_moe():
     np.testing.assert_allclose(after[MASK], before[MASK], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", ["embedding", "reversible", "positions", "bias"])
 def test_rows_of_a_weight_that_are_used_often_move_like_others(kind):
     """Adam's first step is as long as its rate, whatever the gradient; rows not used stay."""

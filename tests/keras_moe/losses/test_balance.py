@@ -8,6 +8,8 @@ from keras_moe.losses import balance
 from tests import oracle
 from tests.backend import run
 
+pytestmark = pytest.mark.every_backend
+
 
 def value(loss):
     return float(ops.convert_to_numpy(loss))

@@ -9,6 +9,8 @@ from keras_moe import losses
 from tests import oracle
 from tests.backend import gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 E, D = 3, 2  # experts, outputs of each
 FORMS = ("mixture", "cooperative", "competitive", "classification")
 rng = np.random.default_rng(0)

@@ -7,6 +7,8 @@ from keras import ops
 from keras_moe.ops import adopt, empty, transposed
 from tests.backend import numpy
 
+pytestmark = pytest.mark.every_backend
+
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16, "int32"])
 
 

@@ -7,6 +7,8 @@ from keras_moe import LayerExperts, MixtureOfExperts, TopKRouter
 from keras_moe import ops as moe_ops
 from tests.backend import compiled, cost, numpy, run
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 BACKEND = keras.backend.backend()
 # Elsewhere one and the same code runs compiled and not.

@@ -9,6 +9,8 @@ from keras import ops
 from keras_moe import ops as moe_ops
 from tests.backend import gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 

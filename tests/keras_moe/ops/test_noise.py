@@ -6,6 +6,8 @@ from keras import ops
 from keras_moe import ops as moe_ops
 from tests.backend import numpy
 
+pytestmark = pytest.mark.every_backend
+
 
 class TestNoise:
     def test_uniform_fills_its_range(self):

@@ -9,6 +9,8 @@ from keras_moe import ops as moe_ops
 from keras_moe.ops import products
 from tests.backend import cost, gradients, run
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 BACKEND = keras.backend.backend()
 

@@ -6,6 +6,8 @@ from keras import ops
 from keras_moe import ops as moe_ops
 from tests.backend import compiled, gradients, numpy
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 

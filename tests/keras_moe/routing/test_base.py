@@ -25,6 +25,8 @@ from tests import oracle
 from tests.backend import numpy
 from tests.keras_moe.routing.examples import with_identity
 
+pytestmark = pytest.mark.every_backend
+
 tensor = ops.convert_to_tensor
 
 KINDS = {

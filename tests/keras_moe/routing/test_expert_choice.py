@@ -6,6 +6,8 @@ from keras_moe.metrics import experts_per_token_histogram
 from tests.backend import numpy
 from tests.keras_moe.routing.examples import P, logits_of, with_identity
 
+pytestmark = pytest.mark.every_backend
+
 
 class TestExpertChoiceRouter:
     # Column by column the scores of P: expert 0 takes .6 (token 1), then .5 (token 0, before token

@@ -31,6 +31,7 @@ class WithIds(MixtureOfExperts):
         return super().call(inputs, mask, training, token_ids=ops.convert_to_tensor(IDS))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
 @pytest.mark.parametrize("group", ["sequence", "batch", 5])
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])

@@ -37,6 +37,7 @@ CASES = {
 }
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
 @pytest.mark.parametrize("case", CASES)
 def test_output_losses_and_gradients_are_the_equations(case, mask):
@@ -75,6 +76,7 @@ def test_output_losses_and_gradients_are_the_equations(case, mask):
 S = [[[0.8, 0.6, 0.2], [0.7, 0.5, 0.1], [0.9, 0.3, 0.4], [0.6, 0.2, 0.1]]]
 
 
+@pytest.mark.every_backend
 class TestBias:
     def router(self, k=1, **options):
         options = {"bias_update_rate": 0.25, **options}
@@ -284,6 +286,7 @@ def test_the_bias_is_saved_and_not_trained(tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D)])
 def test_no_tokens(shape):
     router = LossFreeRouter(2, bias_update_rate=0.5, sequence_balancing_weight=1.0)

@@ -39,6 +39,7 @@ def trained(router):
     return router
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_output_losses_and_gradients_are_the_equations(k, monkeypatch):
     """Eqs. 1 and 3-11 with the noise given, against central differences of a float64 loop."""

@@ -13,6 +13,8 @@ from tests.keras_moe.routing.examples import (
     with_identity,
 )
 
+pytestmark = pytest.mark.every_backend
+
 E, D, F = 4, 3, 5
 X = np.random.default_rng(0).normal(size=(2, 6, D))
 MASK = np.array([[True] * 6, [True, True, True, False, True, False]])

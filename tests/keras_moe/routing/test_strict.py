@@ -29,6 +29,7 @@ def layer_and_weights(**kwargs):
     return layer, weights
 
 
+@pytest.mark.every_backend
 class TestEquations:
     @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
     @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -109,6 +110,7 @@ class TestByHand:
 
     # m = 1. Expert 0 takes token 1, expert 1 takes token 2, and expert 2, whose scores are all 0 in
     # float32, must take one too: token 0, whose weight is 0 / 0.
+    @pytest.mark.every_backend
     def test_scores_that_underflow(self):
         layer = MixtureOfExperts(FeedForwardExperts(3, F), StrictlyBalancedRouter(3, 1.0))
         layer.build((None, None, 3))

@@ -97,6 +97,7 @@ class TestSwitchRouter:
 TIGHT = {"capacity_factor": 0.75, "eval_capacity_factor": 0.75, "min_capacity": 1}
 
 
+@pytest.mark.every_backend
 class TestExploration:
     def explored(self, policy, x, **options):
         router = with_identity(SwitchRouter(x.shape[-1], exploration=policy, seed=1, **options))
@@ -188,6 +189,7 @@ class TestReroutes:
         assert numpy(router(logits_of(P))).weight.max() == pytest.approx(0.6)
 
     # With 4 experts a table of slots, with 16 as many rows as are needed.
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         ("policy", "num_experts", "masked"),
         [("argmax", 4, True), ("argmax", 16, False), ("sample", 4, False), ("sample", 16, True)],

@@ -151,6 +151,7 @@ class TestDistiller:
             distiller.predict(X, verbose=0), student.predict(X, verbose=0), rtol=1e-6
         )
 
+    @pytest.mark.every_backend
     def test_gradient_is_the_students_alone(self):
         """All of the teacher's share: its logits are what is learnt, whatever the labels say."""
         keras.utils.set_random_seed(0)

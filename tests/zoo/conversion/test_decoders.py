@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import keras_moe
 import zoo
-from tests.backend import numpy
+from tests.backend import marked, numpy
 from tests.zoo.conversion.small_decoders import (
     FAMILIES,
     IDS,
@@ -25,7 +25,7 @@ from tests.zoo.conversion.small_decoders import (
 from zoo.conversion import load_transformers, save_transformers
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=marked(FAMILIES, "mixtral", "olmoe"))
 def pair(request, tmp_path_factory):
     """transformers' model, and what is loaded from the folder it wrote."""
     folder = tmp_path_factory.mktemp("checkpoint") / "theirs"

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 
 import zoo
 from keras_moe import MixtureOfExperts, SwitchRouter, TopKRouter
-from tests.backend import numpy
+from tests.backend import marked, numpy
 from tests.zoo.conversion.small_t5 import (
     FAMILIES,
     IDS,
@@ -29,7 +29,7 @@ from tests.zoo.conversion.small_t5 import (
 from zoo.conversion import load_transformers, save_transformers
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=marked(FAMILIES, "t5", "mt5", "switch"))
 def pair(request, tmp_path_factory):
     """transformers' model, the folder it wrote, and what is loaded from there."""
     folder = tmp_path_factory.mktemp("checkpoint") / "theirs"

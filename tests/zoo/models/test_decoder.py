@@ -62,6 +62,7 @@ def logits(lm, x):
     return lm.predict(x, verbose=0)
 
 
+@pytest.mark.every_backend
 def test_no_token_sees_a_later_one(lm):
     x, later = inputs(), inputs()
     later["token_ids"][0, 5:] = V + 1 - later["token_ids"][0, 5:]
@@ -89,6 +90,7 @@ class TestGenerate:
         lm.compile(sampler=sampler)
         return numpy(lm.generate(x, stop_token_ids=None)["token_ids"])
 
+    @pytest.mark.every_backend
     def test_greedy_is_the_best_token_of_the_whole_model(self, lm):
         x = self.prompts()
         ours = self.generated(lm, x)

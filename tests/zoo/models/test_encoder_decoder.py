@@ -83,6 +83,7 @@ class TestGenerate:
         lm.compile(sampler=sampler)
         return lm.generate(x, stop_token_ids=stop_token_ids)
 
+    @pytest.mark.every_backend
     def test_greedy_is_the_best_token_of_the_whole_model(self, lm):
         x = self.prompts()
         ours = self.generated(lm, x)["decoder_token_ids"]

@@ -112,6 +112,7 @@ def test_padding_and_later_tokens_change_nothing(kind):
     assert numpy(moe.statistics[0])[1] == 15  # tokens: no padding among them
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(("kind", "options"), [("flat", {"lstm_dim": 5}), ("hierarchical", {})])
 def test_the_state_carries_all_that_was_read(kind, options):
     model = backbone(kind, **options)
