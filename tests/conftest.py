@@ -40,7 +40,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     is_controller = getattr(config.option, "numprocesses", None) is not None
     if BACKEND == "tensorflow" and not is_controller:
-        _make_virtual_devices()
+        _start_tensorflow(optimizes_graphs=config.getoption("--full"))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -73,11 +73,20 @@ def _collect():
     gc.freeze()
 
 
-def _make_virtual_devices():
-    """TensorFlow fixes its devices when it starts; JAX reads them from `XLA_FLAGS`."""
+def _start_tensorflow(optimizes_graphs):
+    """Makes virtual devices: TensorFlow fixes them when it starts, JAX reads `XLA_FLAGS`.
+
+    Args:
+        optimizes_graphs: whether Grappler optimizes graphs, which is TensorFlow's default. It takes
+            half of the time to the first step on a mesh, and a fifth of it on one device.
+    """
     import tensorflow as tf
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     kind = tf.config.LogicalDeviceConfiguration
     tf.config.set_logical_device_configuration(cpu, [kind()] * DEVICES)
     tf.config.threading.set_inter_op_parallelism_threads(16)  # each device waits for the others
+    if not optimizes_graphs:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    # DTensor starts before the first tensor of a process, which another test file may make.
+    tf.experimental.dtensor.initialize_accelerator_system()

@@ -1,8 +1,9 @@
-"""Processes that meet, each a thread here; what a backend does afterwards is in test_runs.py."""
+"""Processes that meet, each a thread here; JAX's connections are replaced by a record of them."""
 
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,35 +12,39 @@ import keras
 import pytest
 
 from keras_moe import launch
-from keras_moe.distribution import cluster, initialize
+from keras_moe.distribution import initialize
 
-CONNECT = cluster._connect
-TORCH = keras.backend.backend() == "torch"
+if keras.backend.backend() != "jax":
+    pytest.skip("processes meet alike on TensorFlow, and not on PyTorch", allow_module_level=True)
 
+import jax
 
-@pytest.mark.skipif(not TORCH, reason="processes can be joined")
-def test_where_no_engine_joins_processes():
-    with pytest.raises(ValueError, match="`initialize` must be called on JAX or TensorFlow"):
-        initialize("127.0.0.1:1", 2, 0)
-
-
-if TORCH:
-    pytest.skip("no engine joins processes", allow_module_level=True)
+pytestmark = pytest.mark.every_backend
 
 
 @pytest.fixture(autouse=True)
 def connected(monkeypatch):
-    """What the backend was told, by process."""
-    told, seeds = {}, []
+    """Arguments of `jax.distributed.initialize`, by process."""
+    found = {}
 
-    def connect(addresses, coordinator, num_processes, process_id, timeout):
-        told[process_id] = {"addresses": addresses, "seed": seeds[-1]}
+    def connect(coordinator, num_processes, process_id, **options):
+        found[process_id] = (coordinator, num_processes)
 
-    monkeypatch.setattr(cluster, "_connect", connect)
-    monkeypatch.setattr(keras.utils, "set_random_seed", seeds.append)
+    monkeypatch.setattr(jax.distributed, "initialize", connect)
+    monkeypatch.setenv("PJRT_NPROC", "32")
     for name in ("SLURM_PROCID", "SLURM_JOB_ID", "SLURM_STEP_ID", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
-    return told
+    before = jax.config.jax_enable_preemption_service
+    yield found
+    jax.config.update("jax_enable_preemption_service", before)
+
+
+@pytest.fixture(autouse=True)
+def seeds(monkeypatch):
+    """Seeds that the processes were given."""
+    found = []
+    monkeypatch.setattr(keras.utils, "set_random_seed", found.append)
+    return found
 
 
 @pytest.fixture
@@ -61,12 +66,21 @@ def together(*calls):
         return list(pool.map(call, calls))
 
 
-def test_all_learn_the_addresses_and_one_seed(connected, port):
+def test_all_learn_the_addresses_and_one_seed(connected, seeds, port):
+    """Process 1 of 3 is the test: it reads what the others are told."""
     address = f"127.0.0.1:{port}"
-    assert together(*((address, 3, i, 20) for i in (2, 0, 1))) == [None] * 3
-    assert connected.keys() == {0, 1, 2}
-    assert connected[0] == connected[1] == connected[2]
-    assert connected[0]["addresses"] == [f"127.0.0.1:{port + i}" for i in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(together, (address, 3, 2, 20), (address, 3, 0, 20))
+        with connected_to(port) as talk:
+            words = talk.makefile()
+            talk.sendall(hello(1, 3))
+            told = json.loads(words.readline())
+            talk.sendall(b'{"heard": true}\n')
+            assert json.loads(words.readline()) == {"go": True}
+        assert others.result() == [None, None]
+    assert told["addresses"] == [f"127.0.0.1:{port + i}" for i in range(3)]
+    assert seeds == [told["seed"]] * 2
+    assert connected == {0: (address, 3), 2: (address, 3)}
     with socket.create_server(("127.0.0.1", port)):
         pass  # it is free again, for the backend
 
@@ -76,14 +90,13 @@ def test_all_are_told_who_is_missing(connected, port):
     errors = together((address, 4, 0, 1.0), (address, 4, 2, 1.0))
     for error in errors:
         assert type(error) is TimeoutError
-        assert str(error) == (
-            f"All 4 processes must come to {address} within 1.0 s. Missing: process 1, 3"
-        )
+        assert f"4 processes must come to {address}" in str(error)
+        assert str(error).endswith("1, 3")
     assert not connected
 
 
 def test_a_coordinator_that_is_not_there(connected, port):
-    with pytest.raises(TimeoutError, match=f"Process 0 must answer at 127.0.0.1:{port} within 0.3"):
+    with pytest.raises(TimeoutError, match=f"127.0.0.1:{port} .*process 1 of 2"):
         initialize(f"127.0.0.1:{port}", 2, 1, 0.3)
     assert not connected
 
@@ -98,6 +111,12 @@ def connected_to(port):
     raise TimeoutError(port)
 
 
+def hello(process_id, num_processes):
+    """How a process greets process 0."""
+    words = {"run": ".", "num_processes": num_processes, "process_id": process_id}
+    return json.dumps(words).encode() + b"\n"
+
+
 def answer(port, words):
     """What process 0 says to these."""
     with connected_to(port) as talk:
@@ -109,11 +128,10 @@ def answer(port, words):
 def test_processes_that_do_not_agree(port, other):
     """Process 0 of 2, and one that says that it is 1 of 3, 0 of 2 again, or 7 of 2."""
     num_processes, process_id = other
-    hello = {"run": ".", "num_processes": num_processes, "process_id": process_id}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(initialize, f"127.0.0.1:{port}", 2, 0, 20)
-        told = json.loads(answer(port, json.dumps(hello).encode() + b"\n"))["value"]
-        with pytest.raises(ValueError, match="`process_id` must be another for each of 2") as error:
+        told = json.loads(answer(port, hello(process_id, num_processes)))["value"]
+        with pytest.raises(ValueError, match="`process_id`") as error:
             first.result()
     assert told == str(error.value)
     assert f"process_id={process_id}, num_processes={num_processes} from " in told
@@ -145,11 +163,10 @@ def test_strangers_are_not_heard(connected, port):
 def test_one_that_gave_up_is_waited_for_again(connected, port):
     """Process 1 of 3 comes, and is gone when the last one does; another process 1 comes later."""
     address = f"127.0.0.1:{port}"
-    hello = {"run": ".", "num_processes": 3, "process_id": 1}
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(initialize, address, 3, 0, 20)
         gone = connected_to(port)
-        gone.sendall(json.dumps(hello).encode() + b"\n")
+        gone.sendall(hello(1, 3))
         gone.close()
         last = pool.submit(initialize, address, 3, 2, 20)
         again = pool.submit(initialize, address, 3, 1, 20)
@@ -160,20 +177,21 @@ def test_one_that_gave_up_is_waited_for_again(connected, port):
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(ValueError, match=f"`coordinator` must have a free port.*:{port}, Addr"):
+        with pytest.raises(ValueError, match=f"`coordinator`.*:{port}"):
             initialize(f"127.0.0.1:{port}", 2, 0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 2, 0), '`coordinator` must be "host:port" of process 0, .*Received: None'),
-        (("10.0.0.1", 2, 0), '`coordinator` must be "host:port"'),
-        (("host:99999", 2, 0), '`coordinator` must be "host:port"'),
-        (("host:1", None, 0), "`num_processes` must be an integer of at least 1"),
-        (("host:1", 0, 0), "`num_processes` must be an integer of at least 1"),
-        (("host:1", 2, None), "`process_id` must be an integer of at least 0"),
-        (("host:1", 2, 2), "`process_id` must be below the number of processes, 2"),
+        ((None, 2, 0), "`coordinator`.*None"),
+        (("10.0.0.1", 2, 0), "`coordinator`.*10.0.0.1"),
+        (("host:99999", 2, 0), "`coordinator`.*host:99999"),
+        (("host:1", None, 0), "`num_processes`.*None"),
+        (("host:1", 0, 0), "`num_processes`.*0"),
+        (("host:1", 2, None), "`process_id`.*None"),
+        (("host:1", 2, 2), "`process_id`.*2"),
+        (("host:1", 2, 0, 0), "`timeout`.*0"),
     ],
 )
 def test_arguments(arguments, message):
@@ -203,7 +221,7 @@ def test_slurm(monkeypatch, nodes, first):
     for name, value in {**SLURM, "SLURM_STEP_NODELIST": nodes}.items():
         monkeypatch.setenv(name, value)
     # Job 353 and step 1 are 2 more than 352 jobs, of 64 ports each.
-    with pytest.raises(TimeoutError, match=f"at {first}:{10240 + 2 * 64} within 0.01 s.*3 of 4"):
+    with pytest.raises(TimeoutError, match=f"{first}:{10240 + 2 * 64} .*process 3 of 4"):
         initialize(timeout=0.01)
 
 
@@ -243,11 +261,11 @@ class TestLaunch:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--processes", "1", "nothing.py"], "`PROGRAM` must be a file. Received: nothing.py"),
-            (["--processes", "2", __file__], "error: `--process-id` must be an integer"),
+            (["--processes", "1", "nothing.py"], "`PROGRAM`.*nothing.py"),
+            (["--processes", "2", __file__], "`--process-id`.*None"),
             (
                 ["--coordinator", "h:1", "--processes", "2", "--process-id", "2", __file__],
-                "error: `--process-id` must be below the number of processes, 2",
+                "`--process-id`.*2",
             ),
         ],
     )
@@ -255,21 +273,17 @@ class TestLaunch:
         with pytest.raises(SystemExit) as stopped:
             launch.main(arguments)
         assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="threads of JAX's XLA")
-@pytest.mark.parametrize(("given", "threads"), [(None, 32), ("", 32), ("2", 2)])
-def test_threads_of_devices_that_wait(given, threads, monkeypatch):
+@pytest.mark.parametrize("given", [None, "", "2"])
+def test_devices_that_wait_for_each_other_have_threads(given, monkeypatch, port):
     """With too few, two processes of two devices each wait without end, now and then."""
-    import jax
-
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: None)
-    monkeypatch.setattr(cluster, "_cores", lambda: 2)
-    monkeypatch.setenv("PJRT_NPROC", "1")
     if given is None:
         monkeypatch.delenv("PJRT_NPROC")
     else:
         monkeypatch.setenv("PJRT_NPROC", given)
-    CONNECT(["127.0.0.1:1"], "127.0.0.1:1", 2, 0, 300)
-    assert os.environ["PJRT_NPROC"] == str(threads)
+    address = f"127.0.0.1:{port}"
+    assert together((address, 2, 0, 20), (address, 2, 1, 20)) == [None] * 2
+    enough = max(32, len(os.sched_getaffinity(0)))
+    assert int(os.environ["PJRT_NPROC"]) == (2 if given == "2" else enough)

@@ -1,4 +1,6 @@
-"""`ExpertParallel` where one device, or another backend, is enough."""
+"""`ExpertParallel` where a mesh of one device, or an error, is enough."""
+
+import os
 
 import keras
 import numpy as np
@@ -7,76 +9,83 @@ import pytest
 import keras_moe
 from keras_moe.distribution import ExpertParallel, parallel
 from keras_moe.distribution.active import active, bank
-from keras_moe.distribution.layouts import expert_axes, other_axes
 
-JAX = keras.backend.backend() == "jax"
-
-
-def test_layouts_of_experts():
-    assert expert_axes("kernel_in") == ("expert", None, "model")
-    assert expert_axes("kernel_out") == ("expert", "model", None)
-    assert expert_axes("anything") == ("expert",)
+BACKEND = keras.backend.backend()
+if BACKEND == "torch":
+    pytest.skip("PyTorch has no engine", allow_module_level=True)
+pytestmark = pytest.mark.every_backend
+same_on_tensorflow = pytest.mark.skipif(BACKEND != "jax", reason="the same on JAX and TensorFlow")
 
 
+def test_scope_ends_with_an_error_inside():
+    trainer = keras.Model.make_train_function
+    assert active() is None and bank() is None
+    with pytest.raises(KeyError), ExpertParallel(data=1).scope():
+        assert active() is not None
+        assert keras.Model.make_train_function is not trainer
+        raise KeyError
+    assert active() is None
+    assert keras.distribution.distribution() is None
+    assert keras.Model.make_train_function is trainer
+    assert not [name for name in os.environ if name.startswith("DTENSOR_")]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="TensorFlow calls no layer from outside of the mesh")
+@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_mesh_of_one_device_leaves_outputs_as_they_are(compiled):
+    """Eager calls are for the full suite: JAX compiles each of their operations, every time."""
+    import jax
+
+    layer = keras_moe.MixtureOfExperts(
+        keras_moe.FeedForwardExperts(4, 8, seed=0), keras_moe.TopKRouter(2)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype("float32")
+    layer.build(x.shape)
+    weights = [
+        [variable.value for variable in variables]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables)
+    ]
+
+    def call():
+        if not compiled:
+            return layer(x)
+        return jax.jit(lambda x: layer.stateless_call(*weights, x)[0])(x)
+
+    expected = call()
+    with ExpertParallel(data=1).scope():
+        np.testing.assert_allclose(call(), expected, rtol=1e-5, atol=1e-6)
+
+
+@same_on_tensorflow
+@pytest.mark.parametrize("name", ["data", "experts", "model"])
+def test_size_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"`{name}`.*0"):
+        ExpertParallel(**{name: 0})
+
+
+def test_data_axis_takes_the_devices_that_are_left():
+    assert ExpertParallel(experts=2, model=2).data == 2  # of 8 devices
+    assert len(ExpertParallel(1, 3).devices) == 3
+
+
+@same_on_tensorflow
 @pytest.mark.parametrize(
-    "path, shape, axes",
+    ("mesh", "received"),
     [
-        ("block_1/attention/query/kernel", (16, 8), (None, "model")),
-        ("attention/query/kernel", (16, 2, 8), (None, "model", None)),
-        ("attention/query/bias", (2, 8), ("model", None)),
-        ("block_1/attention/output/kernel", (8, 16), ("model", None)),
-        ("self_attention/attention_output/kernel", (2, 8, 16), ("model", None, None)),
-        ("block_2/feed_forward/hidden/kernel", (16, 32), (None, "model")),
-        ("block_2/feed_forward/output/kernel", (32, 16), ("model", None)),
-        ("moe/shared/kernel_out", (1, 32, 16), (None, "model", None)),
-        ("attention/query/kernel", (16, 9), (None, None)),  # 9 by 2
-        ("token_embedding/embeddings", (40, 16), (None, None)),
-        ("adam/block_1_attention_query_kernel_momentum", (16, 8), (None, None)),
+        ({"data": 2, "experts": 8}, "8.*data=2, experts=8, model=1.*16"),
+        ({"data": 2, "experts": 3, "devices": ["cpu:0"]}, "1.*data=2, experts=3, model=1.*6"),
+        ({"experts": 3}, "experts=3, model=1.*8 devices"),  # 8 by 3
     ],
 )
-def test_layouts_of_the_rest(path, shape, axes):
-    assert other_axes(path, shape, 2) == axes
+def test_mesh_must_fit_the_devices(mesh, received):
+    with pytest.raises(ValueError, match=received):
+        ExpertParallel(**mesh)
 
 
-@pytest.mark.skipif(not JAX, reason="a mesh of one device, on JAX")
-class TestOneDevice:
-    def test_the_scope_ends(self):
-        assert active() is None and bank() is None
-        with pytest.raises(KeyError), ExpertParallel().scope():
-            assert active() is not None
-            raise KeyError
-        assert active() is None
-        assert keras.distribution.distribution() is None
-
-    def test_outputs_are_those_without(self):
-        layer = keras_moe.MixtureOfExperts(
-            keras_moe.FeedForwardExperts(4, 8, seed=0), keras_moe.TopKRouter(2)
-        )
-        x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype("float32")
-        expected = layer(x)
-        with ExpertParallel().scope():
-            np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
-
-    @pytest.mark.parametrize("name", ["data", "experts", "model"])
-    def test_arguments(self, name):
-        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer"):
-            ExpertParallel(**{name: 0})
-
-    def test_a_mesh_larger_than_the_devices(self):
-        with pytest.raises(ValueError, match=r"at most the number of devices, 1\..*a mesh of 6"):
-            ExpertParallel(data=2, experts=3, devices=["cpu:0"])
-
-    def test_several_processes_share_all_devices(self, monkeypatch):
-        monkeypatch.setattr(parallel, "num_processes", lambda: 2)
-        with pytest.raises(ValueError, match="`devices` must be None with several processes"):
-            ExpertParallel(devices=["cpu:0"])
-        four = staticmethod(lambda: ["cpu:0", "cpu:1", "cpu:2", "cpu:3"])
-        monkeypatch.setattr(parallel._engine(), "list_devices", four)
-        with pytest.raises(ValueError, match="number of devices of all processes, 4. .* mesh of 2"):
-            ExpertParallel(data=1, experts=2)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="there is an engine")
-def test_where_there_is_no_engine():
-    with pytest.raises(ValueError, match="`ExpertParallel` must be used on JAX.*KERAS_BACKEND=jax"):
-        ExpertParallel()
+@same_on_tensorflow
+def test_several_processes_share_all_their_devices(monkeypatch):
+    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+    with pytest.raises(ValueError, match="`devices`.*cpu:0"):
+        ExpertParallel(devices=["cpu:0"])
+    with pytest.raises(ValueError, match="8.*data=1, experts=2, model=1.*2"):
+        ExpertParallel(data=1, experts=2)
