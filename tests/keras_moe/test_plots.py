@@ -54,7 +54,9 @@ class TestTokens:
         weights = [[[0.6, 0], [0.1, 0.3], [0, 0], [0, 0]], [[0, 1], [0, 0], [0, 0], [0, 0]]]
         axes = plots.tokens([["a", "b", "c"], ["$d"]], weights)
         assert texts_of(axes) == ["a", "0", "b", "1·0", "c", "", "$d", "1"]
-        first, second = plots._palette()[:2]
+        alone = plots.tokens([["a", "b"]], np.eye(2)[None])
+        first, second = (patch.get_facecolor()[:3] for patch in alone.patches)
+        assert first != second
         boxes = [(*patch.get_xy(), patch.get_width()) for patch in axes.patches]
         # A box is 0.4 wider than its token on both sides: 1.8 for a letter, of which 3/4 are 1.35.
         expected = [(-0.4, 0, 1.8), (1.6, 0, 1.35), (2.95, 0, 0.45), (3.6, 0, 1.8), (-0.4, 1, 2.8)]

@@ -96,12 +96,14 @@ class TestPadding:
         embedded = keras.layers.Embedding(9, D, mask_zero=True)(tokens)
         layer, weights = built()
         outputs = layer(embedded)
-        assert outputs._keras_mask is not None
-        model = keras.Model(tokens, [outputs, embedded])
+        mean = keras.layers.GlobalAveragePooling1D()(outputs)  # without padding, if it gets a mask
+        model = keras.Model(tokens, [outputs, embedded, mean])
         ids = np.array([[3, 4, 5, 6, 7, 0], [1, 2, 0, 0, 0, 0]])
-        y, x = (numpy(t) for t in model(ids))
+        y, x, mean = (numpy(t) for t in model(ids))
         expected = by_hand(x.astype("float64"), weights, ids > 0)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+        assert (y[ids == 0] == 0).all()
+        np.testing.assert_allclose(mean, y.sum(axis=1) / [[5], [2]], rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_of_zeros_has_a_gradient():

@@ -4,7 +4,6 @@ import pytest
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.losses import balance
 from tests import oracle
 from tests.backend import run
 
@@ -171,7 +170,11 @@ class TestLoad:
 
     @pytest.mark.parametrize("k", [1, 2, 4])
     def test_probability_is_that_of_equation_8(self, k):
-        """By a million draws of each expert's own noise: a standard deviation of 5e-4 at most."""
+        """By a million draws of each expert's own noise: a standard deviation of 5e-4 at most.
+
+        The loss does not depend on the scale of the probabilities. A second token fixes the scale:
+        it has no noise, so that its probabilities are 0 and 1.
+        """
         logits, noisy, scale = self.draws(tokens=2)
         rng = np.random.default_rng(1)
         share = np.zeros((2, 5))
@@ -179,17 +182,26 @@ class TestLoad:
             kth_excluding = np.sort(np.delete(noisy[t], e))[-k]
             drawn = logits[t, e] + rng.normal(size=1_000_000) * scale[t, e]
             share[t, e] = np.mean(drawn > kth_excluding)
-        chances = ops.convert_to_numpy(balance._chances(logits, noisy, scale, k))
-        np.testing.assert_allclose(chances, share, atol=2e-3)
+        for t, e in np.ndindex(2, 5):
+            sure = np.roll(np.arange(5) < k, e).astype("float64")
+            pairs = (logits[t], sure), (noisy[t], sure), (scale[t], np.zeros(5))
+            loss = value(losses.load(*map(np.stack, pairs), k))
+            expected = oracle.squared_variation(share[t] + sure)
+            assert loss == pytest.approx(expected, rel=2e-3)
 
     def test_probability_at_zero_kernels_is_the_share_of_the_experts(self):
         """Logits of 0, and noise of the standard deviation softplus(0): k / n on average."""
         logits, scale = np.zeros((20_000, 8)), np.full((20_000, 8), np.log(2))
         noisy = np.random.default_rng(0).normal(size=logits.shape) * scale
-        chances = ops.convert_to_numpy(balance._chances(logits, noisy, scale, 3))
-        assert chances.min() > 0 and chances.max() < 1
-        assert chances.mean() == pytest.approx(3 / 8, abs=2e-3)
-        np.testing.assert_allclose(chances.mean(axis=0), 3 / 8, atol=5e-3)
+        assert value(losses.load(logits, noisy, scale, 3)) == pytest.approx(
+            0, abs=(5e-3 * 8 / 3) ** 2
+        )
+        # With as many tokens without noise, which choose experts 0 to 2, the means are 11/16 for
+        # three experts and 3/16 for five: mean 3/8, variance 15/256, so 5/12.
+        sure = np.tile(np.arange(8.0) < 3, (20_000, 1)).astype("float64")
+        pairs = (logits, sure), (noisy, sure), (scale, 0 * sure)
+        loss = losses.load(*map(np.concatenate, pairs), 3)
+        assert value(loss) == pytest.approx(5 / 12, rel=5e-3)
 
     def test_all_experts_chosen_is_zero(self):
         assert value(losses.load(*self.draws(), 5)) == 0

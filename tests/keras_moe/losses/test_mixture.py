@@ -121,8 +121,8 @@ class TestLoss:
 
     def test_padding_is_not_counted(self):
         mask = np.arange(20).reshape(4, 5) % 3 > 0
-        packed = ops.convert_to_tensor(PACKED, "float32")
-        packed._keras_mask = ops.convert_to_tensor(mask)
+        masked = keras.layers.Lambda(lambda x: x, mask=ops.convert_to_tensor(mask))
+        packed = masked(ops.convert_to_tensor(PACKED, "float32"))
         loss = float(losses.MixtureOfExpertsLoss()(TARGETS["mixture"], packed))
         assert loss == pytest.approx(expected("mixture")[mask].mean(), rel=1e-5)
 
