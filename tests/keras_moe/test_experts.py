@@ -261,7 +261,6 @@ class TestLinearExperts:
         assert kernel.std(axis=(1, 2)) == pytest.approx(np.full(3, np.sqrt(0.1 / 64)), rel=0.06)
         np.testing.assert_array_equal(kernel, numpy(same.kernel))
 
-    @pytest.mark.every_backend
     def test_in_a_mixture(self):
         layer = MixtureOfExperts(LinearExperts(2, 5, dtype="bfloat16"), SwitchRouter())
         assert layer.compute_output_shape((None, 4, 3)) == (None, 4, 5)
@@ -327,7 +326,6 @@ class TestLayerExperts:
         capacity = factor and oracle.capacity(x.shape[1], 3, factor, router.k)
         return oracle.token_choice(p, router.k, capacity)[0]
 
-    @pytest.mark.every_backend
     @ROUTERS
     def test_is_each_layer_on_its_own_tokens(self, router):
         layers = [dense(), sequential(), functional()]

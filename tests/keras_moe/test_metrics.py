@@ -13,8 +13,6 @@ from keras_moe import (
 )
 from tests.backend import compiled, gradients, numpy
 
-pytestmark = pytest.mark.every_backend
-
 tensor = ops.convert_to_tensor
 
 
@@ -37,6 +35,7 @@ MASK = np.array([[True, True, True], [True, True, False]])
 BITS = 0.75 * np.log2(4 / 3) + 0.25 * 2
 
 
+@pytest.mark.every_backend
 class TestStatistics:
     def test_of_token_choice(self):
         # Capacity ceil(3 * .5 / 2) = 1 per group: kept are the first token of group 0 and both of

@@ -180,16 +180,19 @@ np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
 
 
 @pytest.mark.every_backend
-def test_loads_on_the_other_backends_with_equal_outputs(saved, tmp_path):
+def test_loads_on_the_other_backends_with_equal_outputs(saved, tmp_path, full):
+    """PyTorch's file on the other two; in the default suite their files on PyTorch alone."""
     model, path = saved
     np.save(tmp_path / "x.npy", X)
-    others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+    backend = keras.backend.backend()
+    others = {"tensorflow", "jax", "torch"} if full or backend == "torch" else {"torch"}
+    others -= {backend}
     runs = []
     for backend in others:
         arguments = [path, tmp_path / "x.npy", tmp_path / f"{backend}.npy"]
         environment = {**os.environ, "KERAS_BACKEND": backend}
         runs.append(subprocess.Popen([sys.executable, "-c", LOAD, *arguments], env=environment))
-    assert [run.wait() for run in runs] == [0, 0]
+    assert not any([run.wait() for run in runs])
     for backend in others:
         np.testing.assert_allclose(
             np.load(tmp_path / f"{backend}.npy"), numpy(model(X)), rtol=1e-5, atol=1e-5

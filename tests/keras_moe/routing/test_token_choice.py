@@ -97,7 +97,6 @@ class TestSwitchRouter:
 TIGHT = {"capacity_factor": 0.75, "eval_capacity_factor": 0.75, "min_capacity": 1}
 
 
-@pytest.mark.every_backend
 class TestExploration:
     def explored(self, policy, x, **options):
         router = with_identity(SwitchRouter(x.shape[-1], exploration=policy, seed=1, **options))
@@ -127,6 +126,7 @@ class TestExploration:
         logits = self.explored("jitter", np.ones((1, 100, 3), "float32"), jitter=0.1).logits
         assert logits.min() >= 0.9 and logits.max() <= 1.1 and len(np.unique(logits)) > 100
 
+    @pytest.mark.every_backend
     def test_sample_draws_by_probability_and_weighs_by_it(self):
         p = np.array([0.5, 0.0, 0.3, 0.2], "float32")
         with np.errstate(divide="ignore"):
