@@ -17,19 +17,26 @@ import subprocess
 import sys
 
 BACKENDS = ("torch", "jax", "tensorflow")
-NO_TESTS_COLLECTED = 5  # pytest's exit code
+NEEDED = ("pytest", "pytest_timeout", "xdist")
+INTERRUPTED, NO_TESTS_COLLECTED = 2, 5  # exit codes of pytest
 MOST_WORKERS = 8  # a worker takes up to 3 GB
 
 
 def run(backend, full, pytest_arguments):
     """Runs pytest on one backend and returns its exit code."""
     command = [sys.executable, "-m", "pytest", "--dist=loadfile", f"-n{workers()}"]
-    command += ["--full"] if full else []
-    if not full and backend != "torch":
+    command += ["--max-worker-restart=2"]
+    if full:
+        command += ["--full", "--timeout=900", "-o", "faulthandler_timeout=1000"]
+    elif backend != "torch":
         command += ["-m", "every_backend"]
     print(f"\n=== {backend} ===", flush=True)
     environment = {**os.environ, "KERAS_BACKEND": backend}
-    return subprocess.run([*command, *pytest_arguments], env=environment).returncode
+    process = subprocess.Popen([*command, *pytest_arguments], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # which pytest received, too
+        return process.wait()
 
 
 def workers():
@@ -55,24 +62,28 @@ def parse(arguments):
     for path in paths:
         if not pathlib.Path(path.partition("::")[0]).exists():
             parser.error(f"expected one of {', '.join(BACKENDS)}, or a path. Received: {path}")
-    missing = [name for name in backends if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*NEEDED, *backends) if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(
-            f"{', '.join(missing)} must be installed to run its tests: "
-            "`pip install -c constraints.txt -e '.[all,test]'`, or name the backends to run"
+            f"{', '.join(missing)} must be installed "
+            "(`pip install -c constraints.txt -e '.[all,test]'`), or name only installed backends"
         )
     return backends, parsed.full, [*paths, *arguments[split + 1 :]]
 
 
 def main():
     backends, full, pytest_arguments = parse(sys.argv[1:])
-    codes = {backend: run(backend, full, pytest_arguments) for backend in backends}
+    codes = {}
+    for backend in backends:
+        codes[backend] = run(backend, full, pytest_arguments)
+        if codes[backend] == INTERRUPTED:
+            break
     print()
     for backend, code in codes.items():
-        ok = code in (0, NO_TESTS_COLLECTED)
-        print(f"{backend:<12}{'ok' if ok else f'FAILED (pytest exit code {code})'}")
-    if all(code == NO_TESTS_COLLECTED for code in codes.values()):
-        print("no test was selected")
+        passed = code in (0, NO_TESTS_COLLECTED)
+        print(f"{backend:<12}{'ok' if passed else f'FAILED (exit code {code} of pytest)'}")
+    if set(codes.values()) == {NO_TESTS_COLLECTED}:
+        print("No test was selected.")
         return NO_TESTS_COLLECTED
     return 0 if set(codes.values()) <= {0, NO_TESTS_COLLECTED} else 1
 
