@@ -192,8 +192,9 @@ class Run:
     """
 
     WEIGHTS = "epoch-*.weights.h5"
-    # In the order in which they are deleted: a preset without its results would be no run's.
-    FILES = ("preset", "results.json", WEIGHTS, "new-results.json", "new-preset", f"new-{WEIGHTS}")
+    # A restart deletes these files. First it renames the old preset to new-preset: a preset without
+    # results would be refused, and a preset that is half deleted would pass for a whole one.
+    FILES = ("results.json", WEIGHTS, "new-results.json", "new-preset", f"new-{WEIGHTS}")
 
     def __init__(self, folder, settings, metric_names, restart=False, last=False):
         if folder.exists() and not folder.is_dir():
@@ -260,6 +261,9 @@ class Run:
         if process_id() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.restart:
+                if (self.folder / "preset").is_dir():
+                    _remove(self.folder / "new-preset")
+                    os.replace(self.folder / "preset", self.folder / "new-preset")
                 self._delete(*self.FILES)
         # In `fit` TensorFlow would build it while it traces the step, and trace it again.
         model.optimizer.build(model.trainable_variables)
