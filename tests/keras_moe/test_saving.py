@@ -192,7 +192,8 @@ def test_loads_on_the_other_backends_with_equal_outputs(saved, tmp_path, full):
         arguments = [path, tmp_path / "x.npy", tmp_path / f"{backend}.npy"]
         environment = {**os.environ, "KERAS_BACKEND": backend}
         runs.append(subprocess.Popen([sys.executable, "-c", LOAD, *arguments], env=environment))
-    assert not any([run.wait() for run in runs])
+    codes = [run.wait() for run in runs]
+    assert not any(codes)
     for backend in others:
         np.testing.assert_allclose(
             np.load(tmp_path / f"{backend}.npy"), numpy(model(X)), rtol=1e-5, atol=1e-5
