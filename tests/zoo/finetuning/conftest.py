@@ -2,6 +2,7 @@ import pytest
 
 import zoo
 from tests.zoo.finetuning.small import TINY, load, run
+from tests.zoo.traces import counted_traces
 from zoo.finetuning import batches
 from zoo.models import builders
 
@@ -15,10 +16,17 @@ def small():
 
 
 @pytest.fixture(scope="package")
-def whole(small, tmp_path_factory):
-    """A run of ten epochs that nothing disturbed, and its folder."""
+def counted(small, tmp_path_factory):
+    """A run of ten epochs that nothing interrupted, its folder, and how often it was traced."""
     folder = tmp_path_factory.mktemp("run")
-    return run(folder, epochs=10), folder
+    with counted_traces() as traces:
+        results = run(folder, epochs=10)
+    return results, folder, len(traces)
+
+
+@pytest.fixture(scope="package")
+def whole(counted):
+    return counted[:2]
 
 
 def pretrained(folder, build, **options):
