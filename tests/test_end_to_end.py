@@ -19,7 +19,7 @@ from tests.zoo.traces import counted_traces
 
 pytestmark = pytest.mark.every_backend
 
-VOCABULARY, LENGTH, DIM, EXPERTS, HIDDEN, EPOCHS = 12, 8, 6, 4, 5, 6
+VOCABULARY, LENGTH, DIM, EXPERTS, HIDDEN, EPOCHS = 12, 8, 6, 4, 5, 10
 
 
 def bank(**options):
@@ -107,7 +107,7 @@ class Run:
         self.model = model_of(mixtures, scope)
         self.before = {v.path: numpy(v) for v in self.model.variables}
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.model.compile(keras.optimizers.Adam(0.02), loss)
+        self.model.compile(keras.optimizers.Adam(0.03), loss)
         # TensorFlow would build the optimizer while it traces the step, and trace it again.
         self.model.optimizer.build(self.model.trainable_variables)
         with counted_traces() as self.traces:
