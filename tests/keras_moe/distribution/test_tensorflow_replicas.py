@@ -1,42 +1,35 @@
-"""Strategies of `tf.distribute`: two replicas against one, of one process or two, by `fit`."""
+"""Strategies of `tf.distribute`: two replicas of a model of the zoo against one, by `fit`."""
 
-import json
-import os
-import subprocess
-import sys
+import contextlib
 
 import keras
 import numpy as np
 import pytest
 
-from tests.keras_moe.distribution.several import launched
-
 if keras.backend.backend() != "tensorflow":
     pytest.skip("TensorFlow's strategies", allow_module_level=True)
 
-PROGRAM = ("-m", "tests.keras_moe.distribution.tensorflow_replicas")
+import tensorflow as tf
 
+from tests.keras_moe.distribution.several import launched
+from tests.keras_moe.distribution.tensorflow_replicas import trained
 
-def ran(kind):
-    """What `tensorflow_replicas.py` prints under a strategy."""
-    command = [sys.executable, *PROGRAM, kind]
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+pytestmark = pytest.mark.every_backend
 
 
 @pytest.fixture(scope="module")
 def one():
-    return ran("one")
+    return trained(contextlib.nullcontext(), run_eagerly=True)
 
 
 def test_two_devices(one):
-    compare(ran("mirrored"), one)
+    compare(trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()), one)
 
 
+@pytest.mark.full
 def test_two_processes(one):
-    for process in launched(*PROGRAM, "workers", processes=2):
+    program = ("-m", "tests.keras_moe.distribution.tensorflow_replicas")
+    for process in launched(*program, processes=2):
         compare(process, one)
 
 
