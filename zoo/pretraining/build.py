@@ -165,14 +165,13 @@ def make_optimizer(settings, model):
         settings: of the run.
         model: whose weights it is to train.
     """
-    # Keras counts the updates of the optimizer, not the steps.
-    steps, warmup = (settings[k] // settings["accumulate"] for k in ("steps", "warmup_steps"))
-    rate, warmup = settings["learning_rate"], max(1, warmup)
+    # Keras asks a schedule for the rate of a step, not of an update of accumulated gradients.
+    rate, steps, warmup = (settings[k] for k in ("learning_rate", "steps", "warmup_steps"))
     if settings["schedule"] == "inverse_sqrt":
         schedule = InverseSquareRoot(rate, warmup)
     else:
         schedule = keras.optimizers.schedules.CosineDecay(
-            rate / 100, max(1, steps - warmup), 0.01, warmup_target=rate, warmup_steps=warmup
+            rate / 100, steps - warmup, 0.01, warmup_target=rate, warmup_steps=warmup
         )
     options = {"global_clipnorm": settings["clip"] or None}
     if settings["accumulate"] > 1:
