@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import zoo
+from keras_moe.reading import mixtures
 from tests.backend import numpy
 from tests.zoo.finetuning.small import run
 from zoo.finetuning.classifiers import build, check_vocabulary
@@ -26,8 +27,8 @@ def test_a_preset_gets_other_rates_and_keeps_its_weights(masked_lm):
     settings = settle("glue/mnli", preset=masked_lm, dropout=0.3, max_length=12)
     model = build(get("glue/mnli"), settings)
     assert (model.backbone.dropout, model.backbone.expert_dropout) == (0.3, 0.4)
-    (experts,) = (x.experts for x in model.backbone._flatten_layers() if hasattr(x, "experts"))
-    assert experts.dropout == 0.4 and model.backbone.get_layer("embedding_dropout").rate == 0.3
+    (moe,) = mixtures(model.backbone).values()
+    assert moe.experts.dropout == 0.4 and model.backbone.get_layer("embedding_dropout").rate == 0.3
     assert model.num_classes == 3 and model.preprocessor.sequence_length == 12
     for one, other in zip(
         zoo.from_preset(masked_lm).backbone.weights, model.backbone.weights, strict=True
@@ -83,7 +84,7 @@ def test_the_rates_of_a_preset_stay_unless_others_are_given(masked_lm):
 
 def test_a_preset_without_a_tokenizer(masked_lm, tmp_path):
     zoo.EncoderTextClassifier(zoo.from_preset(masked_lm).backbone, 2).save_to_preset(str(tmp_path))
-    with pytest.raises(ValueError, match="`preset` must have a tokenizer"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
         run(tmp_path / "run", preset=tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -97,8 +98,8 @@ def test_a_preset_that_knows_fewer_pieces_than_its_tokenizer(masked_lm, tmp_path
     config = json.loads(path.read_text())
     config["config"]["preprocessor"] = json.loads((tmp_path / "preprocessor.json").read_text())
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="of at most the 100 pieces that its model knows"):
+    with pytest.raises(ValueError, match=f"`preset`.*100.*8000.*{tmp_path}"):
         check_vocabulary(zoo.from_preset(tmp_path), tmp_path)
-    with pytest.raises(ValueError, match="must have a tokenizer of at most .* 100 pieces"):
+    with pytest.raises(ValueError, match=f"`preset`.*100.*8000.*{tmp_path}"):
         run(tmp_path / "run", preset=tmp_path)
     assert not (tmp_path / "run").exists()

@@ -150,18 +150,18 @@ def test_runs_of_different_lengths_are_named(folders):
 
 def test_what_cannot_be_compared(folders, tmp_path):
     names = folders({"glue/rte": ONES}, {"glue/qnli": ONES})
-    with pytest.raises(ValueError, match="`folders` must have a task in common"):
+    with pytest.raises(ValueError, match="`folders`.*model0.*model1"):
         compare(*names)
-    with pytest.raises(ValueError, match="`folders` must be two or more. Received: 1"):
+    with pytest.raises(ValueError, match="`folders`.*1"):
         compare(names[0])
-    with pytest.raises(ValueError, match=r"`folders` must each have the `summary.json`.*none'"):
+    with pytest.raises(ValueError, match="`folders`.*none'"):
         compare(names[0], tmp_path / "none")
-    with pytest.raises(ValueError, match="`epoch` must be 'best' or 'last'"):
+    with pytest.raises(ValueError, match="`epoch`.*'first'"):
         compare(*names, epoch="first")
     without_epochs = {"metrics": ["accuracy"], "runs": [{"seed": 0, "best": {}, "last": {}}]}
     for damaged in ([], {"suite": None, "tasks": {"glue/rte": without_epochs}}):
         (names[1] / "summary.json").write_text(json.dumps(damaged))
-        with pytest.raises(ValueError, match=r"`folders` must each have the `summary.json`"):
+        with pytest.raises(ValueError, match="`folders`.*model1"):
             compare(*names)
 
 

@@ -42,53 +42,53 @@ def test_a_split_without_labels_has_predictions_alone(whole, tmp_path, monkeypat
 
 
 def test_what_is_no_trained_classifier(masked_lm, tmp_path):
-    with pytest.raises(ValueError, match="has no trained classifier. Received: preset="):
+    with pytest.raises(ValueError, match=f"`preset`.*{masked_lm}"):
         zoo.evaluate(masked_lm, "glue/cola")
     zoo.from_preset(masked_lm).backbone.save_to_preset(str(tmp_path))
-    with pytest.raises(ValueError, match="has no trained classifier"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
         zoo.evaluate(tmp_path, "glue/cola")
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "message"),
+    ("task", "message"),
     [
-        ("acceptability", "validation", "`task` must be one of .* can be handed in"),
-        ("glue/cola", "validation", "`predictions` must be a folder"),
+        ("acceptability", "`task`.*'acceptability'"),
+        ("glue/cola", "`predictions`.*file"),
     ],
 )
 def test_predictions_that_cannot_be_written_are_refused_first(
-    whole, tmp_path, monkeypatch, task, split, message
+    whole, tmp_path, monkeypatch, task, message
 ):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr("zoo.finetuning.evaluate.predict", None)
     where = tmp_path / ("file" if task == "glue/cola" else "folder")
     with pytest.raises(ValueError, match=message):
-        zoo.evaluate(whole[1], task, split, predictions=where)
+        zoo.evaluate(whole[1], task, "validation", predictions=where)
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "folder").exists()
 
 
 def test_another_task_with_as_many_classes_is_remarked_on(whole):
     for preset in (whole[1], whole[0]["preset"]):
-        with pytest.warns(UserWarning, match="on 'glue/cola' and is scored on 'glue/sst2'"):
+        with pytest.warns(UserWarning, match="'glue/cola'.*'glue/sst2'"):
             assert set(zoo.evaluate(preset, "glue/sst2")) == {"accuracy"}
 
 
 def test_what_does_not_fit(whole, tmp_path):
     results, folder = whole
-    with pytest.raises(ValueError, match="of a classifier of 3 classes for 'glue/mnli'.*one of 2"):
+    with pytest.raises(ValueError, match=f"`preset`.*3.*'glue/mnli'.*2.*{folder}"):
         zoo.evaluate(folder, "glue/mnli")
-    with pytest.raises(ValueError, match="`task` must be one of"):
+    with pytest.raises(ValueError, match="`task`.*'glue/coal'"):
         zoo.evaluate(folder, "glue/coal")
     for size in (0, -1):
-        with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+        with pytest.raises(ValueError, match=f"`batch_size`.*{size}"):
             zoo.evaluate(folder, "glue/cola", batch_size=size)
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "results.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"`preset` must be a run .* is damaged. Received: "):
+        with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
             zoo.evaluate(tmp_path, "glue/cola")
     (tmp_path / "results.json").write_text(json.dumps(results | {"finished": False}))
-    with pytest.raises(ValueError, match="`preset` must be a run that is finished"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
         zoo.evaluate(tmp_path, "glue/cola")
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ValueError, match="`preset` must be a preset or one run"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
         zoo.evaluate(tmp_path, "glue/cola")

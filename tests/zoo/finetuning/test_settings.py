@@ -31,9 +31,9 @@ def test_how_pairs_are_read(masked_lm):
     assert settle("glue/cola")["pairs"] is settle("glue/cola", preset=masked_lm)["pairs"] is None
     assert settle("glue/rte")["pairs"] == settle("glue/rte", preset=masked_lm)["pairs"] == "apart"
     assert settle("glue/rte", pairs="together")["pairs"] == "together"
-    with pytest.raises(ValueError, match="`pairs` must be one of apart, together. Received: pai"):
+    with pytest.raises(ValueError, match="`pairs`.*'both'"):
         settle("glue/rte", pairs="both")
-    with pytest.raises(ValueError, match="`pairs` must be left out for a task with one text"):
+    with pytest.raises(ValueError, match="`pairs`.*'apart'.*'glue/cola'"):
         settle("glue/cola", pairs="apart")
 
 
@@ -44,7 +44,7 @@ def test_heads_that_compare_see_all_layers_of_a_preset(masked_lm):
         assert settle(task, preset=masked_lm, load_weights=False)["mix_layers"] is mixed
         for chosen in (True, False):
             assert settle(task, preset=masked_lm, mix_layers=chosen)["mix_layers"] is chosen
-    with pytest.raises(ValueError, match="`mix_layers` must be True, False or None. Received: mix"):
+    with pytest.raises(ValueError, match="`mix_layers`.*'all'"):
         settle("glue/cola", mix_layers="all")
     together = {"preset": masked_lm, "pairs": "together"}  # and nothing is compared
     assert settle("glue/rte", **together)["mix_layers"] is False
@@ -55,9 +55,9 @@ def test_weights_of_a_preset(masked_lm):
     assert settle("glue/cola")["load_weights"] is None
     assert settle("glue/cola", preset=masked_lm)["load_weights"] is True
     assert settle("glue/cola", preset=masked_lm, load_weights=False)["load_weights"] is False
-    with pytest.raises(ValueError, match="`load_weights` must be left out without a preset"):
+    with pytest.raises(ValueError, match="`load_weights`.*False"):
         settle("glue/cola", load_weights=False)
-    with pytest.raises(ValueError, match="`load_weights` must be True, False or None. Received: l"):
+    with pytest.raises(ValueError, match="`load_weights`.*0"):
         settle("glue/cola", preset=masked_lm, load_weights=0)
 
 
@@ -77,43 +77,42 @@ def test_rank_of_lora():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value"),
     [
-        ({"size": "base"}, "`size` must be left out with a preset, which brings its own"),
-        ({"num_experts": 4}, "`num_experts` must be left out with a preset, which brings its own"),
-        ({"model": "switch"}, "`model` must be left out with a preset. Received: model='switch'"),
-        ({"train": "one"}, "`train` must be one of all, frozen_experts, non_experts"),
-        ({"lora_rank": 8}, "`lora_rank` must be left out unless `train` is 'lora'"),
+        ("size", "base"),
+        ("num_experts", 4),
+        ("model", "switch"),
+        ("train", "one"),
+        ("lora_rank", 8),  # without LoRA
     ],
 )
-def test_what_a_preset_refuses(masked_lm, options, message):
-    with pytest.raises(ValueError, match=message):
-        settle("glue/cola", preset=masked_lm, **options)
+def test_what_a_preset_refuses(masked_lm, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.*{name}={value!r}"):
+        settle("glue/cola", preset=masked_lm, **{name: value})
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value"),
     [
-        ({"num_experts": 4}, "`num_experts` must be left out with a model without experts"),
-        ({"expert_dropout": 0.5}, "`expert_dropout` must be left out with a model without experts"),
-        *(
-            ({"train": train}, "`train` must be 'all' or 'lora' for a model without experts")
-            for train in ("frozen_experts", "non_experts", "experts")
-        ),
+        ("num_experts", 4),
+        ("expert_dropout", 0.5),
+        ("train", "frozen_experts"),
+        ("train", "non_experts"),
+        ("train", "experts"),
     ],
 )
-def test_what_a_dense_model_refuses(dense_masked_lm, options, message):
-    with pytest.raises(ValueError, match=f"{message}. Received: .*, model='dense'"):
-        settle("glue/cola", "dense", **options)
-    if "num_experts" not in options:
-        with pytest.raises(ValueError, match=f"{message}. Received: .*, preset="):
-            settle("glue/cola", preset=dense_masked_lm, **options)
+def test_what_a_dense_model_refuses(dense_masked_lm, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.*{name}={value!r}.*model='dense'"):
+        settle("glue/cola", "dense", **{name: value})
+    if name != "num_experts":
+        with pytest.raises(ValueError, match=f"`{name}`.*{name}={value!r}.*{dense_masked_lm}"):
+            settle("glue/cola", preset=dense_masked_lm, **{name: value})
 
 
 def test_a_preset_of_another_kind(tmp_path):
     backbone = zoo.dense_transformer("tiny", 10, architecture="decoder")
     zoo.CausalLM(backbone).save_to_preset(str(tmp_path))
-    with pytest.raises(ValueError, match="`preset` must be of a text classifier, or of an encoder"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}"):
         settle("glue/cola", preset=tmp_path)
-    with pytest.raises(ValueError, match="`preset` must be .*, a folder that is there"):
+    with pytest.raises(ValueError, match=f"`preset`.*{tmp_path}/none"):
         settle("glue/cola", preset=tmp_path / "none")

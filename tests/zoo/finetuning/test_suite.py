@@ -67,7 +67,7 @@ def test_partial_data_is_not_left_out(monkeypatch):
 
 
 def test_a_batch_that_is_too_large_for_a_task_is_refused_before_any_is_trained(tmp_path):
-    with pytest.raises(ValueError, match="at most the number of examples of glue/cola, 64. Rece"):
+    with pytest.raises(ValueError, match="`batch_size`.*64.*batch_size=65"):
         run(tmp_path / "run", "glue", finetune=finetune_suite, batch_size=65)
     assert not (tmp_path / "run").exists()
 
@@ -96,7 +96,7 @@ def test_finished_runs_are_not_repeated(suite, monkeypatch):
     again = run(folder, "glue/cola", **options)
     assert again["tasks"]["glue/cola"] == summary["tasks"]["glue/cola"]
     assert again["averages"] is None
-    with pytest.raises(ValueError, match="`output` holds another run, with epochs=2"):
+    with pytest.raises(ValueError, match="`output`.*epochs=2.*epochs=3"):
         run(folder, "glue/cola", **(options | {"epochs": 3}))
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -137,7 +137,7 @@ def test_pairs_are_for_the_tasks_of_a_suite_that_have_some(tmp_path, monkeypatch
     how = {settings["task"].removeprefix("glue/"): settings["pairs"] for settings in settled}
     assert how.pop("cola") is how.pop("sst2") is None
     assert len(how) == 7 and set(how.values()) == {"together"}
-    with pytest.raises(ValueError, match="`pairs` must be left out for a task with one text"):
+    with pytest.raises(ValueError, match="`pairs`.*'together'"):
         run(tmp_path / "out", finetune=finetune_suite, pairs="together")
 
 
@@ -154,14 +154,14 @@ def test_no_data_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": 0}, "`seeds` must be a positive integer.* Received: seeds=0"),
-        ({"seeds": [1, 1]}, "`seeds` must be .* a list of different ones"),
-        ({"seeds": [-1]}, "`seed` must be from 0"),
-        ({"task": "gluee"}, "`task` must be one of"),
-        ({"train": "none"}, "`train` must be one of"),
+        ({"seeds": 0}, "`seeds`.*0"),
+        ({"seeds": [1, 1]}, r"`seeds`.*\[1, 1\]"),
+        ({"seeds": [-1]}, "`seed`.*-1"),
+        ({"task": "gluee"}, "`task`.*'gluee'"),
+        ({"train": "none"}, "`train`.*'none'"),
     ],
 )
-def test_bad_input(tmp_path, options, message):
+def test_argument_out_of_range_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", finetune=finetune_suite, **options)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,3 @@
-import keras
 import numpy as np
 import pytest
 
@@ -58,29 +57,26 @@ def test_the_head_is_trained_always(masked_lm, train):
     assert {id(weight) for weight in classifier.get_layer("logits").weights} <= trained
 
 
-class Killed(Exception):
-    pass
-
-
 def test_lora_goes_on_where_it_was(masked_lm, tmp_path, monkeypatch):
     """Keras' own file of weights forgets the factors."""
-    options = {"preset": masked_lm, "train": "lora", "lora_rank": 2, "epochs": 4}
+    options = {"preset": masked_lm, "train": "lora", "lora_rank": 2, "epochs": 3}
+    options["max_examples"] = 32
     whole = run(tmp_path / "whole", **options)
 
     def save(self, model, logs, seconds, original=runs.Run.save):
         if self.epoch == 2:
-            raise Killed
+            raise KeyboardInterrupt
         original(self, model, logs, seconds)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save", save)
-        with pytest.raises(Killed):
-            run(tmp_path / "cut", **options)
+        run(tmp_path / "cut", **options)
     resumed = run(tmp_path / "cut", **options)
     for one, other in zip(whole["history"], resumed["history"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
-    for name, value in weights(whole["preset"]).items():
-        np.testing.assert_allclose(weights(resumed["preset"])[name], value, rtol=0, atol=1e-5)
+    ours, theirs = weights(resumed["preset"]), weights(whole["preset"])
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_lora_has_few_weights_to_train(masked_lm):
@@ -88,5 +84,3 @@ def test_lora_has_few_weights_to_train(masked_lm):
     trainable.choose(classifier, "lora", 2)
     names = [w.path.rpartition("/")[2] for w in classifier.trainable_weights]
     assert sorted(names) == sorted(["lora_kernel_a", "lora_kernel_b"] * 2 + ["kernel", "bias"])
-    network = trainable.Network(classifier.input, classifier.output)
-    assert isinstance(network, keras.Model) and len(network._adapted()) == 2
