@@ -146,11 +146,11 @@ def test_a_trained_vocabulary_is_like_the_shipped_one(corpus):
     [
         None,
         b"not gzip",
-        gzip.compress(b'{"text": "Cut off."}')[:-12],
-        gzip.compress(b"not JSON\n"),
-        gzip.compress(b'{"title": "No text"}\n'),
-        gzip.compress(b'{"text": 7}\n'),
-        gzip.compress(b"[]\n"),
+        gzip.compress(b'{"text": "Cut off."}', mtime=0)[:-12],
+        gzip.compress(b"not JSON\n", mtime=0),
+        gzip.compress(b'{"title": "No text"}\n', mtime=0),
+        gzip.compress(b'{"text": 7}\n', mtime=0),
+        gzip.compress(b"[]\n", mtime=0),
     ],
 )
 def test_odd_file(tmp_path, content):
@@ -163,7 +163,7 @@ def test_odd_file(tmp_path, content):
 
 def test_empty_and_held_out_files(tmp_path):
     empty = tmp_path / "plain-train-00.jsonl.gz"
-    empty.write_bytes(gzip.compress(b""))
+    empty.write_bytes(gzip.compress(b"", mtime=0))
     with pytest.raises(ValueError, match="The files of corpus plain hold no text"):
         sample_sentences([empty], 10)
     with pytest.raises(ValueError, match="Held-out files are for evaluation only"):
