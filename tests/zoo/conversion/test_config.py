@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from zoo.conversion.config import choice, flag, integer, real
@@ -38,30 +40,30 @@ def test_the_default_is_for_what_is_missing_or_null(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "refused", "message"),
+    ("kind", "options", "refused", "allowed"),
     [
-        (integer, {}, (None, 0, -1, 1.0, True, "1", [1]), "a positive integer"),
-        (integer, {"least": 4}, (None, 3, False, 4.0), "an integer of at least 4"),
-        (integer, {"least": 0}, (None, -1, False), "an integer of at least 0"),
+        (integer, {}, (None, 0, -1, 1.0, True, "1", [1]), "positive integer"),
+        (integer, {"least": 4}, (None, 3, False, 4.0), "integer.*4"),
+        (integer, {"least": 0}, (None, -1, False), "integer.*0"),
         (
             real,
             {},
             (None, -0.1, float("nan"), float("inf"), True, "0.1"),
-            "a number that is not negative",
+            "number",
         ),
-        (real, {"positive": True}, (None, 0, 0.0, -1, float("inf")), "a positive number"),
-        (flag, {}, (None, 0, 1, "true"), "true or false"),
-        (choice, {"options": OPTIONS}, (None, "gelu", 1, ["relu"], {}), "one of relu, silu"),
+        (real, {"positive": True}, (None, 0, 0.0, -1, float("inf")), "positive number"),
+        (flag, {}, (None, 0, 1, "true"), "true.*false"),
+        (choice, {"options": OPTIONS}, (None, "gelu", 1, ["relu"], {}), "relu.*silu"),
     ],
 )
-def test_anything_else_is_refused_in_one_sentence(kind, options, refused, message):
+def test_anything_else_is_refused_in_one_sentence(kind, options, refused, allowed):
     """What is missing, too, where there is no default; a wrong entry never becomes the default."""
     for value in refused:
         for default in ({}, {"default": 7}):
             if value is None and default:
                 continue
-            with pytest.raises(ValueError) as error:
+            message = f"^`it`.*{allowed}.*it={re.escape(repr(value))}$"
+            with pytest.raises(ValueError, match=message):
                 read(kind, value, **options, **default)
-            assert str(error.value) == f"`it` must be {message}. Received: it={value!r}"
-    with pytest.raises(ValueError, match="Received: it=None$"):
+    with pytest.raises(ValueError, match="^`it`.*it=None$"):
         kind({}, "it", **options)

@@ -150,23 +150,27 @@ class TestNotInTransformers:
     }
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("options", "allowed", "received"),
         [
-            ({"positions": "relative"}, "with rotary positions. Received: {.*'relative'"),
-            ({"sparse_blocks": ()}, "a mixture in every block"),
-            ({"router": keras_moe.TopKRouter(2, capacity_factor=1.0)}, "that drop nothing"),
-            ({"router": keras_moe.SwitchRouter()}, "that drop nothing"),
-            ({"gated": False}, "gated experts"),
-            ({"activation": "tanh"}, "an activation of silu, gelu, relu"),
-            ({"tie_embeddings": True}, "outputs that are not scaled"),
-            ({"router": keras_moe.TopKRouter(2, normalize=False)}, "normalized weights"),
-            ({"router": keras_moe.TopKRouter(1)}, "of two or more chosen experts"),
-            ({"normalize_queries": True, "key_dim": 4}, "heads that share out the width"),
+            ({"positions": "relative"}, "rotary", "'positions': 'relative'"),
+            ({"sparse_blocks": ()}, "block", r"'sparse_blocks': \(\)"),
+            (
+                {"router": keras_moe.TopKRouter(2, capacity_factor=1.0)},
+                "`TopKRouter`",
+                "'capacity_factor': 1.0",
+            ),
+            ({"router": keras_moe.SwitchRouter()}, "`TopKRouter`", "'SwitchRouter'"),
+            ({"gated": False}, "gated", "'gated': False"),
+            ({"activation": "tanh"}, "silu.*gelu.*relu", "'activation': 'tanh'"),
+            ({"tie_embeddings": True}, "outputs", "'tie_embeddings': True"),
+            ({"router": keras_moe.TopKRouter(2, normalize=False)}, "Mixtral", "'normalize': False"),
+            ({"router": keras_moe.TopKRouter(1)}, "Mixtral", "'k': 1,"),
+            ({"normalize_queries": True, "key_dim": 4}, "OLMoE", "'key_dim': 4"),
         ],
     )
-    def test_is_refused_and_nothing_written(self, options, message, tmp_path):
+    def test_is_refused_and_nothing_written(self, options, allowed, received, tmp_path):
         backbone = zoo.DecoderBackbone(**(self.TINY | options))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^[^{{]*{allowed}.*{received}"):
             save_transformers(zoo.CausalLM(backbone), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
@@ -174,25 +178,25 @@ class TestNotInTransformers:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sliding_window": 8}, "`sliding_window` must be None. Received: sliding_window=8"),
-        ({"attention_bias": True}, "`attention_bias` must be False"),
-        ({"attention_dropout": 0.1}, "`attention_dropout` must be 0"),
-        ({"clip_qkv": 8.0}, "`clip_qkv` must be None"),
-        ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling` must be None"),
-        ({"quantization_config": {"bits": 4}}, "`quantization_config` must be None"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
-        ({"rope_parameters": {"type": "yarn"}}, "`rope_type` must be 'default'"),
-        ({"num_experts_per_tok": 1}, "`num_experts_per_tok` must be at least 2. Received: 1"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive integer. Rec.*=0"),
-        ({"hidden_size": "16"}, "`hidden_size` must be a positive integer. .*hidden_size='16'"),
-        ({"rms_norm_eps": None, "vocab_size": None}, "`vocab_size` must be .*vocab_size=None"),
-        ({"rope_parameters": {"rope_theta": 0}}, "`rope_theta` must be a positive number. .*=0"),
-        ({"rope_parameters": [1]}, "`rope_parameters` must be an object. Received: "),
-        ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` must be true or false. .*='no'"),
-        ({"model_type": []}, "must be of one of the families"),
-        ({"hidden_act": "tanh"}, "`hidden_act` must be one of silu, gelu, relu. .*='tanh'"),
-        ({"hidden_act": ["silu"]}, "`hidden_act` must be one of silu, gelu, relu. "),
-        ({"num_local_experts": 5}, "lacks the weight '.*experts.4.w1.weight' and 5 others"),
+        ({"sliding_window": 8}, "`sliding_window`.*sliding_window=8"),
+        ({"attention_bias": True}, "`attention_bias`.*attention_bias=True"),
+        ({"attention_dropout": 0.1}, "`attention_dropout`.*attention_dropout=0.1"),
+        ({"clip_qkv": 8.0}, "`clip_qkv`.*clip_qkv=8.0"),
+        ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling`.*rope_scaling=.*'dynamic'"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config`.*quantization_config=.*4"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type`.*'default'.*'yarn'"),
+        ({"rope_parameters": {"type": "yarn"}}, "`rope_type`.*'default'.*'yarn'"),
+        ({"num_experts_per_tok": 1}, "`num_experts_per_tok`.*2.*1$"),
+        ({"num_attention_heads": 0}, "`num_attention_heads`.*num_attention_heads=0"),
+        ({"hidden_size": "16"}, "`hidden_size`.*hidden_size='16'"),
+        ({"rms_norm_eps": None, "vocab_size": None}, "`vocab_size`.*vocab_size=None"),
+        ({"rope_parameters": {"rope_theta": 0}}, "`rope_theta`.*rope_theta=0"),
+        ({"rope_parameters": [1]}, r"`rope_parameters`.*rope_parameters=\[1\]"),
+        ({"tie_word_embeddings": "no"}, "`tie_word_embeddings`.*tie_word_embeddings='no'"),
+        ({"model_type": []}, r"mixtral.*olmoe.*model_type=\[\]"),
+        ({"hidden_act": "tanh"}, "`hidden_act`.*silu.*gelu.*relu.*hidden_act='tanh'"),
+        ({"hidden_act": ["silu"]}, r"`hidden_act`.*silu.*hidden_act=\['silu'\]"),
+        ({"num_local_experts": 5}, r"'.*experts\.4\.w1\.weight'.*\b5\b"),
     ],
 )
 def test_configs_that_do_not_fit(options, message, tmp_path):

@@ -1,6 +1,8 @@
 """Whole checkpoints: those of Switch Transformers and Mixtral stand for all families."""
 
+import io
 import json
+import pathlib
 import threading
 
 import keras
@@ -55,9 +57,9 @@ def test_shards_are_opened_one_after_another(tmp_path, monkeypatch):
     copies = [*tensors.ALIASES["shared.weight"], "lm_head.weight"]  # which would be compared
     pickled(model, tmp_path, num_shards=3, without=copies)
     opened = []
-    Shard = tensors._Pickled
+    load = torch.load
     monkeypatch.setattr(
-        tensors, "_Pickled", lambda path: opened.append(path.name[14:19]) or Shard(path)
+        torch, "load", lambda path, **kw: opened.append(path.name[14:19]) or load(path, **kw)
     )
     load_transformers(tmp_path)
     assert opened == ["00001", "00002", "00003"] * 2
@@ -65,18 +67,23 @@ def test_shards_are_opened_one_after_another(tmp_path, monkeypatch):
 
 def test_the_files_are_closed_when_nobody_reads_them_any_more(tmp_path, monkeypatch):
     theirs("t5").save_pretrained(tmp_path)
-    seen = []
+    seen, open_path = [], pathlib.Path.open
+
+    class Shard(io.FileIO):
+        def close(self):
+            seen.append([t.name for t in threading.enumerate() if "ThreadPool" in t.name])
+            super().close()
+
+    def open_(path, *args, **kwargs):
+        is_shard = path.suffix == ".safetensors"
+        return Shard(path) if is_shard else open_path(path, *args, **kwargs)
 
     def initialize(deferred, values=()):
         next(iter(values))
         raise RuntimeError("no memory")
 
-    def close(shard):
-        seen.append([t.name for t in threading.enumerate() if "ThreadPool" in t.name])
-        shard.file.close()
-
     monkeypatch.setattr(Deferred, "initialize", initialize)
-    monkeypatch.setattr(tensors._Safe, "close", close)
+    monkeypatch.setattr(pathlib.Path, "open", open_)
     with pytest.raises(RuntimeError, match="no memory"):
         load_transformers(tmp_path)
     assert seen == [[]]
@@ -138,7 +145,7 @@ def test_auto_is_the_dtype_of_the_files(tmp_path):
         without = zoo.from_preset(tmp_path, dtype="auto", load_weights=False)
         assert without.compute_dtype == expected
     path.write_text(json.dumps({**config, "dtype": "int8"}))
-    with pytest.raises(ValueError, match="`dtype` must be one of float64, .*dtype='int8'"):
+    with pytest.raises(ValueError, match="`dtype`.*dtype='int8'"):
         load_transformers(tmp_path, dtype="auto", load_weights=False)
 
 
@@ -189,7 +196,7 @@ def test_what_is_quantized_is_not_written(tmp_path):
     small_decoders.theirs("mixtral").save_pretrained(tmp_path / "theirs")
     loaded = load_transformers(tmp_path / "theirs")
     quantize(loaded)
-    with pytest.raises(ValueError, match="^Weight '.*' must be of .* Received: dtype='int8'$"):
+    with pytest.raises(ValueError, match=r"'model\.layers.*\.weight'.*dtype='int8'"):
         save_transformers(loaded, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
@@ -227,19 +234,17 @@ def test_dtypes_of_the_layers(tmp_path):
 
 class TestNotThere:
     def test_shards_of_no_size(self, tmp_path):
-        with pytest.raises(
-            ValueError, match="`shard_bytes` must be a positive integer. Received: "
-        ):
+        with pytest.raises(ValueError, match="`shard_bytes`.*shard_bytes='5GB'"):
             save_transformers(keras.Sequential(), tmp_path / "out", shard_bytes="5GB")
 
     def test_another_model(self, tmp_path):
-        with pytest.raises(ValueError, match="must be a `zoo.Seq2SeqLM` or a `zoo.CausalLM`. Rec"):
+        with pytest.raises(ValueError, match="`model`.*`zoo.CausalLM`.*Sequential"):
             save_transformers(keras.Sequential(), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
     def test_a_folder_that_is_there(self, tmp_path):
         """Before anything else is looked at."""
-        with pytest.raises(ValueError, match="`folder` must not be there yet. Received: folder="):
+        with pytest.raises(ValueError, match=f"`folder`.*folder='{tmp_path}'"):
             save_transformers(keras.Sequential(), tmp_path)
 
     def test_nothing_is_left_of_a_folder_that_could_not_be_written(self, tmp_path, monkeypatch):
@@ -267,38 +272,37 @@ class TestDamage:
         path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
 
     def test_no_folder(self, tmp_path):
-        self.fails(tmp_path / "none", "must be a checkpoint of transformers, with a `config.json`")
+        message = "`folder`.*`config.json`.*`zoo.from_preset`.*folder='.*none'"
+        self.fails(tmp_path / "none", message)
 
     def test_another_family(self, folder):
         self.change(folder, model_type="bert")
-        self.fails(
-            folder, "one of the families t5, mt5, switch_transformers, .*. Received: .*'bert'"
-        )
+        self.fails(folder, "t5.*switch_transformers.*mixtral.*model_type='bert'")
 
     def test_a_model_that_writes_no_texts(self, folder):
         self.change(folder, architectures=["SwitchTransformersEncoderModel"])
-        self.fails(folder, "must be of a model that writes texts, .*: architectures=.'SwitchTransf")
+        self.fails(folder, "ForCausalLM.*architectures=.'SwitchTransformersEncoderModel'")
 
     def test_config_that_is_no_json(self, folder):
         (folder / "config.json").write_text("{")
-        self.fails(folder, "its `config.json` names no `model_type`")
+        self.fails(folder, "`config.json`.*`model_type`")
 
     def test_vocabulary_of_another_size(self, folder):
         self.change(folder, vocab_size=41)
-        self.fails(folder, r"weight 'shared.weight' has shape \(40, 16\), and the model wants \(41")
+        self.fails(folder, r"'shared.weight'.*\(40, 16\).*\(41, 16\)")
 
     def test_more_experts_than_there_are(self, folder):
         self.change(folder, num_experts=4)
-        self.fails(folder, "lacks the weight '.*expert_3.wi.weight' and 5 others")
+        self.fails(folder, r"'.*expert_3\.wi\.weight'.*\b5\b")
 
     def test_fewer_experts_than_there_are(self, folder):
         self.change(folder, num_experts=2)
-        self.fails(folder, "no place for the weight '.*expert_2.wi.weight' and 5 others")
+        self.fails(folder, r"'.*expert_2\.wi\.weight'.*\b5\b")
 
     def test_a_shard_cut_short(self, folder):
         shard = sorted(folder.glob("model-*.safetensors"))[1]
         shard.write_bytes(shard.read_bytes()[:-100])
-        self.fails(folder, f"{shard.name}' cannot be read")
+        self.fails(folder, f"damaged.*'{shard.name}'")
 
     def test_a_shard_that_is_cut_while_it_is_read(self, folder, monkeypatch):
         """Nothing is returned, and the reader's thread is gone."""
@@ -310,7 +314,7 @@ class TestDamage:
             initialize(deferred, values)
 
         monkeypatch.setattr(Deferred, "initialize", cut)
-        self.fails(folder, f"does not fit or is damaged: '{shard.name}' cannot be read")
+        self.fails(folder, f"damaged.*'{shard.name}'")
         assert not [t.name for t in threading.enumerate() if "ThreadPool" in t.name]
 
     def test_no_embedding_table(self, folder):
@@ -318,4 +322,4 @@ class TestDamage:
         for shard in folder.glob("model-*"):
             shard.unlink()
         save_file({"lm_head.weight": np.ones((40, 16))}, folder / "model.safetensors")
-        self.fails(folder, "it lacks the weight 'shared.weight'$")
+        self.fails(folder, "'shared.weight'$")

@@ -122,7 +122,9 @@ def test_trains_on_and_is_written_back(family, tmp_path):
     model = theirs(family)
     model.save_pretrained(tmp_path / "theirs")
     loaded = load_transformers(tmp_path / "theirs")
-    mixtures = [layer for layer in loaded._flatten_layers() if isinstance(layer, MixtureOfExperts)]
+    blocks = (*loaded.backbone.encoder_blocks, *loaded.backbone.decoder_blocks)
+    layers = [block.feed_forward for block in blocks]
+    mixtures = [layer for layer in layers if isinstance(layer, MixtureOfExperts)]
     assert len(mixtures) == (3 if family == "switch" else 0)
     parts = [v for layer in mixtures for v in layer.trainable_variables]
     parts.append(loaded.backbone.token_embedding.embeddings)
@@ -221,7 +223,7 @@ def test_one_coefficient_is_written_for_two_depths(tmp_path):
 def test_float16_warns(family, tmp_path):
     theirs(family).half().save_pretrained(tmp_path)
     for dtype, name in (("float16", "float16"), ("mixed_float16", "mixed_float16"), ("auto", "fl")):
-        with pytest.warns(UserWarning, match=rf"`dtype='bfloat16'` is .*Received: dtype={name}"):
+        with pytest.warns(UserWarning, match=f"`dtype='bfloat16'`.*dtype={name}"):
             load_transformers(tmp_path, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -262,8 +264,7 @@ def test_embedding_tables_that_differ(kept, other, tmp_path):
     weights |= {name: table.copy() for name in kept}
     weights[other][3, 2] += 1
     save_file(weights, tmp_path / "model.safetensors")
-    message = f"must share one embedding table, and 'shared.weight' and '{other}' differ"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"'shared.weight'.*'{other}'"):
         load_transformers(tmp_path)
 
 
@@ -296,20 +297,24 @@ class TestNotInTransformers:
     @pytest.mark.parametrize(
         ("router", "options", "message"),
         [
-            (SwitchRouter(), {}, "must both be None, or 0 beside a .* Received: .1.25, 2.0."),
-            (SwitchRouter(**FIXED, priority="probability"), {"decoder_sparse_blocks": ()}, "order"),
+            (SwitchRouter(), {}, r"`capacity_factor`.*`min_capacity`.*\(1.25, 2.0\)"),
+            (
+                SwitchRouter(**FIXED, priority="probability"),
+                {"decoder_sparse_blocks": ()},
+                "priority='probability'",
+            ),
             (SwitchRouter(**FIXED, reroutes=1), {"decoder_sparse_blocks": ()}, "reroutes=1"),
             (SwitchRouter(**FIXED), {"group": "batch"}, "group=.'batch', 'sequence'."),
-            (SwitchRouter(**FIXED), {"gated": True}, "no gated experts"),
-            (TopKRouter(2), {}, "one kind of `SwitchRouter` .* Received: TopKRouter"),
+            (SwitchRouter(**FIXED), {"gated": True}, "gated=True"),
+            (TopKRouter(2), {}, "`SwitchRouter`.*TopKRouter"),
             (
                 SwitchRouter(**FIXED),
                 {"decoder_router": SwitchRouter(**{**FIXED, "min_capacity": 9})},
-                "one kind of `SwitchRouter`",
+                "`SwitchRouter`.*SwitchRouter$",
             ),
-            (SwitchRouter(**FIXED), {"expert_dim": 3}, "width only. Received: expert_dim=3"),
-            (SwitchRouter(**FIXED), {"sparse_blocks": (1,)}, "Received: the sparse blocks .1,. of"),
-            (None, {"activation": "tanh"}, "no feed-forward layer with this activation"),
+            (SwitchRouter(**FIXED), {"expert_dim": 3}, "expert_dim=3"),
+            (SwitchRouter(**FIXED), {"sparse_blocks": (1,)}, r"sparse blocks \(1,\) of 2"),
+            (None, {"activation": "tanh"}, "activation=.*tanh.*gated=False"),
         ],
     )
     def test_is_refused_and_nothing_written(self, router, options, message, tmp_path):
@@ -356,20 +361,29 @@ class TestDamage:
         config = json.loads(path.read_text())
         del config["d_model"]
         path.write_text(json.dumps(config))
-        self.fails(folder, "`d_model` must be a positive integer. Received: d_model=None")
+        self.fails(folder, "`d_model`.*d_model=None")
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"d_ff": "12"}, "`d_ff` must be a positive integer. Received: d_ff='12'"),
-            ({"num_heads": 0}, "`num_heads` must be a positive integer. Received: num_heads=0"),
-            ({"num_layers": True}, "`num_layers` must be a positive integer. .*=True"),
-            ({"dropout_rate": -1}, "`dropout_rate` must be a number that is not negative. .*=-1"),
-            ({"tie_word_embeddings": 1}, "`tie_word_embeddings` must be true or false. .*=1"),
-            ({"relative_attention_num_buckets": 2}, "buckets` must be an integer of at least 4"),
-            ({"relative_attention_max_distance": 4}, "distance` must be an integer of at least 5"),
-            ({"router_bias": True}, "The router must have no bias"),
-            ({"decoder_sparse_step": 1}, "`decoder_sparse_step` must agree with `num_sparse_dec"),
+            ({"d_ff": "12"}, "`d_ff`.*d_ff='12'"),
+            ({"num_heads": 0}, "`num_heads`.*num_heads=0"),
+            ({"num_layers": True}, "`num_layers`.*num_layers=True"),
+            ({"dropout_rate": -1}, "`dropout_rate`.*dropout_rate=-1"),
+            ({"tie_word_embeddings": 1}, "`tie_word_embeddings`.*tie_word_embeddings=1"),
+            (
+                {"relative_attention_num_buckets": 2},
+                "`relative_attention_num_buckets`.*4.*buckets=2",
+            ),
+            (
+                {"relative_attention_max_distance": 4},
+                "`relative_attention_max_distance`.*5.*distance=4",
+            ),
+            ({"router_bias": True}, "router_bias=True"),
+            (
+                {"decoder_sparse_step": 1},
+                "`decoder_sparse_step`.*`num_sparse_decoder_layers`.*decoder_sparse_step=1",
+            ),
         ],
     )
     def test_entries_that_are_wrong(self, folder, options, message):
@@ -378,8 +392,8 @@ class TestDamage:
 
     def test_sparse_blocks_that_cannot_be(self, folder):
         self.change(folder, num_sparse_encoder_layers=9)
-        self.fails(folder, "must be at most the number of layers, 4. Received: num_sparse_enc.*=9")
+        self.fails(folder, "`num_sparse_encoder_layers`.*4.*num_sparse_encoder_layers=9")
 
     def test_an_activation_that_is_not_known(self, folder):
         self.change(folder, dense_act_fn="tanh")
-        self.fails(folder, "`dense_act_fn` must be one of relu, .*. Received: .*='tanh'")
+        self.fails(folder, "`dense_act_fn`.*relu.*dense_act_fn='tanh'")

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import re
 import sys
+import weakref
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -131,18 +134,33 @@ def test_safetensors_before_pickles_and_an_index_before_a_file(tmp_path):
 @SAFE
 def test_one_shard_is_open_at_a_time(safe, tmp_path, monkeypatch):
     sharded(tmp_path, safe)
-    seen = []
-    kind = tensors._Safe if safe else tensors._Pickled
-    make, close = kind.__init__, kind.close
-    monkeypatch.setattr(
-        kind, "__init__", lambda shard, path: seen.append(path.stem) or make(shard, path)
-    )
-    monkeypatch.setattr(kind, "close", lambda shard: seen.append("closed") or close(shard))
+    seen, open_path, load = {}, Path.open, torch.load  # of each shard, whether it is open
+
+    def num_open():
+        return sum(is_open() for is_open in seen.values())
+
+    def open_(path, *args, **kwargs):
+        file = open_path(path, *args, **kwargs)
+        if path.suffix == ".safetensors":
+            assert not num_open() and path.stem not in seen
+            seen[path.stem] = lambda: not file.closed
+        return file
+
+    def load_(path, **kwargs):
+        assert not num_open() and path.stem not in seen
+        weights = load(path, **kwargs)
+        tensor = weakref.ref(next(iter(weights.values())))
+        seen[path.stem] = lambda: tensor() is not None
+        return weights
+
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(torch, "load", load_)
     with Tensors(tmp_path) as opened:
         assert not seen
         for name in ("c", "a", "b", "b"):
             opened.read(name)
-    assert seen == ["first", "closed", "second", "closed"]
+            assert num_open() == 1
+    assert list(seen) == ["first", "second"] and not num_open()
 
 
 @pytest.mark.parametrize("kept", [["encoder"], ["decoder"], ["encoder", "decoder"]])
@@ -182,7 +200,7 @@ def raise_(error):
 
 class TestDamage:
     def test_no_weights(self, tmp_path):
-        fails(tmp_path, "must have weights: neither 'model.safetensors' nor 'pytorch_model.bin'")
+        fails(tmp_path, "'model.safetensors'.*'pytorch_model.bin'")
 
     @SAFE
     @pytest.mark.parametrize("kind", [whole, sharded])
@@ -192,7 +210,7 @@ class TestDamage:
         content = path.read_bytes()
         for length in (len(content) - 1, len(content) // 2, 9, 3, 0):
             path.write_bytes(content[:length])
-            fails(tmp_path, f"does not fit or is damaged: '{path.name}' cannot be read$")
+            fails(tmp_path, f"damaged.*'{path.name}'")
 
     def test_a_file_that_is_cut_while_it_is_read(self, tmp_path):
         path = whole(tmp_path)
@@ -200,7 +218,7 @@ class TestDamage:
             opened.shape("a")
             path.write_bytes(path.read_bytes()[:-1])
             opened.read("a")
-            with pytest.raises(ValueError, match="'model.safetensors' cannot be read"):
+            with pytest.raises(ValueError, match="damaged.*'model.safetensors'"):
                 opened.read("c")
 
     @pytest.mark.parametrize(
@@ -220,13 +238,13 @@ class TestDamage:
         content = path.read_bytes()
         assert old in content and len(old) == len(new)
         path.write_bytes(content.replace(old, new, 1))
-        fails(tmp_path, "damaged: 'model.safetensors' cannot be read$")
+        fails(tmp_path, "damaged.*'model.safetensors'")
 
     @pytest.mark.parametrize("length", [0, 1, 2**20, 2**63])
     def test_a_header_of_another_length(self, tmp_path, length):
         path = whole(tmp_path)
         path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-        fails(tmp_path, "damaged: 'model.safetensors' cannot be read$")
+        fails(tmp_path, "damaged.*'model.safetensors'")
 
     @SAFE
     def test_a_file_of_the_other_format(self, safe, tmp_path):
@@ -234,13 +252,13 @@ class TestDamage:
         path.write_bytes(other.read_bytes())
         if not safe:
             other.unlink()
-        fails(tmp_path, f"damaged: '{path.name}' cannot be read$")
+        fails(tmp_path, f"damaged.*'{path.name}'")
 
     @SAFE
     def test_a_shard_that_is_not_there(self, safe, tmp_path):
         shard = json.loads(sharded(tmp_path, safe).read_text())["weight_map"]["b"]
         (tmp_path / shard).unlink()
-        fails(tmp_path, f"must have the shard '{shard}', which its index names and which is not")
+        fails(tmp_path, f"shard '{shard}'.*index")
 
     @pytest.mark.parametrize("shard", ["../shard.safetensors", "/shard.safetensors", "a/b", "."])
     def test_a_shard_elsewhere(self, tmp_path, shard):
@@ -248,14 +266,14 @@ class TestDamage:
         folder.mkdir()
         change(sharded(folder), a=shard)
         save(WEIGHTS, tmp_path / "shard.safetensors")
-        fails(folder, f"must have the shard '{shard}', which its index names and")
+        fails(folder, f"shard '{re.escape(shard)}'.*index")
 
     @SAFE
     def test_an_index_that_names_the_wrong_shard(self, safe, tmp_path):
         index = sharded(tmp_path, safe)
         wrong = f"second{'.safetensors' if safe else '.bin'}"
         change(index, a=wrong)
-        fails(tmp_path, f"it lacks the weight 'a', which its index places in '{wrong}'$")
+        fails(tmp_path, f"'a'.*index.*'{wrong}'")
         with Tensors(tmp_path) as opened:
             np.testing.assert_array_equal(opened.read("b"), WEIGHTS["b"])
             np.testing.assert_array_equal(opened.read("c"), WEIGHTS["c"])
@@ -267,12 +285,12 @@ class TestDamage:
     )
     def test_an_index_that_is_none(self, tmp_path, content):
         sharded(tmp_path).write_text(content)
-        fails(tmp_path, "damaged: 'model.safetensors.index.json' cannot be read$")
+        fails(tmp_path, "damaged.*'model.safetensors.index.json'")
 
     @pytest.mark.parametrize("content", [{"a": 3}, [1], torch.ones(3), {"a": [torch.ones(3)]}])
     def test_a_pickle_of_something_else(self, tmp_path, content):
         torch.save(content, tmp_path / tensors.PICKLED)
-        fails(tmp_path, "damaged: 'pytorch_model.bin' cannot be read$")
+        fails(tmp_path, "damaged.*'pytorch_model.bin'")
 
     @pytest.mark.parametrize("new", [True, False], ids=["zip", "of an old version"])
     def test_a_pickle_that_would_run_code(self, tmp_path, new):
@@ -284,7 +302,7 @@ class TestDamage:
 
         path = tmp_path / tensors.PICKLED
         torch.save({"a": Payload()}, path, _use_new_zipfile_serialization=new)
-        fails(tmp_path, "damaged: 'pytorch_model.bin' cannot be read$")
+        fails(tmp_path, "damaged.*'pytorch_model.bin'")
         assert not marker.exists()
         torch.load(path, weights_only=False)  # which would
         assert marker.exists()
@@ -298,7 +316,7 @@ class TestDamage:
         else:
             torch.save(weights, tmp_path / tensors.PICKLED)
         kind = "F8_E4M3" if safe else "float8_e4m3fn"
-        fails(tmp_path, f"weight 'a' must be of float64, .*, int32. Received: dtype='{kind}'$")
+        fails(tmp_path, f"'a'.*float64.*int32.*dtype='{kind}'")
         with Tensors(tmp_path) as opened:
             assert opened.shape("a") == (2,) and opened.read("b").tolist() == [1, 1, 1]
 
@@ -320,7 +338,7 @@ class TestDamage:
     def test_a_missing_package_names_the_extra(self, tmp_path, monkeypatch, package, extra, safe):
         sharded(tmp_path, safe)
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=rf"package '{package}', .*keras-moe\[{extra}\]"):
+        with pytest.raises(ImportError, match=rf"'{package}'.*keras-moe\[{extra}\]"):
             Tensors(tmp_path).shape("a")
 
 
@@ -381,7 +399,6 @@ class TestWrite:
     @pytest.mark.parametrize("dtype", ["int8", "bool", "uint32", "float8_e4m3fn"])
     def test_a_dtype_that_would_not_be_read_back(self, dtype, tmp_path):
         array = np.zeros(2).astype(dtype)
-        message = f"^Weight 'x' must be of float64, .*, int32. Received: dtype='{dtype}'$"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"'x'.*float64.*int32.*dtype='{dtype}'"):
             write([("x", array)], tmp_path)
         assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import warnings
 
@@ -162,7 +163,7 @@ class TestIds:
 
     def test_what_is_no_text(self, loaded):
         for inputs in (3, ["a", 3], [["a"]]):
-            with pytest.raises(ValueError, match="`inputs` must be a text or a list of texts. Rec"):
+            with pytest.raises(ValueError, match=f"`inputs`.*{re.escape(repr(inputs))}"):
                 loaded.preprocessor.tokenizer(inputs)
 
 
@@ -221,7 +222,7 @@ class TestModel:
             warnings.simplefilter("error", UserWarning)
             model = load_transformers(copy)
         assert model.preprocessor is None
-        with pytest.raises(ValueError, match="`preset` must have a tokenizer. Received"):
+        with pytest.raises(ValueError, match="`preset`.*tokenizer.*preset='.*copy'"):
             require_generation(copy)
         save_transformers(model, tmp_path / "ours")
         config = json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -295,12 +296,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("name", "entries", "reason"),
         [
-            ("tokenizer.json", {"model": {"type": "Magic"}}, "its files cannot be read .*"),
-            ("tokenizer_config.json", {"eos_token": None}, "it names no token that ends a text"),
+            ("tokenizer.json", {"model": {"type": "Magic"}}, "files"),
+            ("tokenizer_config.json", {"eos_token": None}, "no token"),
             (
                 "tokenizer.json",
                 {"post_processor": {"type": "BertProcessing", "sep": ["y", 5], "cls": ["x", 4]}},
-                "turns the text 'a' into .*, more than a start and an end",
+                "'a'.*'a', 'y'",
             ),
         ],
     )
@@ -309,15 +310,15 @@ class TestSettings:
     ):
         edit(copy / "config.json", eos_token_id=None)
         edit(copy / name, **entries)
-        unusable = f"^The tokenizer of '.*' cannot be used: .*{reason}"
-        with pytest.warns(UserWarning, match=f"{unusable}.*; the model is loaded without it$"):
+        unusable = f"tokenizer.*'{copy}'.*{reason}"
+        with pytest.warns(UserWarning, match=unusable):
             assert load_transformers(copy, load_weights=False).preprocessor is None
         with pytest.raises(ValueError, match=unusable):
             require_generation(copy)
 
     def test_more_ids_than_rows(self, copy):
         edit(copy / "config.json", vocab_size=300)
-        message = "does not fit: its tokenizer has ids up to 3.., and the model has 300 rows"
+        message = rf"'{copy}'.*tokenizer.*3\d\d.*300"
         with pytest.raises(ValueError, match=message):
             load_transformers(copy, load_weights=False)
         with pytest.raises(ValueError, match=message):
@@ -326,7 +327,7 @@ class TestSettings:
     def test_a_sentencepiece_model_alone(self, family, copy):
         (copy / "tokenizer.json").unlink()
         (copy / "tokenizer.model").write_bytes(b"")
-        with pytest.warns(UserWarning, match="without a 'tokenizer.json', which the `save_pretra"):
+        with pytest.warns(UserWarning, match="'tokenizer.json'.*`save_pretrained`"):
             assert load_transformers(copy).preprocessor is None
 
 
