@@ -109,6 +109,12 @@ FAULTS = (
         tests=("tests/keras_moe/ops/test_recorded.py",),
     ),
     Fault(
+        "keras_moe/ops/gradients.py",
+        "return lambda *inputs: WithGradient.apply(forward, backward, *inputs)",
+        "return lambda *inputs: forward(*inputs)",
+        "PyTorch differentiates the function itself, not by the gradient given",
+    ),
+    Fault(
         "keras_moe/capped.py",
         "return ops.where(valid_G1S, cap - _count(taken_GES, axis=1), 0)",
         "return cap - _count(taken_GES, axis=1)",
@@ -181,6 +187,12 @@ FAULTS = (
         "slots are counted with groups before experts",
     ),
     Fault(
+        "keras_moe/dispatch.py",
+        "lambda: upstream_MD * ops.cast(weight_M[:, None], upstream_MD.dtype),",
+        "lambda: upstream_MD,",
+        "the gradient of the experts' outputs lacks the weight",
+    ),
+    Fault(
         "keras_moe/losses/balance.py",
         'tokens_G1 = ops.sum(ops.cast(mask, "float32"), axis=1, keepdims=True)',
         "tokens_G1 = tokens_G1 + 0.0",
@@ -223,6 +235,21 @@ FAULTS = (
         "the threshold loss is averaged over padding, too",
     ),
     Fault(
+        "keras_moe/losses/balance.py",
+        "one = [ops.reshape(x, (1, -1, x.shape[-1])) for x in (probabilities, expert_index)]\n"
+        "    return sequence_balancing(*one, None if mask is None else ops.reshape(mask, (1, -1)))",
+        "one = [ops.reshape(x, (-1, *x.shape[-2:])) for x in (probabilities, expert_index)]\n"
+        "    shape = (-1, probabilities.shape[-2])\n"
+        "    return sequence_balancing(*one, None if mask is None else ops.reshape(mask, shape))",
+        "the balancing loss is averaged over sequences, not over the batch",
+    ),
+    Fault(
+        "keras_moe/losses/balance.py",
+        'sequences = ops.sum(ops.cast(tokens_G1 > 0, "float32"))',
+        'sequences = ops.cast(groups, "float32")',
+        "sequences of padding count in the mean over sequences",
+    ),
+    Fault(
         "keras_moe/losses/mixture.py",
         "log_likelihood_E = -0.5 * _distance(",
         "log_likelihood_E = -_distance(",
@@ -239,6 +266,18 @@ FAULTS = (
         'return {**super().get_config(), "form": self.form}',
         "return super().get_config()",
         "the config of the loss lacks its form",
+    ),
+    Fault(
+        "keras_moe/losses/mixture.py",
+        "outputs = ops.softmax(outputs)",
+        "outputs = ops.softmax(outputs, axis=-2)",
+        "the class probabilities are a softmax over experts",
+    ),
+    Fault(
+        "keras_moe/losses/mixture.py",
+        "return ops.log_softmax(gate_logits_E) + log_likelihood_E",
+        "return gate_logits_E + log_likelihood_E",
+        "the proportions of the gate are not normalized",
     ),
     Fault(
         "keras_moe/routing/base.py",
@@ -271,6 +310,23 @@ FAULTS = (
         "the config of a router lacks its capacity in inference",
     ),
     Fault(
+        "keras_moe/routing/base.py",
+        "    def get_config(self):",
+        "    def save_own_variables(self, store):\n"
+        "        for number, variable in enumerate(self._trainable_variables):\n"
+        "            store[str(number)] = variable\n\n"
+        "    def load_own_variables(self, store):\n"
+        "        for number, variable in enumerate(self._trainable_variables):\n"
+        "            variable.assign(store[str(number)])\n\n"
+        "    def get_config(self):",
+        "biases and thresholds that have no gradient are not saved",
+        tests=(
+            "tests/keras_moe/test_saving.py",
+            "tests/keras_moe/routing/test_loss_free.py",
+            "tests/keras_moe/routing/test_expert_choice.py",
+        ),
+    ),
+    Fault(
         "keras_moe/routing/token_choice.py",
         "factor = self.capacity_factor if training else self.eval_capacity_factor",
         "factor = self.capacity_factor",
@@ -301,6 +357,30 @@ FAULTS = (
         "a rerouted token keeps the weight of the expert that was full",
     ),
     Fault(
+        "keras_moe/routing/token_choice.py",
+        'inputs = super().prepare(inputs, mask, training and self.exploration == "jitter")',
+        "inputs = super().prepare(inputs, mask, training)",
+        "the input has jitter under every kind of exploration",
+    ),
+    Fault(
+        "keras_moe/routing/token_choice.py",
+        "ops.cumsum(probabilities_GSE, axis=-1) <= drawn_GS1",
+        "ops.cumsum(probabilities_GSE, axis=1) <= drawn_GS1",
+        "probabilities are added up over tokens to sample an expert",
+    ),
+    Fault(
+        "keras_moe/routing/token_choice.py",
+        "top_k(ops.where(first_GSE, -1.0, probabilities_GSE), self.reroutes)",
+        "top_k(probabilities_GSE, self.reroutes)",
+        "a token that finds its expert full asks the same expert again",
+    ),
+    Fault(
+        "keras_moe/routing/token_choice.py",
+        '            "priority": self.priority,\n',
+        "",
+        "the config of a router lacks its priority",
+    ),
+    Fault(
         "keras_moe/routing/noisy.py",
         "scale_GSE = ops.softplus(ops.matmul(inputs, self.noise_kernel))",
         "scale_GSE = ops.matmul(inputs, self.noise_kernel)",
@@ -311,6 +391,18 @@ FAULTS = (
         "return values, (first + place) % n",
         "return values, place",
         "experts that take turns are not turned back",
+    ),
+    Fault(
+        "keras_moe/routing/noisy.py",
+        "        if not training:\n            return logits",
+        "        if scale is None:\n            return logits",
+        "the logits have noise at inference",
+    ),
+    Fault(
+        "keras_moe/routing/noisy.py",
+        "routing.clean_logits, routing.logits, routing.noise_scale, self.k,",
+        "routing.logits, routing.logits, routing.noise_scale, self.k,",
+        "the load loss takes the logits with noise for those without",
     ),
     Fault(
         "keras_moe/routing/expert_choice.py",
@@ -337,10 +429,22 @@ FAULTS = (
         "padding passes the thresholds",
     ),
     Fault(
+        "keras_moe/routing/expert_choice.py",
+        "cap = self.max_experts_per_token or math.ceil(2 * self.capacity_factor)",
+        "cap = self.max_experts_per_token or math.ceil(self.capacity_factor)",
+        "half as many experts as documented may share a token at inference",
+    ),
+    Fault(
         "keras_moe/routing/hashing.py",
         'ops.cast(token_ids, "int32") % table.shape[0]',
         'ops.cast(token_ids, "int32") % self.num_experts',
         "a table is read modulo the number of experts",
+    ),
+    Fault(
+        "keras_moe/routing/hashing.py",
+        "max(self.table) >= num_experts",
+        "max(self.table) > num_experts",
+        "a table that names one expert too many is not refused",
     ),
     Fault(
         "keras_moe/routing/loss_free.py",
@@ -373,10 +477,28 @@ FAULTS = (
         "padding counts among the choices of experts",
     ),
     Fault(
+        "keras_moe/routing/softmax.py",
+        "expert_E * tokens + token_S[:, None], (groups, tokens, num_experts)",
+        "token_S[:, None] * num_experts + expert_E, (groups, tokens, num_experts)",
+        "slots are numbered with tokens before experts",
+    ),
+    Fault(
         "keras_moe/routing/strict.py",
         "scores_GSE = ops.stop_gradient(routing.probabilities)",
         "scores_GSE = routing.probabilities",
         "the loss of the thresholds has a gradient in the scores",
+    ),
+    Fault(
+        "keras_moe/routing/strict.py",
+        "return routing._replace(weight=_normalize(routing, *ops.shape(inputs)[:2]))",
+        "return routing",
+        "weights are not divided by their sum over the experts that took the token",
+    ),
+    Fault(
+        "keras_moe/routing/strict.py",
+        "scores[1] > self.threshold",
+        "scores[0] > self.threshold",
+        "thresholds are compared with logits, not with probabilities",
     ),
     Fault(
         "keras_moe/experts.py",
@@ -409,6 +531,12 @@ FAULTS = (
         "an optimizer takes a bank's weights for those of one layer",
     ),
     Fault(
+        "keras_moe/experts.py",
+        "self.seed + index",
+        "self.seed",
+        "all kernels of a bank are drawn with one seed",
+    ),
+    Fault(
         "keras_moe/metrics.py",
         '"entropy": ops.sum(valid_GS * entropy_GS)',
         '"entropy": ops.sum(entropy_GS)',
@@ -431,6 +559,12 @@ FAULTS = (
         "experts_1T = ops.where(ops.reshape(routing.mask, (1, -1)), experts_1T, num_experts + 1)",
         "experts_1T = ops.where(ops.reshape(routing.mask, (1, -1)), experts_1T, 0)",
         "padding counts in the histogram",
+    ),
+    Fault(
+        "keras_moe/metrics.py",
+        '"untaken": ops.sum(valid_GS * ops.cast(experts_per_token_GS == 0, "float32"))',
+        '"untaken": ops.sum(ops.cast(experts_per_token_GS == 0, "float32"))',
+        "padding counts among the tokens that no expert took",
     ),
     Fault(
         "keras_moe/moe.py",
@@ -487,6 +621,18 @@ FAULTS = (
         "the capacity leaves the second level's choices out",
     ),
     Fault(
+        "keras_moe/hierarchical.py",
+        "losses.router_z(logits_GSKB, mask_GSK)",
+        "losses.router_z(logits_GSKB)",
+        "padding counts in the z-loss of the second level",
+    ),
+    Fault(
+        "keras_moe/hierarchical.py",
+        "routing.expert_index[..., :: self.secondary_k] // self.group_size",
+        "routing.expert_index[..., : self.k] // self.group_size",
+        "the load loss takes the first experts of a token for its groups",
+    ),
+    Fault(
         "keras_moe/soft.py",
         "logits_GSN = ops.where(mask, logits_GSN, -1e30)",
         "logits_GSN = ops.where(mask, logits_GSN, logits_GSN)",
@@ -499,10 +645,22 @@ FAULTS = (
         "tokens are dispatched by a softmax over the slots",
     ),
     Fault(
+        "keras_moe/soft.py",
+        "self.scale * _normalize(phi_DN, axis=0)",
+        "self.scale * _normalize(phi_DN, axis=-1)",
+        "the parameters of slots are normalized over slots, not over the width",
+    ),
+    Fault(
         "keras_moe/reading.py",
         "model(inputs, training=training)",
         "model(inputs)",
         "routings are always those of inference",
+    ),
+    Fault(
+        "keras_moe/reading.py",
+        'result[f"{name}_{same}" if same else name] = layer',
+        "result[name] = layer",
+        "of layers with one path only the last one is listed",
     ),
     Fault(
         "keras_moe/callbacks.py",
@@ -557,6 +715,12 @@ FAULTS = (
         "trained = [ops.stop_gradient(v.value) for v in self.teacher.trainable_variables]",
         "trained = [v.value for v in self.teacher.trainable_variables]",
         "layers that the teacher shares learn from what the teacher says",
+    ),
+    Fault(
+        "keras_moe/surgery/distil.py",
+        "self.teacher.stateless_call(trained, others, x, training=False)[0]",
+        "self.teacher.stateless_call(trained, others, x, training=True)[0]",
+        "the teacher has dropout",
     ),
     Fault(
         "keras_moe/launch.py",
