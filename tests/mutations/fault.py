@@ -38,21 +38,23 @@ class Fault:
         return str(path) if (ROOT / path).exists() else None
 
     def commands(self):
-        """Paths for pytest: the mirror, the tests named, and for a layer the end-to-end tests."""
+        """Tuples of paths for pytest: the mirror and the tests named; for a layer end to end."""
         mirror = self.mirror()
-        paths = [*([mirror] if mirror else []), *self.tests]
+        paths = (*([mirror] if mirror else []), *self.tests)
         if self.file.startswith("keras_moe/") and self.backend == "torch":
-            paths.append(END_TO_END)
-        return tuple(dict.fromkeys(paths))
+            return paths, (END_TO_END,)
+        return (paths,)
 
     def plant(self, root):
-        """Writes the fault into a copy of the repository, and returns the file's former text."""
-        path = pathlib.Path(root, self.file)
-        text = path.read_text()
+        """The text of the file in a copy of the repository, and the text with the fault.
+
+        Raises:
+            ValueError: if the text to replace does not occur exactly once.
+        """
+        text = pathlib.Path(root, self.file).read_text()
         if text.count(self.old) != 1:
             raise ValueError(
                 f"`old` must occur once in {self.file}. Received: {self.old!r}, which occurs "
                 f"{text.count(self.old)} times"
             )
-        path.write_text(text.replace(self.old, self.new))
-        return text
+        return text, text.replace(self.old, self.new)
