@@ -101,3 +101,16 @@ class TestRows:
             )
             np.testing.assert_array_equal(numpy(put()), expected)
         np.testing.assert_array_equal(numpy(tensor(x)), x)
+
+    @pytest.mark.skipif(
+        keras.backend.backend() == "tensorflow",
+        reason="TensorFlow has no gradient of XlaDynamicUpdateSlice, which Keras uses",
+    )
+    def test_gradient_of_put_rows_is_zero_where_rows_are_replaced(self):
+        # The exponential's gradient is its output, which must not be written into.
+        layer = keras.layers.Lambda(
+            lambda x: moe_ops.put_rows(ops.exp(x), ops.ones((1, 2)), 1, axis=0)
+        )
+        layer.build((2, 2))
+        by_x, _ = gradients(layer, np.zeros((2, 2)), [[2.0, 3.0], [4.0, 5.0]])
+        assert by_x.tolist() == [[2, 3], [0, 0]]
