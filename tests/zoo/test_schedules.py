@@ -14,15 +14,17 @@ def test_rises_and_falls():
 def test_in_an_optimizer_and_round_trip():
     optimizer = keras.optimizers.Adam(zoo.InverseSquareRoot(0.5, warmup_steps=4))
     assert float(optimizer.learning_rate) == pytest.approx(0.125)
-    copy = keras.optimizers.Adam.from_config(optimizer.get_config())._learning_rate
-    assert (type(copy), copy.peak, copy.warmup_steps) == (zoo.InverseSquareRoot, 0.5, 4)
+    copy = keras.optimizers.Adam.from_config(optimizer.get_config())
+    for step, rate in ((0, 0.125), (15, 0.25)):  # of no other peak and number of warmup steps
+        copy.iterations.assign(step)
+        assert float(copy.learning_rate) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), "`peak` must be a positive number. Received: peak=0.0"),
-        ((0.1, 0), "`warmup_steps` must be a positive integer. Received: warmup_steps=0"),
+        ((0.0,), "`peak`.*peak=0.0"),
+        ((0.1, 0), "`warmup_steps`.*warmup_steps=0"),
     ],
 )
 def test_errors(arguments, message):

@@ -57,7 +57,8 @@ def sparse_numbers(name, blocks, num_layers):
     is_list = isinstance(blocks, (tuple, list))
     if not is_list or not all(isinstance(n, Integral) and 1 <= n <= num_layers for n in blocks):
         raise ValueError(
-            f"`{name}` must be numbers from 1 to {num_layers}, in a list. Received: {name}={blocks}"
+            f"`{name}` must be numbers from 1 to {num_layers}, in a list. "
+            f"Received: {name}={blocks!r}"
         )
     return tuple(blocks)
 

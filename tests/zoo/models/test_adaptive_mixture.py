@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -180,37 +182,35 @@ def test_the_gate_is_float32_under_mixed_precision():
 
 class TestErrors:
     def test_number_of_experts(self):
-        with pytest.raises(ValueError, match="`experts` must be a positive integer.*experts=0"):
+        with pytest.raises(ValueError, match="`experts`.*experts=0"):
             zoo.adaptive_mixture(experts=0)
 
     def test_output_dim(self):
-        with pytest.raises(ValueError, match="`output_dim` must be a positive.*output_dim=0"):
+        with pytest.raises(ValueError, match="`output_dim`.*output_dim=0"):
             zoo.adaptive_mixture(experts=2, output_dim=0)
 
     @pytest.mark.parametrize("experts", [[], [keras.layers.Dense(1), "dense"]])
     def test_no_layers(self, experts):
-        with pytest.raises(ValueError, match="`experts` must be a list of Keras layers, at least"):
+        with pytest.raises(ValueError, match=f"`experts`.*{re.escape(repr(experts))}"):
             zoo.adaptive_mixture(experts)
 
     def test_gate_is_a_layer(self):
-        with pytest.raises(
-            ValueError, match="`gate` must be a Keras layer or None.*gate='softmax'"
-        ):
+        with pytest.raises(ValueError, match="`gate`.*gate='softmax'"):
             zoo.adaptive_mixture(experts=2, gate="softmax")
 
     def test_one_layer_twice(self):
         expert = keras.layers.Dense(1)
-        with pytest.raises(ValueError, match="`experts` must be different objects"):
+        with pytest.raises(ValueError, match="`experts`.*different"):
             zoo.adaptive_mixture([expert, expert])
 
     def test_widths(self):
         model = zoo.adaptive_mixture([keras.layers.Dense(1), keras.layers.Dense(2)])
-        with pytest.raises(ValueError, match=r"agree in their output width. Received: \[1, 2\]"):
+        with pytest.raises(ValueError, match=r"`experts`.*\[1, 2\]"):
             model.build(X.shape)
 
     def test_gate_of_another_width(self):
         model = zoo.adaptive_mixture(experts=2, gate=keras.layers.Dense(3))
-        with pytest.raises(ValueError, match="one logit for each of 2 experts. Received: 3"):
+        with pytest.raises(ValueError, match="`gate`.*2.*3"):
             model.build(X.shape)
 
 
@@ -219,5 +219,6 @@ def test_loss_of_the_other_kind(classification):
     model = zoo.adaptive_mixture(2, 3, classification=classification)
     other = "mixture" if classification else "classification"
     model.compile("sgd", keras_moe.losses.MixtureOfExpertsLoss(other))
-    with pytest.raises(ValueError, match=f"`form` of the loss must be .* Received: form='{other}'"):
+    message = f"`form`.*form='{other}'.*classification={classification}"
+    with pytest.raises(ValueError, match=message):
         model.fit(np.ones((4, 2)), np.ones((4, 1 if not classification else 3)), verbose=0)

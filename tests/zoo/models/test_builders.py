@@ -190,7 +190,8 @@ def test_the_decoder_sees_as_many_experts(tiny):
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_sizes_of_decoders_only(builder):
     for size in ("100m", "8b"):
-        with pytest.raises(ValueError, match=f"`architecture` must be 'decoder' for size='{size}'"):
+        message = f"`architecture`.*'decoder'.*size='{size}'.*architecture='encoder_decoder'"
+        with pytest.raises(ValueError, match=message):
             builder(size)
 
 
@@ -201,19 +202,20 @@ def test_vocabularies():
 
 
 def test_a_dense_model_has_no_experts():
-    with pytest.raises(ValueError, match="`num_experts` must be left out of a dense model. Receiv"):
+    with pytest.raises(ValueError, match="`num_experts`.*num_experts=4"):
         zoo.dense_transformer("mini", num_experts=4)
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_what_is_no_router(builder):
-    with pytest.raises(ValueError, match="`router` must be a `keras_moe` router or None. Received"):
+    with pytest.raises(ValueError, match="`router`.*router='switch'"):
         builder("mini", router="switch")
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_unknown_size_or_architecture(builder):
-    with pytest.raises(ValueError, match=r"`size` must be one of mini.*Did you mean 'small'"):
+    with pytest.raises(ValueError, match="`size`.*mini.*size='smal'.*'small'"):
         builder("smal")
-    with pytest.raises(ValueError, match="`architecture` must be one of 'encoder_decoder', 'enc"):
+    message = "`architecture`.*'encoder_decoder', 'encoder', 'decoder'.*architecture='encoders'"
+    with pytest.raises(ValueError, match=message):
         builder("mini", architecture="encoders")

@@ -1,4 +1,5 @@
 import inspect
+import re
 
 import keras
 import keras_hub
@@ -157,14 +158,14 @@ def test_writing_leaves_no_trace_in_the_statistics():
 )
 def test_prompts_that_are_none(lm, mask):
     x = {"token_ids": np.ones((2, 3), "int32"), "padding_mask": np.array(mask)}
-    with pytest.raises(ValueError, match="`padding_mask` must be 1 for one token or more"):
+    with pytest.raises(ValueError, match=f"`padding_mask`.*{re.escape(str(mask))}"):
         lm.generate(x, stop_token_ids=None)
 
 
 def test_samplers():
     lm = model()
     assert type(lm.sampler) is keras_hub.samplers.GreedySampler
-    with pytest.raises(ValueError, match="`sampler` must return its best beam alone"):
+    with pytest.raises(ValueError, match="`sampler`.*return_all_beams=True"):
         lm.compile(sampler=keras_hub.samplers.BeamSampler(return_all_beams=True))
 
 
@@ -300,11 +301,20 @@ def test_every_config_key_makes_the_round_trip():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparse_blocks": [3]}, "`sparse_blocks` must be numbers from 1 to 2.*3"),
-        ({"positions": "sinusoidal"}, "`positions` must be one of 'relative', 'rotary'"),
-        ({"router": keras_moe.ExpertChoiceRouter()}, "`router` must not look ahead in inference"),
-        ({"router": keras_moe.SwitchRouter(), "group": "batch"}, "`group` must be 'sequence' for"),
-        ({"positions": "rotary", "num_key_value_heads": 3}, "multiple of `num_key_value_heads`"),
+        ({"sparse_blocks": [3]}, r"`sparse_blocks`.*2.*sparse_blocks=\[3\]"),
+        ({"positions": "sinusoidal"}, "`positions`.*'relative', 'rotary'.*positions='sinusoidal'"),
+        (
+            {"router": keras_moe.ExpertChoiceRouter()},
+            "`router`.*`inference='threshold'`.*router=<ExpertChoiceRouter",
+        ),
+        (
+            {"router": keras_moe.SwitchRouter(), "group": "batch"},
+            "`group`.*'sequence'.*group='batch', router=<SwitchRouter",
+        ),
+        (
+            {"positions": "rotary", "num_key_value_heads": 3},
+            "`num_heads`.*`num_key_value_heads`.*num_key_value_heads=3",
+        ),
     ],
 )
 def test_bad_arguments(options, message):

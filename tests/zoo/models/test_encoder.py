@@ -1,4 +1,5 @@
 import contextlib
+import re
 
 import keras
 import keras_hub
@@ -441,7 +442,7 @@ def ready():
 )
 @pytest.mark.parametrize("verb", ["predict", "evaluate", "fit"])
 def test_what_is_no_text_is_refused_in_one_sentence(ready, verb, x):
-    with pytest.raises(ValueError, match=r"^`x` must be a list of .* Received: x=.*$") as error:
+    with pytest.raises(ValueError, match=f"^`x`.*x={re.escape(repr(x))}$") as error:
         getattr(ready, verb)(x, verbose=0)
     assert "\n" not in str(error.value)
 
@@ -478,9 +479,9 @@ def test_tokens_need_no_preprocessor():
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_expert'"):
+    with pytest.raises(TypeError, match="'num_expert'"):
         zoo.switch_transformer(num_expert=4)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+    with pytest.raises(TypeError, match="'rate'"):
         zoo.EncoderTextClassifier(encoder("dense"), 2, rate=0.1)
 
 
@@ -497,9 +498,7 @@ def test_name_and_trainable(tmp_path):
 
 
 def test_sparse_blocks_are_there():
-    with pytest.raises(
-        ValueError, match="`sparse_blocks` must be numbers from 1 to 2, in a list. R"
-    ):
+    with pytest.raises(ValueError, match=r"`sparse_blocks`.*2.*sparse_blocks=\(3,\)"):
         encoder(sparse_blocks=(3,))
 
 

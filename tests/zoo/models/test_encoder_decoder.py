@@ -257,24 +257,21 @@ def test_every_config_key_makes_the_round_trip():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": keras_moe.ExpertChoiceRouter()}, "`decoder_router` must not look ahead. Recei"),
+        (
+            {"router": keras_moe.ExpertChoiceRouter()},
+            "`decoder_router`.*decoder_router=<ExpertChoiceRouter",
+        ),
         (
             {"num_experts": 0, "sparse_blocks": (3,)},
-            "`sparse_blocks` must be numbers from 1 to 2, in a list. Received: sparse_",
+            r"`sparse_blocks`.*2.*sparse_blocks=\(3,\)",
         ),
-        ({"decoder_sparse_blocks": (0,)}, "`decoder_sparse_blocks` must be numbers from 1 to 2, i"),
-        (
-            {"sparse_blocks": 2},
-            "`sparse_blocks` must be numbers from 1 to 2, in a list. Received: ",
-        ),
-        (
-            {"router": "switch"},
-            "`router` must be a `keras_moe` router or None. Received: router='s",
-        ),
-        ({"decoder_router": 1}, "`decoder_router` must be a `keras_moe` router or None. Received:"),
-        ({"hidden_dim": 0}, "`hidden_dim` must be a positive integer. Received: hidden_dim=0"),
-        ({"vocabulary_size": 1.5}, "`vocabulary_size` must be a positive integer. Received: voc"),
-        ({"dtype": "int32"}, "`dtype` must be one of floats. Received: dtype='int32'"),
+        ({"decoder_sparse_blocks": (0,)}, r"`decoder_sparse_blocks`.*2.*blocks=\(0,\)"),
+        ({"sparse_blocks": 2}, "`sparse_blocks`.*2.*sparse_blocks=2"),
+        ({"router": "switch"}, "`router`.*router='switch'"),
+        ({"decoder_router": 1}, "`decoder_router`.*decoder_router=1"),
+        ({"hidden_dim": 0}, "`hidden_dim`.*hidden_dim=0"),
+        ({"vocabulary_size": 1.5}, "`vocabulary_size`.*vocabulary_size=1.5"),
+        ({"dtype": "int32"}, "`dtype`.*dtype='int32'"),
     ],
 )
 def test_errors(options, message):
@@ -286,18 +283,17 @@ def test_what_no_task_can_be_made_of(lm):
     decoder = zoo.DecoderBackbone(**TINY)
     encoder = zoo.EncoderBackbone(**TINY)
     for make, message in (
-        (lambda: zoo.Seq2SeqLM(decoder), "`backbone` of a `Seq2SeqLM` must be a `EncoderDecoderB"),
-        (lambda: zoo.CausalLM(lm.backbone), "`backbone` of a `CausalLM` must be a `DecoderBackb"),
-        (lambda: zoo.LstmCausalLM(decoder), "`backbone` of a `LstmCausalLM` must be a `LstmBack"),
+        (lambda: zoo.Seq2SeqLM(decoder), "`Seq2SeqLM`.*`EncoderDecoderBackbone`.* Decoder"),
+        (lambda: zoo.CausalLM(lm.backbone), "`CausalLM`.*`DecoderBackbone`.* EncoderDecoder"),
+        (lambda: zoo.LstmCausalLM(decoder), "`LstmCausalLM`.*`LstmBackbone`.* Decoder"),
         (
             lambda: zoo.EncoderTextClassifier(decoder, 2),
-            "`backbone` of a `EncoderTextClassifier` must be a `EncoderBackbone`. Received: a Dec",
+            "`EncoderTextClassifier`.*`EncoderBackbone`.* Decoder",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"`backbone`.*{message}Backbone$"):
             make()
     tokenizer = zoo.default_tokenizer()
-    few = "must have a tokenizer of at most the backbone's 40 pieces. Received: one of 8000"
     for make in (
         lambda: zoo.Seq2SeqLM(lm.backbone, zoo.Seq2SeqLMPreprocessor(tokenizer)),
         lambda: zoo.CausalLM(decoder, zoo.CausalLMPreprocessor(tokenizer)),
@@ -305,18 +301,18 @@ def test_what_no_task_can_be_made_of(lm):
             encoder, 2, zoo.EncoderTextClassifierPreprocessor(tokenizer)
         ),
     ):
-        with pytest.raises(ValueError, match=few):
+        with pytest.raises(ValueError, match="`preprocessor`.*40.*8000"):
             make()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": []}, r"`inputs` must be one or more texts, or .*: inputs=\[]"),
-        ({"inputs": 3}, "`inputs` must be one or more texts, or tokens as .*: inputs=3"),
-        ({"inputs": None}, "`inputs` must be one or more texts, or tokens as .*: inputs=None"),
-        ({"inputs": "a", "max_length": 0}, "`max_length` must be a positive integer or None. Rec"),
-        ({"inputs": "a", "strip_prompt": True}, "`strip_prompt` must be False for a text-to-text"),
+        ({"inputs": []}, r"`inputs`.*inputs=\[]"),
+        ({"inputs": 3}, "`inputs`.*inputs=3"),
+        ({"inputs": None}, "`inputs`.*inputs=None"),
+        ({"inputs": "a", "max_length": 0}, "`max_length`.*max_length=0"),
+        ({"inputs": "a", "strip_prompt": True}, "`strip_prompt`.*strip_prompt=True"),
     ],
 )
 def test_what_cannot_be_written(lm, arguments, message):
@@ -325,7 +321,7 @@ def test_what_cannot_be_written(lm, arguments, message):
 
 
 def test_no_such_sampler(lm):
-    with pytest.raises(ValueError, match="`sampler` must be one of greedy, .*: sampler='gredy'"):
+    with pytest.raises(ValueError, match="`sampler`.*greedy, .*sampler='gredy'"):
         lm.compile(sampler="gredy")
 
 

@@ -12,6 +12,7 @@ import zoo
 from tests import oracle
 from tests.backend import numpy, outputs, stateless
 from zoo.models import moe_lstm
+from zoo.models.deferred import Deferred
 from zoo.models.moe_lstm import ProjectedLSTMCell
 
 V, D = 40, 8
@@ -192,7 +193,7 @@ def test_learns_from_strings_saves_and_loads(tmp_path):
 
     model.save(tmp_path / "model.keras")
     model.save_to_preset(str(tmp_path / "preset"))
-    with pytest.raises(ValueError, match="`num_classes` must be None for a language model"):
+    with pytest.raises(ValueError, match="`num_classes`.*num_classes=2"):
         zoo.from_preset(tmp_path / "preset", num_classes=2)
     for loaded in (
         keras.saving.load_model(tmp_path / "model.keras"),
@@ -289,13 +290,10 @@ class TestPresets:
         monkeypatch.setattr(moe_lstm, "LstmCausalLM", lambda backbone, _: backbone)
         assert set(moe_lstm.MODELS) == set(self.TABLE)
         for name, (millions, dropout) in self.TABLE.items():
-            # Within the scope weights have a shape and no values, and they never get any.
-            with keras.StatelessScope(initialize_variables=False):
+            with Deferred():  # weights have a shape and no values, and they never get any
                 model = zoo.moe_lstm(name, vocabulary_size=2)
-            keras.backend.clear_session()
             layers = [layer for layer in model.layers if layer is not model.token_embedding]
             weights = [v for layer in layers for v in layer.trainable_variables]
-            assert all(v._value is None for v in weights)
             found = sum(math.prod(v.shape) for v in weights) / 1e6
             assert round(found, 1) == millions, name
             assert model.dropout == dropout
@@ -319,7 +317,7 @@ class TestPresets:
         assert (moe.experts.num_experts, model.output_shape) == (4, (None, None, 9))
 
     def test_unknown(self):
-        with pytest.raises(ValueError, match=r"`model` must be one of .*'MoE-3'.*mean 'MoE-32'\?"):
+        with pytest.raises(ValueError, match="`model`.*model='MoE-3'.*'MoE-32'"):
             zoo.moe_lstm("MoE-3")
 
 
@@ -332,11 +330,11 @@ def test_projected_cell_round_trip():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stack": ("gru",)}, r"`stack` must be one or more of 'lstm', 'moe', .*\('gru',\)"),
-        ({"stack": ()}, r"`stack` must be one or more of .* Received: stack=\(\)"),
-        ({}, "`router` must be a `keras_moe` router for a stack with.*Received: router=None"),
+        ({"stack": ("gru",)}, r"`stack`.*'lstm', 'moe', 'dense'.*stack=\('gru',\)"),
+        ({"stack": ()}, r"`stack`.*stack=\(\)"),
+        ({}, "`router`.*router=None"),
         *(
-            ({"router": router}, "`router` must route every token by itself or by earlier ones")
+            ({"router": router}, f"`router`.*router=<{type(router).__name__}")
             for router in (
                 keras_moe.ExpertChoiceRouter(),
                 keras_moe.HashRouter(),
@@ -352,5 +350,5 @@ def test_errors(arguments, message):
 
 
 def test_a_language_model_has_an_lstm():
-    with pytest.raises(ValueError, match="`backbone` must have an LSTM, or no token would know"):
+    with pytest.raises(ValueError, match=r"`backbone`.*LSTM.*stack=\('dense',\)"):
         zoo.LstmCausalLM(zoo.LstmBackbone(V, hidden_dim=D, stack=("dense",)))
