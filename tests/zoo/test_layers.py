@@ -8,6 +8,7 @@ from tests import oracle
 from tests.backend import numpy, run
 from zoo.layers import (
     Embedding,
+    FeedForward,
     RelativePositionBias,
     ReversibleEmbedding,
     SelfAttention,
@@ -101,6 +102,35 @@ class TestSwitchAttention:
         np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
         paths = [v.path for v in loaded.get_layer("attention").trainable_variables]
         assert paths == [v.path for v in model.get_layer("attention").trainable_variables]
+
+
+def test_texts_that_share_a_row_do_not_attend_to_each_other():
+    """Each comes out as it does in a row of its own."""
+    layer = SelfAttention(HEADS, K)
+    x = np.random.default_rng(0).normal(size=(1, L, D)).astype("float32")
+    bias = np.zeros((1, HEADS, L, L), "float32")
+    y = numpy(layer(x, bias, np.array([[1, 1, 2, 2, 0]])))
+    for text in (np.s_[:, :2], np.s_[:, 2:4]):
+        alone = numpy(layer(x[text], bias[:, :, :2, :2], np.ones((1, 2))))
+        np.testing.assert_allclose(y[text], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_gated_feed_forward():
+    layer = FeedForward(3, "gelu", gated=True)
+    x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")
+    y = numpy(layer(x))
+    gate, hidden, out = (
+        numpy(part.kernel) for part in (layer.gate, layer.hidden, layer.output_projection)
+    )
+    expected = numpy(keras.activations.gelu(x @ gate)) * (x @ hidden) @ out
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_comes_back_with_its_options():
+    options = {"dropout": 0.3, "epsilon": 0.1}
+    block = TransformerBlock(SelfAttention(HEADS, K), FeedForward(3), **options)
+    back = TransformerBlock.from_config(block.get_config())
+    assert {name: getattr(back, name) for name in options} == options
 
 
 def test_a_block_without_counts_leaves_no_trace():
