@@ -2,6 +2,7 @@ import pytest
 
 import zoo
 from tests.zoo.finetuning.small import TINY, load, run
+from tests.zoo.kills import copied_after_epoch
 from tests.zoo.traces import counted_traces
 from zoo.finetuning import batches
 from zoo.models import builders
@@ -17,15 +18,21 @@ def small():
 
 @pytest.fixture(scope="package")
 def counted(small, tmp_path_factory):
-    """A run of ten epochs that nothing interrupted, its folder, and how often it was traced."""
-    folder = tmp_path_factory.mktemp("run")
-    with counted_traces() as traces:
+    """A run of ten epochs that nothing interrupted.
+
+    Returns:
+        Tuple of its results, its folder, a copy of its folder after its eighth epoch, and how often
+        its step was traced.
+    """
+    folder, killed = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("killed") / "run"
+    with counted_traces() as traces, copied_after_epoch(8, killed):
         results = run(folder, epochs=10)
-    return results, folder, len(traces)
+    return results, folder, killed, len(traces)
 
 
 @pytest.fixture(scope="package")
 def whole(counted):
+    """The results and the folder of that run."""
     return counted[:2]
 
 

@@ -9,8 +9,8 @@ import pytest
 import zoo
 from tests.backend import numpy
 from tests.keras_moe.distribution.several import launched
+from tests.zoo.kills import copied_after_epoch
 from tests.zoo.traces import counted_traces
-from zoo import runs
 from zoo.models import builders
 from zoo.pretraining import run as pretraining
 from zoo.pretraining.run import pretrain
@@ -65,22 +65,30 @@ def run(text, output, **options):
 
 @pytest.fixture(scope="module")
 def counted(text, tmp_path_factory):
-    """A run that nothing disturbed, its folder, and how often its step was traced."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    with counted_traces() as traces:
+    """A run that nothing interrupted.
+
+    Returns:
+        Tuple of its results, its folder, a copy of its folder after its first epoch, and how often
+        its step was traced.
+    """
+    output, killed = (tmp_path_factory.mktemp(name) / "run" for name in ("whole", "killed"))
+    with counted_traces() as traces, copied_after_epoch(1, killed):
         results = run(text, output)
-    return results, output, len(traces)
+    return results, output, killed, len(traces)
 
 
 @pytest.fixture(scope="module")
 def whole(counted):
+    """The results and the folder of that run."""
     return counted[:2]
 
 
-def test_the_step_is_traced_once(counted):
-    assert counted[2] == (QUICK["steps"] if keras.backend.backend() == "torch" else 1)
+@pytest.mark.every_backend
+def test_step_is_traced_once(counted):
+    assert counted[3] == (QUICK["steps"] if keras.backend.backend() == "torch" else 1)
 
 
+@pytest.mark.every_backend
 def test_results(whole):
     results, output = whole
     assert results == json.loads((output / "results.json").read_text())
@@ -109,35 +117,27 @@ def test_the_preset_guesses_and_classifies(whole):
     assert tokenizer.id_to_token(tokenizer.vocabulary_size() - 1) == "▁<extra_id_0>"
 
 
-class Killed(Exception):
-    pass
+@pytest.mark.every_backend
+def test_run_interrupted_twice_comes_to_the_same_end(counted, text, tmp_path, monkeypatch):
+    """Within its second epoch, and while its preset is saved. All else is in test_runs.py."""
+    whole, _, killed, _ = counted
+    output = tmp_path / "run"
+    shutil.copytree(killed, output)
+    (output / "new-epoch-2.weights.h5").write_bytes(b"half")
+    assert len(json.loads((output / "results.json").read_text())["history"]) == 1
 
+    def save(self, folder):
+        raise KeyboardInterrupt
 
-def test_a_run_interrupted_again_and_again_comes_to_the_same_end(
-    whole, text, tmp_path, monkeypatch
-):
-    def save(self, model, logs, seconds, original=runs.Run.save, **more):
-        if self.epoch == 1:  # while the weights of the second epoch are written
-            (self.folder / "new-epoch-2.weights.h5").write_bytes(b"half")
-            raise Killed
-        original(self, model, logs, seconds, **more)
-
-    def stop(self, batch, logs=None):
-        if self.run.epoch == 1 and batch == 0:  # within the second epoch
-            raise Killed
-
-    for of, name, killed in (
-        (runs.Run, "save", save),
-        (pretraining.StopAtNaN, "on_train_batch_end", stop),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(of, name, killed)
-            run(text, tmp_path)
-        assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
-    resumed = run(text, tmp_path)
-    for one, other in zip(whole[0]["history"], resumed["history"], strict=True):
-        assert one["place"] == other["place"]
-        for name in set(one) - {"seconds", "place"}:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zoo.EncoderMaskedLM, "save_to_preset", save)
+        run(text, output)
+    assert len(json.loads((output / "results.json").read_text())["history"]) == 3
+    resumed = run(text, output)
+    assert resumed["finished"]
+    for one, other in zip(whole["history"], resumed["history"], strict=True):
+        assert one["place"] == other["place"] and one.keys() == other.keys()
+        for name in one.keys() - {"seconds", "place"}:
             assert other[name] == pytest.approx(one[name], abs=1e-4), (one["epoch"], name)
 
 
@@ -145,16 +145,16 @@ def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp
     results, output = whole
     monkeypatch.setattr(pretraining, "_train", None)
     assert run(text, output) == results
-    with pytest.raises(ValueError, match="`output` holds another run, with seed=0.*seed=1"):
+    with pytest.raises(ValueError, match="`output`.*seed=0.*seed=1"):
         run(text, output, seed=1)
     text_changed = tmp_path / "text"
     shutil.copytree(text, text_changed)
     assert run(text_changed, output) == results
     with open(text_changed / "train.txt", "a") as file:
         file.write("the end\n")
-    with pytest.raises(ValueError, match="holds another run, with corpus train.txt="):
+    with pytest.raises(ValueError, match="`output`.*corpus train.txt="):
         run(text_changed, output)
-    with pytest.raises(ValueError, match="`heldout` must not be what a model is trained on"):
+    with pytest.raises(ValueError, match="`heldout`.*train.txt"):
         run(text, output, heldout=text / "*.txt")
 
 
@@ -198,37 +198,16 @@ def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
     assert not any(name.startswith("val_") for name in entry)
 
 
-def test_a_loss_that_is_not_finite_stops_and_loses_nothing(text, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
     def batches(self, place=None, original=pretraining.Blocks.batches):
         for number, (batch, after) in enumerate(original(self, place)):
             x, labels, weight = batch
             yield (x, labels, weight * (np.nan if number == 3 else 1)), after
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pretraining.Blocks, "batches", batches)
-        said = f"must be finite. Received: nan at step 4; {tmp_path} has the weights of step 2"
-        with pytest.raises(FloatingPointError, match=said):
-            run(text, tmp_path, heldout=())
-    assert len(run(text, tmp_path, heldout=())["history"]) == 3
-
-
-def test_a_full_disk_loses_nothing(text, tmp_path, monkeypatch):
-    def full(path, *arguments, **options):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        original, calls = keras.Model.save_weights, []
-
-        def save(self, path, *arguments, **options):
-            calls.append(path)
-            (full if len(calls) == 2 else original)(*(() if len(calls) == 2 else (self,)), path)
-
-        patch.setattr(keras.Model, "save_weights", save)
-        with pytest.raises(OSError, match="No space left"):
-            run(text, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "epoch-1.weights.h5"}
+    monkeypatch.setattr(pretraining.Blocks, "batches", batches)
+    with pytest.raises(FloatingPointError, match="nan at step 4; .* step 2"):
+        run(text, tmp_path, heldout=(), steps=4)
+    assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
 
 
 def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
@@ -238,7 +217,7 @@ def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
     logs = [path for path in (tmp_path / "tensorboard").rglob("*") if path.is_file()]
     assert {path.parent.name for path in logs} == {"train", "validation"} and whole["finished"]
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError, match=r"logs for TensorBoard need .*keras-moe\[tensorboard\]"):
+    with pytest.raises(ImportError, match=r"keras-moe\[tensorboard\]"):
         run(text, tmp_path / "other", tensorboard=True)
     assert not (tmp_path / "other").exists()
 
@@ -246,36 +225,38 @@ def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "swich"}, "`model` must be one of switch, expert_choice, dense"),
-        ({"objective": "mask"}, "`objective` must be one of span, prefix, causal, masked"),
-        ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adafactor"),
-        ({"schedule": "x"}, "`schedule` must be one of cosine, inverse_sqrt"),
-        ({"dtype": "float16"}, "`dtype` must be one of float32, mixed_bfloat16"),
-        ({"steps": 5}, "`steps_per_save` must divide the steps, 5. Received: steps_per_save=2"),
-        ({"length": 4}, "`length` must be from 8 to 512. Received: length=4"),
-        ({"learning_rate": 0}, "`learning_rate` must be a positive number"),
-        ({"clip": -1}, "`clip` must not be negative"),
-        ({"dropout": 1}, r"`dropout` must be in \[0, 1\)"),
-        ({"residual_scale": 0}, r"`residual_scale` must be in \(0, 1\]"),
-        ({"window": 10}, "`window` must be a multiple of the batch size, 4"),
-        ({"heldout": ["nothing.txt"]}, "`heldout` must name files that are there"),
-        ({"heldout_batches": 1, "batch_size": 80, "window": 80}, "`heldout` must make 80 blocks"),
-        ({"density": 0}, r"`density` must be in \(0, 1\)"),
-        ({"objective": "span", "mean_span": 0}, "`mean_span` must be at least 1"),
-        ({"accumulate": 0}, "`accumulate` must be a positive integer"),
-        ({"accumulate": 4}, "`accumulate` must divide the steps, 6. Received: accumulate=4"),
-        ({"warmup_steps": 6}, "`warmup_steps` must be less than the steps, 6"),
-        ({"seed": -1}, "`seed` must be from 0 to 4294967295. Received: seed=-1"),
-        ({"num_experts": 0}, "`num_experts` must be a positive integer"),
-        ({"capacity_factor": 0}, "`capacity_factor` must be a positive number, or None, or 'def"),
+        ({"model": "swich"}, "`model`.*'swich'"),
+        ({"objective": "mask"}, "`objective`.*'mask'"),
+        ({"optimizer": "sgd"}, "`optimizer`.*'sgd'"),
+        ({"schedule": "x"}, "`schedule`.*'x'"),
+        ({"dtype": "float16"}, "`dtype`.*'float16'"),
+        ({"steps": 5}, "`steps_per_save`.*5.*steps_per_save=2"),
+        ({"length": 4}, "`length`.*length=4"),
+        ({"learning_rate": 0}, "`learning_rate`.*learning_rate=0"),
+        ({"clip": -1}, "`clip`.*clip=-1"),
+        ({"router_z_weight": -1}, "`router_z_weight`.*router_z_weight=-1"),
+        ({"dropout": 1}, "`dropout`.*dropout=1"),
+        ({"residual_scale": 0}, "`residual_scale`.*residual_scale=0"),
+        ({"window": 10}, "`window`.*window=10"),
+        ({"heldout": ["nothing.txt"]}, "`heldout`.*nothing.txt"),
+        ({"heldout_batches": 1, "batch_size": 80, "window": 80}, "`heldout`.*80.*heldout.txt"),
+        ({"density": 0}, "`density`.*density=0"),
+        ({"objective": "span", "mean_span": 0}, "`mean_span`.*mean_span=0"),
+        ({"accumulate": 0}, "`accumulate`.*accumulate=0"),
+        ({"accumulate": 4}, "`accumulate`.*accumulate=4"),  # of 6 steps
+        ({"warmup_steps": 6}, "`warmup_steps`.*warmup_steps=6"),
+        ({"seed": -1}, "`seed`.*seed=-1"),
+        ({"num_experts": 0}, "`num_experts`.*num_experts=0"),
+        ({"capacity_factor": 0}, "`capacity_factor`.*capacity_factor=0"),
         (
             {"model": "expert_choice", "capacity_factor": None},
-            "`capacity_factor` must be a positive number, or 'default'. Received: .*=None",
+            "`capacity_factor`.*capacity_factor=None",
         ),
-        ({"model": "dense", "num_experts": 4}, "`num_experts` must be left out of a dense model"),
+        ({"model": "dense", "num_experts": 4}, "`num_experts`.*num_experts=4"),
     ],
+    ids=str,
 )
-def test_bad_input(text, tmp_path, options, message):
+def test_argument_out_of_range_is_refused(text, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(text, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
