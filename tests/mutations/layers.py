@@ -122,9 +122,9 @@ FAULTS = (
     ),
     Fault(
         "keras_moe/capped.py",
-        'ops.arange(ops.shape(x)[-1], dtype="int32") <= place)',
-        'ops.arange(ops.shape(x)[-1], dtype="int32") < place)',
-        "of equal scores one too few is taken",
+        'tied = (x == value) & (ops.arange(ops.shape(x)[-1], dtype="int32") <= place)',
+        "tied = x == value",
+        "of equal scores all are taken, more than an expert has slots",
     ),
     Fault(
         "keras_moe/capped.py",
