@@ -60,3 +60,10 @@ def test_another_backbone_is_refused():
     message = "`backbone`.*`EncoderMaskedLM`.*`EncoderBackbone`.* DecoderBackbone"
     with pytest.raises(ValueError, match=message):
         zoo.EncoderMaskedLM(decoder)
+
+
+def test_a_tokenizer_of_more_pieces_than_rows_is_refused():
+    backbone = zoo.dense_transformer("mini", architecture="encoder", vocabulary_size=7999, **TINY)
+    preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 6)
+    with pytest.raises(ValueError, match="`preprocessor`.* 7999 .*8000"):
+        zoo.EncoderMaskedLM(backbone, preprocessor)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.backend import numpy
 from tests.zoo.models.pairs import compared
-from zoo.models.pooling import ComparedTexts, MixedLayers
+from zoo.models.pooling import ComparedTexts, MaskedMean, MixedLayers, TextNumbers
 
 LENGTHS = ((2, 3), (4, 1))
 
@@ -24,6 +24,18 @@ def right(layer, x):
             for row, (a, b) in zip(x, LENGTHS, strict=True)
         ]
     )
+
+
+def test_the_mean_leaves_out_padding():
+    x, mask = np.array([[[1.0], [3.0], [50.0]]], "float32"), np.array([[2, 1, 0]], "int32")
+    np.testing.assert_allclose(numpy(MaskedMean()(x, mask)), [[2.0]])
+
+
+def test_numbers_of_texts():
+    """The first text ends with its separator, unless that is the row's first token."""
+    token_ids = np.array([[5, 1, 6, 7, 1, 0], [1, 5, 1, 6, 1, 0]], "int32")
+    numbers = TextNumbers(separator=1)(token_ids, np.array([[1, 1, 1, 1, 1, 0]] * 2))
+    assert numpy(numbers).tolist() == [[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 0]]
 
 
 def test_features_of_pairs():
