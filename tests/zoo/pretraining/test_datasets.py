@@ -66,7 +66,7 @@ def test_parts_of_a_data_set_that_are_trained_on_are_not_held_out(data_dir, held
     if is_apart:
         check_apart(corpus, heldout)
         return
-    with pytest.raises(ValueError, match="`heldout` must not be what a model is trained on"):
+    with pytest.raises(ValueError, match="`heldout`.*few_texts"):
         check_apart(corpus, heldout)
 
 
@@ -82,9 +82,9 @@ def test_data_sets_and_files_end_together(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("c4/en", "`heldout` must name data sets that are prepared: `tfds build c4/en` does it"),
-        ("no_texts", "`heldout` must name data sets with a feature `text`.*, with label"),
-        ("few_texts:dev", "`heldout` must name one of the splits train, test of few_texts, or a p"),
+        ("c4/en", "`heldout`.*`tfds build c4/en`.*tfds:c4/en"),
+        ("no_texts", "`heldout`.*`text`.*tfds:no_texts.*label"),
+        ("few_texts:dev", "`heldout`.*train, test.*tfds:few_texts:dev"),
     ],
 )
 def test_bad_names(data_dir, name, message):

@@ -56,23 +56,23 @@ def test_the_size_of_gzipped_text_is_told_by_its_head(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "`corpus` must name files that are there. Received: .*none.txt"),
-        ("a.csv", "x", "`corpus` must name files that end in .txt, .txt.gz, .jsonl, .jsonl.gz, "),
+        ("none.txt", None, "`corpus`.*none.txt"),
+        ("a.csv", "x", "`corpus`.*a.csv"),
         (
             "a.jsonl",
             '{"text": "ab"}\n{"t": 1}\n',
-            "an object with a string `text`. Received: .*, line 2: KeyError: 'text'",
+            "`text`.*a.jsonl, line 2: KeyError",
         ),
-        ("a.jsonl", '\n{"text": null}\n', "line 2: TypeError: `text` is None"),
-        ("a.jsonl", '{"text": 3}\n', "line 1: TypeError: `text` is 3"),
-        ("a.jsonl", "[]\n", "line 1: TypeError"),
-        ("a.jsonl", '{"text": "ab"}\n{"te', "line 2: JSONDecodeError"),
-        ("a.txt", b"a\n\xff\n", "Each line must be UTF-8. Received: .*, line 2: UnicodeDecode"),
-        ("a.txt.gz", "not gzip", "A text must be readable. Received: .*a.txt.gz: Not a gzipped"),
+        ("a.jsonl", '\n{"text": null}\n', "`text`.*a.jsonl, line 2: TypeError.*None"),
+        ("a.jsonl", '{"text": 3}\n', "`text`.*a.jsonl, line 1: TypeError.*3"),
+        ("a.jsonl", "[]\n", "a.jsonl, line 1: TypeError"),
+        ("a.jsonl", '{"text": "ab"}\n{"te', "a.jsonl, line 2: JSONDecodeError"),
+        ("a.txt", b"a\n\xff\n", "UTF-8.*a.txt, line 2: UnicodeDecode"),
+        ("a.txt.gz", "not gzip", "a.txt.gz: Not a gzipped"),
         (
             "a.txt.gz",
             gzip.compress(b"a\n" * 999, mtime=0)[:-9],
-            "A text must be readable. Received: .*: C",
+            "a.txt.gz: C",
         ),
     ],
 )
@@ -86,14 +86,14 @@ def test_bad_input(tmp_path, name, content, message):
 
 
 def test_no_sources():
-    with pytest.raises(ValueError, match="`heldout` must name one file or more"):
+    with pytest.raises(ValueError, match=r"`heldout`.*\[\]"):
         sources([], "heldout")
 
 
 def test_what_is_trained_on_is_not_held_out(corpus, tmp_path):
     check_apart(corpus[:2], corpus[2:])
     (tmp_path / "link.txt").symlink_to(corpus[1])
-    with pytest.raises(ValueError, match="`heldout` must not be what.*Received: .*link.txt"):
+    with pytest.raises(ValueError, match="`heldout`.*link.txt"):
         check_apart(corpus, sources(tmp_path / "link.txt"))
 
 
