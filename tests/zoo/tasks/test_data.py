@@ -154,13 +154,11 @@ def test_what_is_not_prepared_is_downloaded(monkeypatch, tmp_path):
 def test_neither_data_nor_network(no_network, monkeypatch, tmp_path, data_dir):
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     path = None if data_dir is None else tmp_path / data_dir
-    with pytest.raises(FileNotFoundError) as error:
+    command = "`python -m zoo prepare --from DIR --data-dir OUT`"
+    received = f"data_dir={None if path is None else repr(str(path))}"
+    message = f"^`data_dir`.*'glue/rte'.*{command}.*{received}$"
+    with pytest.raises(FileNotFoundError, match=message) as error:
         load("glue/rte", "train", path)
-    message = str(error.value)
-    assert "`data_dir` must hold 'glue/rte'" in message
-    assert "`python -m zoo prepare --from DIR --data-dir OUT`" in message
-    assert f"Received: data_dir={None if path is None else repr(str(path))}" in message
-    assert "\n" not in message
     assert isinstance(error.value.__cause__, OSError)
     assert list(tmp_path.iterdir()) == []
 
@@ -175,7 +173,8 @@ def test_a_download_that_fails_keeps_its_cause(monkeypatch, tmp_path):
 
     monkeypatch.setattr("tensorflow_datasets.load", fake)
     monkeypatch.setattr("socket.getaddrinfo", lambda *args: [])
-    with pytest.raises(FileNotFoundError, match="could not be downloaded") as error:
+    message = "`data_dir`.*'glue/rte'.*`python -m zoo prepare "
+    with pytest.raises(FileNotFoundError, match=message) as error:
         load("glue/rte", "train", tmp_path)
     assert str(error.value.__cause__) == "checksum"
 
@@ -202,10 +201,10 @@ def test_other_errors_of_tfds_pass(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("task", "split"), [("glue/mnli", "validation"), ("acceptability", "dev")])
 def test_unknown_split(task, split):
-    with pytest.raises(ValueError, match=f"`split` must be one of .*Received: split='{split}'"):
+    with pytest.raises(ValueError, match=f"`split`.*'{task}'.*split='{split}'"):
         load(task, split)
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="did you mean 'glue/cola'"):
+    with pytest.raises(ValueError, match="`task`.*task='glue/coal'"):
         load("glue/coal", "train")

@@ -197,14 +197,14 @@ def test_scores_are_finite_floats_in_range(rows):
 @pytest.mark.parametrize(
     ("task", "labels", "outputs", "message"),
     [
-        ("glue/rte", [0, 1], [[0.0]] * 2, r"`outputs` must have shape \(2, 2\) for 'glue/rte'"),
-        ("glue/stsb", [0.0, 1.0], [0.0, 1.0], r"`outputs` must have shape \(2, 1\)"),
-        ("glue/rte", [], np.zeros((0, 2)), r"`labels` must have shape \[n\] with n > 0"),
-        ("glue/rte", [[0]], [[0.0, 1.0]], r"`labels` must have shape \[n\]"),
-        ("glue/rte", [-1, -1], [[0.0, 1.0]] * 2, r"`labels` must be .* Received: .*-1 to -1"),
-        ("glue/rte", [0, 2], [[0.0, 1.0]] * 2, r"`labels` must be .* Received: .*0 to 2"),
-        ("glue/stsb", [-1.0, -1.0], [[0.0], [1.0]], r"`labels` must be scores of at least 0"),
-        ("glue/rte", [0], [[np.nan, 1.0]], r"`outputs` must be finite. Received: 1 .* nan"),
+        ("glue/rte", [0, 1], [[0.0]] * 2, r"`outputs`.*\(2, 2\).*\(2, 1\)"),
+        ("glue/stsb", [0.0, 1.0], [0.0, 1.0], r"`outputs`.*\(2, 1\).*\(2,\)"),
+        ("glue/rte", [], np.zeros((0, 2)), r"`labels`.*\(0,\)"),
+        ("glue/rte", [[0]], [[0.0, 1.0]], r"`labels`.*\(1, 1\)"),
+        ("glue/rte", [-1, -1], [[0.0, 1.0]] * 2, "`labels`.*-1 to -1"),
+        ("glue/rte", [0, 2], [[0.0, 1.0]] * 2, "`labels`.*0 to 2"),
+        ("glue/stsb", [-1.0, -1.0], [[0.0], [1.0]], "`labels`.*-1.0 to -1.0"),
+        ("glue/rte", [0], [[np.nan, 1.0]], "`outputs`.* 1 .*nan"),
     ],
 )
 def test_errors(task, labels, outputs, message):
@@ -215,14 +215,14 @@ def test_errors(task, labels, outputs, message):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("super_glue/copa", {}, "`groups` or `examples` must say which rows are one question"),
-        ("super_glue/multirc", {"groups": [0]}, r"`groups` must be integers of shape \(2,\)"),
-        ("super_glue/copa", {"groups": [0.0, 0.0]}, r"`groups` must be integers.*float64"),
-        ("super_glue/record", {"groups": [0, 0]}, "`examples` must have the candidates and the"),
+        ("super_glue/copa", {}, "`groups`.*`examples`.*'super_glue/copa'"),
+        ("super_glue/multirc", {"groups": [0]}, r"`groups`.*\(2,\).*\(1,\)"),
+        ("super_glue/copa", {"groups": [0.0, 0.0]}, "`groups`.*float64"),
+        ("super_glue/record", {"groups": [0, 0]}, "`examples`.*'super_glue/record'"),
         (
             "super_glue/record",
             {"groups": [0, 0], "examples": record([("Ann",)] * 3)},
-            "`examples` must have the answers of 1 questions. Received: of 3",
+            "`examples`.* 1 .* 3",
         ),
     ],
 )

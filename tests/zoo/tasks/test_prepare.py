@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def test_the_files_tell_which_suite_a_folder_is_of(tmp_path):
 
 def test_no_tasks_in_a_folder(tmp_path):
     (tmp_path / "CoLA").mkdir()
-    with pytest.raises(ValueError, match="`source` must hold official files of GLUE or SuperGLUE"):
+    message = f"`source`.*GLUE.*SuperGLUE.*source='{tmp_path}'"
+    with pytest.raises(ValueError, match=message):
         tasks_in(tmp_path)
 
 
@@ -114,10 +116,9 @@ def test_without_training_files(tmp_path, task):
     prepared = prepare(task, tmp_path / "raw", tmp_path / "out")
     assert list(prepared.rows) == ["validation"]
     assert prepared.missing == ("train", "test")
-    note = "  train: left out, no raw file, so it can be evaluated but not trained on"
-    assert note in str(prepared)
+    assert re.search("  train: left out.*evaluated", str(prepared))
     assert len(load(task, "validation", tmp_path / "out").labels) == prepared.rows["validation"]
-    with pytest.raises(ValueError, match="`split` must be one that was prepared"):
+    with pytest.raises(ValueError, match=f"`split`.*'{task}'.*split='train'"):
         load(task, "train", tmp_path / "out")
 
 
@@ -132,7 +133,7 @@ def test_partial_files_stand_in_where_the_official_ones_are_missing(tmp_path):
     prepared = prepare("super_glue/boolq", tmp_path / "raw", tmp_path / "out", partial=True)
     assert prepared.rows == {"train": 3, "validation": 3}
     assert prepared.partial == ("train",)
-    assert "  train: 3 rows (partial: not the official file)" in str(prepared)
+    assert "  train: 3 rows (partial" in str(prepared)
     assert "  validation: 3 rows\n" in str(prepared)
     again = prepare("super_glue/boolq", tmp_path / "raw", tmp_path / "out")
     assert again == prepared._replace(fresh=False)
@@ -149,9 +150,9 @@ def test_partial_tables(tmp_path):
     raw_glue.make(tmp_path / "raw", "glue/rte")
     found, left_out = tasks_in(tmp_path / "raw")
     assert found == ["glue/rte"]
-    assert left_out["glue/mnli"] == "MNLI/train.tsv, but files for the option `partial`"
+    assert re.match("MNLI/train.tsv.*`partial`", left_out["glue/mnli"])
     assert tasks_in(tmp_path / "raw", partial=True)[0] == ["glue/mnli", "glue/rte"]
-    with pytest.raises(ValueError, match="`source` must hold the file 'dev_matched.tsv'"):
+    with pytest.raises(ValueError, match="`source`.*'dev_matched.tsv'.*MNLI'"):
         prepare("glue/mnli", tmp_path / "raw", tmp_path / "out")
     prepared = prepare("glue/mnli", tmp_path / "raw", tmp_path / "out", partial=True)
     assert prepared.rows == {"train": 1, "validation_matched": 1}
@@ -168,14 +169,15 @@ def test_two_partial_files_of_a_split_are_refused(tmp_path):
     (folder / "partial").mkdir()
     (folder / "train.jsonl").rename(folder / "partial" / "train_a.jsonl")
     (folder / "partial" / "train_b.jsonl").write_text("")
-    with pytest.raises(ValueError, match="`source` must hold one partial file for 'train.jsonl'"):
+    message = "`source`.*'train.jsonl'.*'train_a.jsonl'.*'train_b.jsonl'"
+    with pytest.raises(ValueError, match=message):
         prepare("super_glue/cb", tmp_path / "raw", tmp_path / "out", partial=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_nothing_partial_is_refused_as_before(tmp_path):
     (tmp_path / "raw" / "CB").mkdir(parents=True)
-    with pytest.raises(ValueError, match="`source` must hold the file 'val.jsonl'"):
+    with pytest.raises(ValueError, match="`source`.*'val.jsonl'.*CB'"):
         prepare("super_glue/cb", tmp_path / "raw", tmp_path / "out", partial=True)
 
 
@@ -187,7 +189,7 @@ def test_a_repeated_line_is_left_out_and_said(tmp_path):
     prepared = prepare("super_glue/wic", tmp_path / "raw", tmp_path / "out")
     assert prepared.rows["train"] == 3
     assert prepared.repeated == {"train": 1}
-    assert "  train: 3 rows (left out: 1 repeated)" in str(prepared)
+    assert re.search("  train: 3 rows .*1 repeated", str(prepared))
     assert prepared_in("super_glue/wic", tmp_path / "out").repeated == {"train": 1}
     assert path.read_bytes() == before
 
@@ -201,7 +203,7 @@ def test_what_is_not_there_is_not_prepared(tmp_path):
 def test_a_file_in_the_place_of_the_output(tmp_path, out):
     raw_glue.make(tmp_path / "raw", "glue/wnli")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=f"^`data_dir` must be a folder .*{out}'$"):
+    with pytest.raises(ValueError, match=f"^`data_dir`.*data_dir='.*{out}'$"):
         prepare("glue/wnli", tmp_path / "raw", tmp_path / out)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -210,7 +212,7 @@ def test_an_output_that_cannot_be_written_to(tmp_path, monkeypatch):
     raw_glue.make(tmp_path / "raw", "glue/wnli")
     prepare("glue/wnli", tmp_path / "raw", tmp_path / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="`data_dir` must be a folder that can be written to"):
+    with pytest.raises(ValueError, match="`data_dir`.*data_dir='.*out'"):
         prepare("glue/wnli", tmp_path / "raw", tmp_path / "out", force=True)
     assert not prepare("glue/wnli", tmp_path / "raw", tmp_path / "out").fresh  # nothing to write
 
@@ -227,9 +229,9 @@ def test_without_test_files(tmp_path):
     raw_glue.make(tmp_path / "raw", "glue/mnli", tests=False)
     prepared = prepare("glue/mnli", tmp_path / "raw", tmp_path / "out")
     assert prepared.missing == ("test_matched", "test_mismatched")
-    assert "  test_matched: left out, no raw file" in str(prepared)
+    assert "  test_matched: left out" in str(prepared)
     assert len(load("glue/mnli", "validation_matched", tmp_path / "out").labels) == 4
-    with pytest.raises(ValueError, match="`split` must be one that was prepared for 'glue/mnli'"):
+    with pytest.raises(ValueError, match="`split`.*'glue/mnli'.*split='test_matched'"):
         load("glue/mnli", "test_matched", tmp_path / "out")
 
 
@@ -258,7 +260,7 @@ def test_preparing_again_does_nothing_and_says_so(tmp_path):
     (folder / "train.tsv").unlink()
     again = prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
     assert again == first._replace(fresh=False)
-    assert "already prepared, nothing done" in str(again)
+    assert "already prepared" in str(again)
     assert contents(tmp_path / "out") == before
 
 
@@ -275,7 +277,7 @@ def test_force_prepares_again(tmp_path):
 def test_a_refused_source_writes_nothing(tmp_path):
     folder = raw_glue.make(tmp_path / "raw", "glue/rte")
     (folder / "dev.tsv").write_text("nothing\n")
-    with pytest.raises(ValueError, match="dev.tsv"):
+    with pytest.raises(ValueError, match="dev.tsv'.*'sentence1'"):
         prepare("glue/rte", tmp_path / "raw", tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 
@@ -313,13 +315,13 @@ def test_rows_that_tfds_reads_otherwise_are_an_error(tmp_path, monkeypatch):
     folder = tmp_path / "raw" / "RTE"
     miscounted = {"train": RawFile(folder / "train.tsv", 5)}
     monkeypatch.setattr("zoo.tasks.raw.check", lambda *_: miscounted)
-    with pytest.raises(ValueError, match="`source` must give as many rows as TensorFlow Datasets"):
+    with pytest.raises(ValueError, match="`source`.*TensorFlow Datasets.*5.*4"):
         prepare("glue/rte", tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_task_needs_no_preparing(tmp_path):
-    with pytest.raises(ValueError, match="`task` must be a GLUE task.*'acceptability'"):
+    with pytest.raises(ValueError, match="`task`.*task='acceptability'"):
         prepare("acceptability", tmp_path, tmp_path)
 
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,10 +47,9 @@ def test_training_files_may_be_missing(tmp_path, task):
 
 @pytest.mark.parametrize("task", raw_glue.GLUE)
 def test_folder_without_the_task(tmp_path, task):
-    with pytest.raises(ValueError, match="`source` must hold the folder") as error:
+    message = f"`source`.*'{raw_glue.FOLDERS[task]}'.*source='{tmp_path}'"
+    with pytest.raises(ValueError, match=message):
         check(task, tmp_path)
-    assert repr(raw_glue.FOLDERS[task]) in str(error.value)
-    assert f"Received: source={str(tmp_path)!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +63,8 @@ def test_folder_without_the_task(tmp_path, task):
 def test_missing_file(tmp_path, task, name):
     folder = raw_glue.make(tmp_path, task)
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"`source` must hold the file {name!r}") as error:
+    with pytest.raises(ValueError, match=f"`source`.*'{name}'.*'{folder}'"):
         check(task, tmp_path)
-    assert str(folder) in str(error.value)
 
 
 def edited(path, line, old, new):
@@ -81,25 +77,25 @@ def edited(path, line, old, new):
 @pytest.mark.parametrize(
     ("task", "name", "line", "old", "new", "message"),
     [
-        ("glue/rte", "train.tsv", 1, "label", "lable", "the column 'label'. Received: columns"),
-        ("glue/sst2", "dev.tsv", 1, "sentence", "text", "the column 'sentence'"),
-        ("glue/stsb", "test.tsv", 1, "sentence2", "s2", "the column 'sentence2'"),
-        ("glue/mrpc", "train.tsv", 1, "#1 ID", "id", "the column '#1 ID'"),
-        ("glue/rte", "train.tsv", 3, "\tit's", " it's", "4 tab-separated columns. Received: 3"),
-        ("glue/rte", "dev.tsv", 2, "it's", "it\t's", "4 tab-separated columns. Received: 5"),
-        ("glue/cola", "train.tsv", 1, "gj04\t", "", "4 tab-separated columns. Received: 3"),
-        ("glue/cola", "test.tsv", 4, "2\t", "", "2 tab-separated columns. Received: 1"),
-        ("glue/qqp", "train.tsv", 2, "\tit's", " it's", "6 tab-separated columns. Received: 5"),
-        ("glue/mrpc", "dev.tsv", 2, "\tit's", " it's", "5 tab-separated columns. Received: 4"),
-        ("glue/cola", "dev.tsv", 2, "\t1\t", "\t2\t", "a label of .* Received: '2'"),
-        ("glue/sst2", "train.tsv", 5, "\t1", "\t", "a label of .* Received: ''"),
-        ("glue/rte", "train.tsv", 2, "entailment", "Entailment", "a label of .*'Entailment'"),
-        ("glue/wnli", "train.tsv", 2, "\t0", "\t-1", "a label of .* Received: '-1'"),
-        ("glue/mnli", "train.tsv", 2, "entailment", "-", "a label of .* Received: '-'"),
-        ("glue/mrpc", "train.tsv", 3, "1\t", "x\t", "a label of .* Received: 'x"),
-        ("glue/stsb", "train.tsv", 2, "0.0", "5.1", r"a score in \[0, 5\]. Received: '5.1'"),
-        ("glue/stsb", "train.tsv", 2, "0.0", "nan", r"a score in \[0, 5\]. Received: 'nan'"),
-        ("glue/stsb", "dev.tsv", 2, "0.0", "high", r"a score in \[0, 5\]. Received: 'high'"),
+        ("glue/rte", "train.tsv", 1, "label", "lable", "'label'.*'lable'"),
+        ("glue/sst2", "dev.tsv", 1, "sentence", "text", "'sentence'.*'text'"),
+        ("glue/stsb", "test.tsv", 1, "sentence2", "s2", "'sentence2'.*'s2'"),
+        ("glue/mrpc", "train.tsv", 1, "#1 ID", "id", "'#1 ID'.*'id'"),
+        ("glue/rte", "train.tsv", 3, "\tit's", " it's", "4 .*columns.* 3"),
+        ("glue/rte", "dev.tsv", 2, "it's", "it\t's", "4 .*columns.* 5"),
+        ("glue/cola", "train.tsv", 1, "gj04\t", "", "4 .*columns.* 3"),
+        ("glue/cola", "test.tsv", 4, "2\t", "", "2 .*columns.* 1"),
+        ("glue/qqp", "train.tsv", 2, "\tit's", " it's", "6 .*columns.* 5"),
+        ("glue/mrpc", "dev.tsv", 2, "\tit's", " it's", "5 .*columns.* 4"),
+        ("glue/cola", "dev.tsv", 2, "\t1\t", "\t2\t", "label.*'2'"),
+        ("glue/sst2", "train.tsv", 5, "\t1", "\t", "label.*''"),
+        ("glue/rte", "train.tsv", 2, "entailment", "Entailment", "label.*'Entailment'"),
+        ("glue/wnli", "train.tsv", 2, "\t0", "\t-1", "label.*'-1'"),
+        ("glue/mnli", "train.tsv", 2, "entailment", "-", "label.*'-'"),
+        ("glue/mrpc", "train.tsv", 3, "1\t", "x\t", "label.*'x'"),
+        ("glue/stsb", "train.tsv", 2, "0.0", "5.1", r"\[0, 5\].*'5.1'"),
+        ("glue/stsb", "train.tsv", 2, "0.0", "nan", r"\[0, 5\].*'nan'"),
+        ("glue/stsb", "dev.tsv", 2, "0.0", "high", r"\[0, 5\].*'high'"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, task, name, line, old, new, message):
@@ -110,9 +106,9 @@ def test_a_broken_line_is_named(tmp_path, task, name, line, old, new, message):
         (folder / name).write_text(text.replace("\n1\t", "\nx\t", 1), encoding="utf-8")
     else:
         edited(folder / name, line, old, new)
-    with pytest.raises(ValueError, match=message) as error:
+    where = f"^Line {line} .*'{folder / name}'.*`source`"
+    with pytest.raises(ValueError, match=f"{where}.*{message}"):
         check(task, tmp_path)
-    assert f"Line {line} of {str(folder / name)!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(("task", "line"), [("glue/rte", 2), ("glue/cola", 1)])
@@ -121,21 +117,21 @@ def test_a_file_without_rows(tmp_path, task, line):
     raw_glue.write(folder / "train.tsv", task, [])
     text = (folder / "train.tsv").read_text().strip("\n")
     (folder / "train.tsv").write_text(text)
-    with pytest.raises(ValueError, match=f"Line {line} .* a row of data"):
+    with pytest.raises(ValueError, match=f"Line {line} .*train.tsv'.*row"):
         check(task, tmp_path)
 
 
 def test_an_empty_file_lacks_its_columns(tmp_path):
     folder = raw_glue.make(tmp_path, "glue/rte")
     (folder / "train.tsv").write_text("")
-    with pytest.raises(ValueError, match="Line 1 .* the column 'sentence1'"):
+    with pytest.raises(ValueError, match=r"Line 1 .*train.tsv'.*'sentence1'.*\[\]"):
         check("glue/rte", tmp_path)
 
 
 def test_text_that_is_not_utf8(tmp_path):
     folder = raw_glue.make(tmp_path, "glue/rte")
     (folder / "train.tsv").write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\t\xff\ta\t0\n")
-    with pytest.raises(ValueError, match="`source` must hold UTF-8 text"):
+    with pytest.raises(ValueError, match="`source`.*UTF-8.*train.tsv'"):
         check("glue/rte", tmp_path)
 
 
@@ -156,7 +152,7 @@ def test_one_broken_row_in_a_thousand_is_official(tmp_path, task):
     assert counts(task, tmp_path)["train"] == 1999
     with path.open("a") as file:
         file.write(short)
-    with pytest.raises(ValueError, match="Line 2001 .* columns. Received: 3 columns"):
+    with pytest.raises(ValueError, match="Line 2001 .*train.tsv'.*columns.* 3 "):
         check(task, tmp_path)
 
 
@@ -182,27 +178,31 @@ def test_mrpc_as_microsoft_has_it(tmp_path):
 
 def test_mrpc_dev_id_of_no_pair(tmp_path):
     mrpc_original(tmp_path / "MRPC", MRPC_ROWS, [("11", "21"), ("11", "22")])
-    with pytest.raises(ValueError, match=r"Line 2 .*dev_ids.tsv.* the two ids of a pair") as error:
+    message = r"Line 2 .*dev_ids.tsv'.*'msr_paraphrase_train.txt'.*\['11', '22'\]"
+    with pytest.raises(ValueError, match=message):
         check("glue/mrpc", tmp_path)
-    assert "Received: ['11', '22']" in str(error.value)
 
 
 def test_mrpc_dev_ids_of_all_pairs(tmp_path):
     mrpc_original(tmp_path / "MRPC", MRPC_ROWS, [row[1:3] for row in MRPC_ROWS])
-    with pytest.raises(ValueError, match="pairs that leave some for training"):
+    with pytest.raises(ValueError, match="dev_ids.tsv'.*all pairs"):
         check("glue/mrpc", tmp_path)
 
 
 def test_mrpc_in_neither_form(tmp_path):
     (tmp_path / "MRPC").mkdir()
-    with pytest.raises(ValueError, match=r"`source` must hold MRPC as 'msr_paraphrase_train.txt'"):
+    with pytest.raises(ValueError, match="`source`.*'msr_paraphrase_train.txt'.*'dev_ids.tsv'"):
         check("glue/mrpc", tmp_path)
 
 
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_characters="\t\r\n", codec="utf-8"), max_size=40))
 def test_any_text_without_tabs_and_line_ends_is_read_back(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("text") / "train.tsv"
-    path.write_text(f"sentence\tlabel\n{text}\t1\n", encoding="utf-8")
-    _, rows = raw._table(Path(path), ("sentence", "label"))
-    assert [row.values for row in rows] == [[text, "1"]]
+    """As the copy shows that is made of MRPC's training file."""
+    root = tmp_path_factory.mktemp("text")
+    rows = [("1", "10", "20", text, "b"), ("0", "11", "21", "c", text)]
+    mrpc_original(root / "MRPC", rows, [("11", "21")])
+    scratch = root / "scratch"
+    assert counts("glue/mrpc", root, scratch) == {"train": 1, "validation": 1}
+    before = (root / "MRPC" / "msr_paraphrase_train.txt").read_bytes()
+    assert (scratch / "train").read_bytes() == before

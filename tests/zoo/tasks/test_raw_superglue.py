@@ -34,14 +34,14 @@ def test_training_and_test_files_may_be_missing(tmp_path, task, name):
 
 @pytest.mark.parametrize("task", made.SUPERGLUE)
 def test_folder_without_the_task(tmp_path, task):
-    with pytest.raises(ValueError, match="`source` must hold the folder") as error:
+    message = f"`source`.*'{made.FOLDERS[task]}'.*source='{tmp_path}'"
+    with pytest.raises(ValueError, match=message):
         check(task, tmp_path)
-    assert repr(made.FOLDERS[task]) in str(error.value)
 
 
 def test_missing_file(tmp_path):
     (made.make(tmp_path, "super_glue/cb") / "val.jsonl").unlink()
-    with pytest.raises(ValueError, match="`source` must hold the file 'val.jsonl'"):
+    with pytest.raises(ValueError, match="`source`.*'val.jsonl'.*CB'"):
         check("super_glue/cb", tmp_path)
 
 
@@ -66,43 +66,43 @@ ENTITY = ("passage", "entities", 2)
 @pytest.mark.parametrize(
     ("task", "place", "value", "message"),
     [
-        ("boolq", ("passage",), None, "a text 'passage'. Received: None"),
-        ("boolq", ("question",), 3, "a text 'question'. Received: 3"),
-        ("boolq", ("question",), "\ud800", "a text 'question' of whole characters"),
-        ("boolq", ("label",), 1, r"a label of \[false, true\]. Received: 1"),
-        ("boolq", ("label",), None, r"a label of \[false, true\]. Received: None"),
-        ("boolq", ("idx",), None, "a number 'idx'. Received: None"),
-        ("boolq", ("idx",), True, "a number 'idx'. Received: True"),
-        ("boolq", ("idx",), -1, "an 'idx' from 0 to 2147483647. Received: -1"),
-        ("boolq", ("idx",), 2**31, "an 'idx' from 0 to 2147483647"),
-        ("boolq", ("idx",), 0, "an `idx` of its own. Received: 0 again"),
-        ("cb", ("label",), "Neutral", r"a label of \[\"entailment\", .*Received: 'Neutral'"),
-        ("rte", ("label",), 0, r"a label of \[\"entailment\", \"not_entailment\"\]"),
-        ("copa", ("label",), False, r"a label of \[0, 1\]. Received: False"),
-        ("copa", ("question",), "reason", "the question 'cause' or 'effect'. Received: 'reason'"),
-        ("multirc", ("passage",), "text", "an object 'passage'. Received: 'text'"),
-        ("multirc", ("passage", "questions"), [], "a list that is not empty 'questions'"),
-        ("multirc", (*QUESTION, "question"), None, "a text 'question'"),
-        ("multirc", (*QUESTION, "idx"), "3", "a number 'idx' of each question. Received: '3'"),
-        ("multirc", (*QUESTION, "answers"), [], "'answers' of question 3. Received: "),
-        ("multirc", (*QUESTION, "answers", 0, "label"), 2, r"a label of question 3 of \[0, 1\]"),
-        ("multirc", (*QUESTION, "answers", 0, "text"), None, "'text' of each answer of question 3"),
-        ("multirc", ("passage", "questions", 0, "answers", 1, "idx"), 3, "own for each answer"),
-        ("record", (*ENTITY, "end"), 10**6, "entities within the text. Received: .* to 1000000"),
-        ("record", (*ENTITY, "start"), -1, "entities within the text. Received: -1 to"),
-        ("record", ("passage", "entities"), [], "a list that is not empty 'entities'"),
-        ("record", ("qas", 1, "query"), "who?", "'@placeholder' in the text of query 3"),
-        ("record", ("qas", 1, "answers"), [], "'answers' of query 3"),
-        ("record", ("qas", 1, "answers", 0, "text"), 1, "'text' of each answer of query 3"),
-        ("record", ("qas", 1, "idx"), 2, "an `idx` of its own for each query"),
-        ("wic", ("start1",), "3", "a number 'start1'. Received: '3'"),
-        ("wic", ("end2",), 99, "'start2' and 'end2' within 'sentence2'. Received: 2 and 99"),
-        ("wic", ("end1",), 3, "'start1' and 'end1' within 'sentence1'. Received: 3 and 3"),
-        ("wsc", ("target",), None, "an object 'target'"),
-        ("wsc", ("target", "span1_index"), None, "a number 'span1_index'"),
-        ("wsc", ("target", "span2_index"), 9, "'span2_index' below its 8 words. Received: 9"),
-        ("wsc", ("target", "span1_text"), " ", "a 'span1_text'. Received: an empty one"),
-        ("wsc", ("target", "span1_text"), "a dog", r"spans that stand in the text. .*'a dog'"),
+        ("boolq", ("passage",), None, "'passage'.*None"),
+        ("boolq", ("question",), 3, "'question'.* 3"),
+        ("boolq", ("question",), "\ud800", r"'question'.*ud800"),
+        ("boolq", ("label",), 1, r"\[false, true\].* 1"),
+        ("boolq", ("label",), None, r"\[false, true\].*None"),
+        ("boolq", ("idx",), None, "'idx'.*None"),
+        ("boolq", ("idx",), True, "'idx'.*True"),
+        ("boolq", ("idx",), -1, "'idx'.*2147483647.*-1"),
+        ("boolq", ("idx",), 2**31, "'idx'.*2147483647.*2147483648"),
+        ("boolq", ("idx",), 0, "`idx`.* 0"),
+        ("cb", ("label",), "Neutral", r"\[\"entailment\", .*'Neutral'"),
+        ("rte", ("label",), 0, r"\[\"entailment\", \"not_entailment\"\].* 0"),
+        ("copa", ("label",), False, r"\[0, 1\].*False"),
+        ("copa", ("question",), "reason", "'cause'.*'effect'.*'reason'"),
+        ("multirc", ("passage",), "text", "'passage'.*'text'"),
+        ("multirc", ("passage", "questions"), [], r"'questions'.*\[\]"),
+        ("multirc", (*QUESTION, "question"), None, "'question'.*None"),
+        ("multirc", (*QUESTION, "idx"), "3", "'idx'.*question.*'3'"),
+        ("multirc", (*QUESTION, "answers"), [], r"'answers'.*question 3.*\[\]"),
+        ("multirc", (*QUESTION, "answers", 0, "label"), 2, r"question 3.*\[0, 1\].* 2"),
+        ("multirc", (*QUESTION, "answers", 0, "text"), None, "'text'.*question 3.*None"),
+        ("multirc", ("passage", "questions", 0, "answers", 1, "idx"), 3, "`idx`.*answer.*twice"),
+        ("record", (*ENTITY, "end"), 10**6, "entities.*34 to 1000000"),
+        ("record", (*ENTITY, "start"), -1, "entities.*-1 to 36"),
+        ("record", ("passage", "entities"), [], r"'entities'.*\[\]"),
+        ("record", ("qas", 1, "query"), "who?", r"'@placeholder'.*query 3.*'who\?'"),
+        ("record", ("qas", 1, "answers"), [], r"'answers'.*query 3.*\[\]"),
+        ("record", ("qas", 1, "answers", 0, "text"), 1, "'text'.*query 3.* 1"),
+        ("record", ("qas", 1, "idx"), 2, "`idx`.*query.*twice"),
+        ("wic", ("start1",), "3", "'start1'.*'3'"),
+        ("wic", ("end2",), 99, "'start2'.*'end2'.*'sentence2'.*2 and 99"),
+        ("wic", ("end1",), 3, "'start1'.*'end1'.*'sentence1'.*3 and 3"),
+        ("wsc", ("target",), None, "'target'.*None"),
+        ("wsc", ("target", "span1_index"), None, "'span1_index'.*None"),
+        ("wsc", ("target", "span2_index"), 9, "'span2_index'.* 8 .* 9"),
+        ("wsc", ("target", "span1_text"), " ", "'span1_text'.*empty"),
+        ("wsc", ("target", "span1_text"), "a dog", "spans.*'a dog'"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, task, place, value, message):
@@ -110,16 +110,16 @@ def test_a_broken_line_is_named(tmp_path, task, place, value, message):
     path = made.make(tmp_path, task) / "train.jsonl"
     rows = made.lines(task, "train")
     made.write(path, [rows[0], changed(rows[1], place, value), rows[2]])
-    with pytest.raises(ValueError, match=message) as error:
+    where = f"^Line 2 .*'{path}'.*`source`"
+    with pytest.raises(ValueError, match=f"{where}.*{message}") as error:
         check(task, tmp_path)
-    assert str(error.value).startswith(f"Line 2 of {str(path)!r} in `source` must have ")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "received"),
     [
-        ("", 1, "the end of the file"),
+        ("", 1, "end"),
         ("{", 1, "'{'"),
         ("[1]\n", 1, r"'\[1\]"),
         ('{"premise": "a"', 1, '\'{"premise": "a"\''),
@@ -127,20 +127,20 @@ def test_a_broken_line_is_named(tmp_path, task, place, value, message):
 )
 def test_what_is_no_object(tmp_path, text, line, received):
     (made.make(tmp_path, "super_glue/cb") / "train.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=rf"Line {line} .* a JSON object. Received: {received}"):
+    with pytest.raises(ValueError, match=f"Line {line} .*train.jsonl'.*JSON.*{received}"):
         check("super_glue/cb", tmp_path)
 
 
 def test_an_empty_line_is_no_object(tmp_path):
     path = made.make(tmp_path, "super_glue/cb") / "train.jsonl"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(ValueError, match=r"Line 4 .* a JSON object. Received: '\\n'"):
+    with pytest.raises(ValueError, match=r"Line 4 .*train.jsonl'.*JSON.*'\\n'"):
         check("super_glue/cb", tmp_path)
 
 
 def test_text_that_is_not_utf8(tmp_path):
     (made.make(tmp_path, "super_glue/cb") / "train.jsonl").write_bytes(b'{"premise": "\xff"}\n')
-    with pytest.raises(ValueError, match="`source` must hold UTF-8 text. Received: .*train.jsonl"):
+    with pytest.raises(ValueError, match="`source`.*UTF-8.*train.jsonl'"):
         check("super_glue/cb", tmp_path)
 
 

@@ -4,8 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from zoo.tasks import SUITES, TASKS, Examples, TextExamples, write_submission
-from zoo.tasks.submission import _FILES
+from zoo.tasks import SUITES, TASKS, Examples, TextExamples, submission_path, write_submission
 
 
 def examples(task, ids, **options):
@@ -132,9 +131,11 @@ def test_generated_scores(tmp_path):
     assert path.read_text() == "index\tprediction\n0\t3.400\n1\t0.000\n"
 
 
-def test_every_task_has_a_file():
-    everything = {name for names in SUITES.values() for name in names}
-    assert {*_FILES, "glue/mnli"} == everything
+def test_every_task_of_a_suite_has_a_file(tmp_path):
+    tasks = [(suite, TASKS[name]) for suite, names in SUITES.items() for name in names]
+    splits = [(suite, task, split) for suite, task in tasks for split in task.test]
+    paths = {submission_path(task, tmp_path / suite, split) for suite, task, split in splits}
+    assert len(paths) == len(splits) and tmp_path not in paths
 
 
 def test_an_older_file_survives_a_failure(tmp_path, monkeypatch):
@@ -154,11 +155,11 @@ def test_an_older_file_survives_a_failure(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "ids", "outputs", "message"),
     [
-        ("acceptability", [0], [[0, 1]], r"`task` must be one of .*'acceptability'"),
-        ("glue/mnli", [0], [[0, 1, 2]], r"`split` must be one of \['test_matched', .*None"),
-        ("glue/rte", [0, 0], [[0, 1]] * 2, "`examples` must have every example of 'glue/rte' once"),
-        ("glue/rte", [0], [[0, 1]] * 2, r"`outputs` must have shape \(1, 2\)"),
-        ("glue/rte", [0], [[0, np.inf]], "`outputs` must be finite"),
+        ("acceptability", [0], [[0, 1]], "`task`.*task='acceptability'"),
+        ("glue/mnli", [0], [[0, 1, 2]], "`split`.*'test_matched', .*split=None"),
+        ("glue/rte", [0, 0], [[0, 1]] * 2, "`examples`.*'glue/rte'.*twice"),
+        ("glue/rte", [0], [[0, 1]] * 2, r"`outputs`.*\(1, 2\).*\(2, 2\)"),
+        ("glue/rte", [0], [[0, np.inf]], "`outputs`.*inf"),
     ],
 )
 def test_errors_write_nothing(tmp_path, task, ids, outputs, message):

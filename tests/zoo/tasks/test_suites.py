@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from zoo.tasks import SUITES, TASKS, average
@@ -31,17 +33,25 @@ def test_missing_tasks_are_named():
     found = average(scores, "superglue")
     assert found.score == pytest.approx((70 + 45) / 2)  # nothing but the metrics counts
     assert len(found.missing) == 6 and "super_glue/rte" in found.missing
-    assert str(found).startswith("superglue: 57.5 over 2 tasks; missing: super_glue/boolq, ")
+    assert re.match("superglue.* 57.5 .* 2 .*: super_glue/boolq, ", str(found))
 
 
 @pytest.mark.parametrize(
     ("scores", "suite", "message"),
     [
-        (GLUE, "GLUE", r"`suite` must be one of \['glue', 'superglue'\]. Received: suite='GLUE'"),
-        ({}, "glue", r"`scores` must have a task of 'glue'.*Received: \[\]"),
-        ({"glue/rte": {"accuracy": 1.0}}, "superglue", "`scores` must have a task of 'superglue'"),
-        ({"glue/mrpc": {"f1": 1.0}}, "glue", r"metrics \['accuracy', 'f1'\] of 'glue/mrpc'"),
-        ({"glue/rte": {}}, "glue", r"metrics \['accuracy'\] of 'glue/rte'. Received: \[\]"),
+        (GLUE, "GLUE", "`suite`.*'glue', 'superglue'.*suite='GLUE'"),
+        ({}, "glue", r"`scores`.*'glue'.*\[\]"),
+        (
+            {"glue/rte": {"accuracy": 1.0}},
+            "superglue",
+            r"`scores`.*'superglue'.*\['glue/rte'\]",
+        ),
+        (
+            {"glue/mrpc": {"f1": 1.0}},
+            "glue",
+            r"`scores`.*\['accuracy', 'f1'\].*'glue/mrpc'.*\['f1'\]",
+        ),
+        ({"glue/rte": {}}, "glue", r"`scores`.*\['accuracy'\].*'glue/rte'.*\[\]"),
     ],
 )
 def test_errors(scores, suite, message):

@@ -1,4 +1,6 @@
 import dataclasses
+import re
+from collections import Counter
 
 import pytest
 
@@ -84,6 +86,13 @@ def test_a_task_cannot_be_changed():
         get("glue/rte").primary = "f1"
 
 
+def named(name):
+    """How often the error of an unknown task has each name in quotes."""
+    with pytest.raises(ValueError, match=f"^`task`.*task='{name}'$") as error:
+        get(name)
+    return Counter(re.findall("'([^']*)'", str(error.value)))
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -99,25 +108,16 @@ def test_a_task_cannot_be_changed():
     ],
 )
 def test_unknown_task_names_the_nearest(name, nearest):
-    with pytest.raises(ValueError) as error:
-        get(name)
-    message = str(error.value)
-    assert f"did you mean '{nearest}'?" in message
-    assert f"Received: task='{name}'" in message
-    assert all(known in message for known in TASKS)
+    assert named(name) == Counter([*TASKS, nearest, name])
 
 
 def test_a_name_that_both_suites_have_may_be_either():
-    with pytest.raises(ValueError, match="did you mean 'glue/rte' or 'super_glue/rte'?"):
-        get("rte")
+    assert named("rte") == Counter([*TASKS, "glue/rte", "super_glue/rte", "rte"])
 
 
 @pytest.mark.parametrize("name", ["42", "glue/nosuch"])
 def test_unknown_task_with_nothing_near(name):
-    with pytest.raises(ValueError, match="`task` must be one of") as error:
-        get(name)
-    assert "did you mean" not in str(error.value)
-    assert all(known in str(error.value) for known in TASKS)
+    assert named(name) == Counter([*TASKS, name])
 
 
 def test_a_recipe_is_the_default_with_what_the_task_names():
