@@ -4,12 +4,14 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import keras
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ import transformers
 
 import zoo
 from tests.zoo.conversion.small_t5 import pickled
-from zoo.hub import ADDRESS, WEIGHTS, _is_whole
+from zoo.hub import ADDRESS, HASHES, WEIGHTS, check_hashes, sha256
+from zoo.hub import download as downloaded
 from zoo.train_tokenizer import train
 
 REPOSITORY, COMMIT = "owner/model", "c" * 40
@@ -144,6 +147,24 @@ print(hub.download({address!r}, **{options}))
     return run
 
 
+def test_hashes_of_a_preset(tmp_path):
+    folder = tmp_path / "preset"
+    folder.mkdir()
+    weights, outside = folder / "model.weights.h5", tmp_path / "other.json"
+    for path in (weights, outside):
+        path.write_bytes(BIG)
+    (folder / HASHES).write_text(json.dumps({weights.name: sha256(weights)}))
+    check_hashes(folder)
+    weights.write_bytes(BIG[::-1])
+    check_hashes(folder, with_weights=False)
+    with pytest.raises(ValueError, match=f"'{weights.name}'.* Received: .*{folder.name}"):
+        check_hashes(folder)
+    for name in ("../other.json", str(outside)):
+        (folder / HASHES).write_text(json.dumps({name: sha256(outside)}))
+        with pytest.raises(ValueError, match=f"'{re.escape(name)}'"):
+            check_hashes(folder)
+
+
 def test_only_what_is_needed_and_only_once(hub, download):
     folder = download()
     assert sorted(os.listdir(folder)) == sorted(
@@ -161,25 +182,24 @@ def test_pickles_where_there_is_nothing_else(hub, download):
     assert sorted(os.listdir(download())) == ["README.md", "config.json", "pytorch_model.bin"]
 
 
+NOT_DOWNLOADED = f"OSError .*'hf://{REPOSITORY}'"
+DAMAGED = f"ValueError .*'hf://{REPOSITORY}'.*damaged"
+
+
 def test_without_network(download):
-    message = download(online=False)
-    assert message.startswith(f"OSError 'hf://{REPOSITORY}' cannot be downloaded (")
-    assert "Cannot reach" in message and message.endswith("what had arrived is kept.")
-    hint = " Did you mean 'hf://google/switch-base-8'?"
-    assert download("hf://google/switch-base8", online=False).endswith(hint)
-    assert "Did you" not in download("hf://google/switch-base-8@main", online=False)
+    assert re.match(f"{NOT_DOWNLOADED}.*OfflineModeIsEnabled.*cache", download(online=False))
+    suggestion = "'hf://google/switch-base-8'"
+    assert suggestion in download("hf://google/switch-base8", online=False)
+    assert suggestion not in download("hf://google/switch-base-8@main", online=False)
     folder = download()
     assert download(online=False) == folder  # from the cache
 
 
 def test_no_such_model(download):
-    assert download("hf://owner/another") == (
-        "ValueError The hub has no model 'hf://owner/another', or keeps it to itself."
-    )
-    assert download("hf://google/switch-base8") == (
-        "ValueError The hub has no model 'hf://google/switch-base8', or keeps it to itself. "
-        "Did you mean 'hf://google/switch-base-8'?"
-    )
+    message = download("hf://owner/another")
+    assert re.match("ValueError .*'hf://owner/another'", message) and message.count("hf://") == 1
+    message = download("hf://google/switch-base8")
+    assert re.match("ValueError .*'hf://google/switch-base8'.*'hf://google/switch-base-8'", message)
 
 
 REVISIONS = ["main", "feature/x-1", "v1.0+cpu", "c" * 40, "refs/pr/1"]
@@ -203,13 +223,12 @@ NO_REVISIONS = [
 
 @pytest.mark.parametrize("address", ["hf://model", "hf://a/b/c", *NO_REVISIONS])
 def test_no_address(download, address):
-    message = f"ValueError `preset` must look like 'hf://owner/model'. Received: {address!r}"
-    assert download(address) == message
+    assert re.match(f"ValueError `preset`.*{address!r}$", download(address))
 
 
 def test_an_interrupted_download_goes_on(hub, download):
     hub.cut = 30_000
-    assert "cannot be downloaded" in download()
+    assert re.match(NOT_DOWNLOADED, download())
     hub.cut = None
     with open(os.path.join(download(), "model.safetensors"), "rb") as file:
         assert file.read() == BIG
@@ -217,9 +236,7 @@ def test_an_interrupted_download_goes_on(hub, download):
 
 def test_a_tampered_file_does_not_stay(hub, download):
     hub.files["model.safetensors"] = BIG[:-1] + b"x"
-    assert download() == (
-        f"ValueError A file of 'hf://{REPOSITORY}' arrived damaged and was removed; try again"
-    )
+    assert re.match(DAMAGED, download())
     hub.files["model.safetensors"] = BIG
     with open(os.path.join(download(), "model.safetensors"), "rb") as file:
         assert file.read() == BIG
@@ -228,7 +245,7 @@ def test_a_tampered_file_does_not_stay(hub, download):
 def test_what_arrived_damaged_before_a_failure_does_not_stay(hub, download):
     hub.files["model-1.safetensors"] = BIG[1:] + b"x"
     hub.cut = 30_000
-    assert "arrived damaged and was removed" in download()
+    assert re.match(DAMAGED, download())
     hub.files, hub.cut = dict(FILES), None
     with open(os.path.join(download(), "model-1.safetensors"), "rb") as file:
         assert file.read() == BIG[::-1]
@@ -246,7 +263,7 @@ huggingface_hub.snapshot_download = interrupted
 def test_whoever_interrupts_does_not_wait_for_a_check_and_the_next_one_makes_it(hub, download):
     hub.files["model.safetensors"] = BIG[:-1] + b"x"
     assert download(code=INTERRUPTED) == "KeyboardInterrupt "
-    assert "arrived damaged and was removed" in download()
+    assert re.match(DAMAGED, download())
     hub.files["model.safetensors"] = BIG
     folder = download()
     assert Path(folder, "model.safetensors").read_bytes() == BIG
@@ -281,7 +298,7 @@ def test_without_weights(hub, download):
     folder = download(weights=False)
     assert sorted(os.listdir(folder)) == ["README.md", "config.json"]
     assert download(weights=False, online=False) == folder
-    assert "cannot be downloaded" in download(online=False)
+    assert re.match(NOT_DOWNLOADED, download(online=False))
 
 
 @pytest.mark.parametrize(
@@ -292,17 +309,32 @@ def test_without_weights(hub, download):
         (WEIGHTS[2], {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}),
     ],
 )
-def test_a_folder_is_whole_with_all_that_its_index_names(tmp_path, patterns, weight_map):
+def test_a_folder_is_whole_with_all_that_its_index_names(
+    tmp_path, monkeypatch, patterns, weight_map
+):
+    """Offline, a folder of the cache is taken if it is whole."""
+
+    def offline(*_, **__):
+        raise ConnectionError
+
+    def is_whole(weights=True):
+        try:
+            return downloaded(f"hf://{REPOSITORY}", weights) == tmp_path
+        except OSError:
+            return False
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     first, last = weight_map["a"], weight_map["b"]
     last = last[-1] if isinstance(last, list) else last
     (tmp_path / first).touch()
-    assert not _is_whole(tmp_path, *patterns)
+    assert not is_whole()
     (tmp_path / "config.json").touch()
-    assert _is_whole(tmp_path, *patterns) and _is_whole(tmp_path)
+    assert is_whole() and is_whole(weights=False)
     (tmp_path / patterns[1]).write_text(json.dumps({"weight_map": weight_map}))
-    assert not _is_whole(tmp_path, *patterns) and _is_whole(tmp_path)
+    assert not is_whole() and is_whole(weights=False)
     (tmp_path / last).touch()
-    assert _is_whole(tmp_path, *patterns)
+    assert is_whole()
 
 
 def test_a_model_of_shards_and_its_tokenizer_from_the_hub_to_a_text(hub, python, tmp_path):
