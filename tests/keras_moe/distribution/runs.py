@@ -54,9 +54,9 @@ def stopped(folder, copy):
     return copy
 
 
-def run(folder):
+def run(folder=None, run_eagerly=False):
     """Makes and trains a model, and returns it with its results."""
-    model = model_of()
+    model = model_of(run_eagerly=run_eagerly)
     losses = trained(model, folder, keep=None)
     return model, {"losses": losses, "predicted": model.predict(data()[0], 16, verbose=0).tolist()}
 

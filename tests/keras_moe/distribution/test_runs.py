@@ -1,4 +1,4 @@
-"""Two processes of two devices against one process of four, and runs that change devices."""
+"""Two processes of two devices against one device, and runs that change devices."""
 
 import h5py
 import keras
@@ -28,9 +28,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    with ExpertParallel(data=1, experts=4).scope():
-        return runs.run(folder / "one")[1]
+def on_one_device():
+    """A model that was trained on one device, and its results."""
+    return runs.run(run_eagerly=EAGER)
+
+
+@pytest.fixture(scope="module")
+def one(on_one_device):
+    return on_one_device[1]
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +83,31 @@ def test_two_processes_resume(one, two):
         np.testing.assert_allclose(process["resumed"], one["losses"][2:], rtol=0, atol=1e-5)
 
 
-def test_one_device_resumes_what_four_devices_saved(folder, one, two):
-    """Four devices of one process, and of two."""
-    model = runs.model_of(run_eagerly=EAGER)
-    for name in ("one", "two"):
-        copy = runs.stopped(folder / name, folder / f"{name}-on-one-device")
-        losses = runs.trained(model, copy, keep=None)
-        np.testing.assert_allclose(losses, one["losses"][2:], rtol=0, atol=1e-5)
-        assert sorted(path.name for path in copy.iterdir()) == ["epoch-2", "epoch-3", "epoch-4"]
+def resumes_on_one_device(on_one_device, folder):
+    model, results = on_one_device
+    copy = runs.stopped(folder, folder.with_name(f"{folder.name}-on-one-device"))
+    losses = runs.trained(model, copy, keep=None)
+    np.testing.assert_allclose(losses, results["losses"][2:], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in copy.iterdir()) == ["epoch-2", "epoch-3", "epoch-4"]
+
+
+def test_one_device_resumes_what_two_processes_saved(folder, on_one_device, two):
+    resumes_on_one_device(on_one_device, folder / "two")
+
+
+@pytest.mark.full
+def test_one_device_resumes_what_four_devices_saved(folder, on_one_device, one):
+    with ExpertParallel(data=1, experts=4).scope():
+        _, four = runs.run(folder / "four")
+    for name in one:
+        np.testing.assert_allclose(four[name], one[name], rtol=0, atol=1e-5, err_msg=name)
+    resumes_on_one_device(on_one_device, folder / "four")
 
 
 @pytest.mark.full
 def test_two_processes_resume_on_fewer_devices(folder, one, two):
     model = runs.model_of(run_eagerly=EAGER)
-    ShardedBackup(folder / "one").restore(model)
+    ShardedBackup(folder / "two").restore(model)
     evaluated = model.evaluate(*runs.data(), 16, verbose=0)
     for process in launched(1, runs.stopped(folder / "two", folder / "two-on-two-devices")):
         assert process["devices"] == 2
