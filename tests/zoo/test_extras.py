@@ -38,16 +38,15 @@ def test_require_imports():
 def test_a_missing_package_names_the_extra(missing, tmp_path, package, module, call):
     missing(package)
     missing(module)
-    with pytest.raises(ImportError, match=r"keras-moe\[glue\]") as error:
+    with pytest.raises(ImportError, match=rf"{package!r}.*keras-moe\[glue\]"):
         call(tmp_path)
-    assert f"the package {package!r}" in str(error.value)
 
 
 def test_a_missing_package_that_another_needs_is_the_one_named(missing, tmp_path, monkeypatch):
     (tmp_path / "stands_on_scipy.py").write_text("import scipy")
     monkeypatch.syspath_prepend(tmp_path)
     missing("scipy")
-    with pytest.raises(ImportError, match="the package 'scipy'"):
+    with pytest.raises(ImportError, match=r"'scipy'.*keras-moe\[glue\]"):
         require("stands_on_scipy")
 
 
