@@ -91,14 +91,14 @@ def test_config_and_vocabulary_round_trip(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("proto", [b"", b"no model"])
 def test_not_a_model(proto):
-    with pytest.raises(ValueError, match="`proto` must be a SentencePiece model"):
+    with pytest.raises(ValueError, match=f"`proto`.* {len(proto)} bytes"):
         ZooTokenizer(proto=proto)
 
 
 def test_not_a_model_file(tmp_path):
     path = tmp_path / "notes.spm"
     path.write_text("no model")
-    with pytest.raises(ValueError, match="`proto` must be .* Received: .*notes.spm"):
+    with pytest.raises(ValueError, match=f"`proto`.*{path}"):
         ZooTokenizer(proto=str(path))
     with pytest.raises(FileNotFoundError, match="missing.spm"):
         ZooTokenizer(proto=str(tmp_path / "missing.spm"))
@@ -109,7 +109,7 @@ def test_a_model_without_the_special_pieces():
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a b c d"] * 10), model_writer=model, vocab_size=8, minloglevel=2
     )
-    with pytest.raises(ValueError, match="special token `'<pad>'`"):
+    with pytest.raises(ValueError, match="'<pad>'"):
         ZooTokenizer(proto=model.getvalue())
 
 
@@ -157,27 +157,27 @@ def test_odd_file(tmp_path, content):
     path = tmp_path / "plain-train-00.jsonl.gz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="Expected gzip with one .* Received: .*plain-train-00"):
+    with pytest.raises(ValueError, match=f'"text".*{path}'):
         sample_sentences([path], 10)
 
 
 def test_empty_and_held_out_files(tmp_path):
     empty = tmp_path / "plain-train-00.jsonl.gz"
     empty.write_bytes(gzip.compress(b"", mtime=0))
-    with pytest.raises(ValueError, match="The files of corpus plain hold no text"):
+    with pytest.raises(ValueError, match=f"corpus plain .*{empty.name}"):
         sample_sentences([empty], 10)
-    with pytest.raises(ValueError, match="Held-out files are for evaluation only"):
+    with pytest.raises(ValueError, match="Held-out.*plain-heldout-00"):
         sample_sentences([tmp_path / "plain-heldout-00.jsonl.gz"], 10)
 
 
 def test_too_many_pieces():
-    with pytest.raises(ValueError, match="num_pieces=8000 .*too high"):
+    with pytest.raises(ValueError, match=r"num_pieces=8000.*<= \d"):
         train(["Few words."], 8000)
 
 
 def test_the_command_reports_in_one_sentence(tmp_path):
     missing = str(tmp_path / "missing.jsonl.gz")
-    with pytest.raises(SystemExit, match="error: Expected gzip .*missing.jsonl.gz"):
+    with pytest.raises(SystemExit, match=f"error: .*{missing}"):
         main([missing, "--output", str(tmp_path / "out.spm")])
     assert not list(tmp_path.iterdir())
 
@@ -206,7 +206,7 @@ def test_sentinels_are_added_once_and_as_many_as_asked(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("sentinels", [-1, 2.5])
 def test_sentinels_are_a_number(tokenizer, sentinels):
-    with pytest.raises(ValueError, match="`sentinels` must be 0 or a positive integer. Received:"):
+    with pytest.raises(ValueError, match=f"`sentinels`.*sentinels={sentinels}"):
         t5_tokenizer(tokenizer.proto, sentinels=sentinels)
 
 
@@ -268,7 +268,7 @@ def test_sentinels_are_found_in_tensorflows_pipelines(both):
 
 
 def test_what_is_no_text(both):
-    with pytest.raises(ValueError, match="must be strings|should be a string"):
+    with pytest.raises(ValueError, match=r"string.*Received: \[1, 2\]"):
         both[1]([1, 2])
-    with pytest.raises(ValueError, match="should be a string"):
+    with pytest.raises(ValueError, match="string.*Received: 3"):
         both[1](3)
