@@ -86,6 +86,7 @@ FAULTS = (
         'filters = filters or (lambda layer: layer.name != "logits")',
         "filters = filters or (lambda layer: True)",
         "the last layer of a classifier is quantized, too",
+        ("tests/zoo/models/test_blocks.py",),
     ),
     Fault(
         "zoo/models/encoder_decoder.py",
