@@ -25,7 +25,7 @@ def test_the_plan_begins_with_what_most_depends_on():
 
 def test_baselines_are_kept_and_gathered(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "plan", lambda: [("glue/cola", "words", None, None)])
-    monkeypatch.setattr(glue, "_has_data", lambda *args: True)
+    monkeypatch.setattr("zoo.finetuning.suite.missing_data", lambda *args: None)
     monkeypatch.setattr(tasks, "validation_splits", lambda *args: (("validation",), ("train",)))
     calls = []
 
@@ -106,6 +106,6 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zoo, "finetune_suite", finetune_suite)
     monkeypatch.setattr(glue, "plan", lambda: [("glue/sst2", "pretrained", "dense", 0)])
-    monkeypatch.setattr(glue, "_has_data", lambda *args: True)
+    monkeypatch.setattr("zoo.finetuning.suite.missing_data", lambda *args: None)
     with pytest.raises(ValueError, match="another run"):
         glue.train(tmp_path, "data", {})
