@@ -1,5 +1,4 @@
 import json
-import re
 
 import pytest
 
@@ -70,15 +69,15 @@ def test_notebook():
 @pytest.mark.parametrize(
     "script, message",
     [
-        ("import os\n", "must begin with a cell"),
-        ("import os\n# %%\nimport sys\n", "must begin with a cell"),
-        ("# %%\nimport os\n# %%\n\n", "An empty cell"),
-        ("# %% [markdown]\n# text\nx = 1\n", "must begin with '# '. Received: 'x = 1'"),
-        ("# %% [markdown]\n# text\n#text\n", "must begin with '# '. Received: '#text'"),
+        ("import os\n", r"'# %%'.*'import os\\n'"),
+        ("import os\n# %%\nimport sys\n", r"'# %%'.*'import os\\n'"),
+        ("# %%\nimport os\n# %%\n\n", "empty cell.* 1 "),
+        ("# %% [markdown]\n# text\nx = 1\n", "'# '.*'x = 1'"),
+        ("# %% [markdown]\n# text\n#text\n", "'# '.*'#text'"),
     ],
 )
 def test_what_is_no_script_of_cells(script, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         cells(script)
 
 
