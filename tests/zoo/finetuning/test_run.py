@@ -218,22 +218,37 @@ def test_argument_out_of_range_is_refused(tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
-def test_neither_devices_nor_processes_change_a_run(tmp_path):
+def assert_same_run(many, one):
+    assert "val_moe_1/dropped" in one
+    assert many.keys() == one.keys()
+    for name in set(one) - {"seconds"}:
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.every_backend
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch has no engine for devices")
+def test_devices_do_not_change_a_run(tmp_path):
+    # `mix_layers` adds a weight to the head that is neither an expert's nor a kernel.
+    options = {"max_examples": 16, "batch_size": 8, "dropout": 0.0, "mix_layers": True}
+    one, many = (
+        run(tmp_path / f"{mesh}", mesh=mesh, **options)["history"][0]
+        for mesh in (None, {"data": 1, "experts": 4})
+    )
+    assert_same_run(many, one)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch has no engine for devices")
+def test_processes_do_not_change_a_run(tmp_path):
     """Two processes; on JAX each has two devices."""
     program = ("-m", "tests.zoo.finetuning.on_devices")
     mesh = {"data": 1, "experts": 4} if keras.backend.backend() == "jax" else {"experts": 2}
     (one,) = launched(*program, tmp_path / "one", "null")
-    many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)
-    assert "val_moe_1/dropped" in one
-    for process in many:
-        assert process.keys() == one.keys()
-        for name in set(one) - {"seconds"}:
-            np.testing.assert_allclose(process[name], one[name], rtol=0, atol=1e-4, err_msg=name)
-    kept = {path.name for path in (tmp_path / "one").iterdir()}
-    assert (
-        {path.name for path in (tmp_path / "many").iterdir()} == kept == {"preset", "results.json"}
-    )
+    for process in launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2):
+        assert_same_run(process, one)
+    for name in ("one", "many"):
+        kept = {path.name for path in (tmp_path / name).iterdir()}
+        assert kept == {"preset", "results.json"}
 
 
 def test_partial_data_has_the_validation_splits_that_are_there(tmp_path, monkeypatch):

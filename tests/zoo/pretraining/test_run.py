@@ -176,18 +176,32 @@ def test_other_objectives(text, tmp_path, objective, options, task):
     assert type(zoo.from_preset(tmp_path / "preset")).__name__ == task
 
 
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="no engine has devices share")
-def test_neither_devices_nor_processes_change_a_run(text, tmp_path):
+def assert_same_history(many, one):
+    for mine, its in zip(one, many, strict=True):
+        assert its["place"] == mine["place"] and its.keys() == mine.keys()
+        for name in ("loss", "val_loss", "accuracy", "moe_2/dropped"):
+            assert its[name] == pytest.approx(mine[name], abs=1e-4), name
+
+
+@pytest.mark.every_backend
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch has no engine for devices")
+def test_devices_do_not_change_a_run(text, tmp_path):
+    one, many = (
+        run(text, tmp_path / f"{mesh}", dropout=0.0, mesh=mesh)["history"]
+        for mesh in (None, {"data": 1, "experts": 2, "model": 2})
+    )
+    assert_same_history(many, one)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch has no engine for devices")
+def test_processes_do_not_change_a_run(text, tmp_path):
     """Two processes; on JAX each has two devices."""
     program = ("-m", "tests.zoo.pretraining.on_devices", text)
     mesh = {"data": 2, "experts": 2} if keras.backend.backend() == "jax" else {"experts": 2}
     (one,) = launched(*program, tmp_path / "one", "null")
-    many = launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2)
-    for process in many:
-        for mine, its in zip(one, process, strict=True):
-            assert its["place"] == mine["place"] and its.keys() == mine.keys()
-            for name in ("loss", "val_loss", "accuracy", "moe_2/dropped"):
-                assert its[name] == pytest.approx(mine[name], abs=1e-4), name
+    for process in launched(*program, tmp_path / "many", json.dumps(mesh), processes=2, devices=2):
+        assert_same_history(process, one)
 
 
 def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
