@@ -25,7 +25,7 @@ MOST_WORKERS = 8  # a worker takes up to 3 GB
 def run(backend, full, pytest_arguments):
     """Runs pytest on one backend and returns its exit code."""
     command = [sys.executable, "-m", "pytest", "--dist=loadfile", f"-n{workers()}"]
-    command += ["--max-worker-restart=2"]
+    command += ["--no-loadscope-reorder", "--max-worker-restart=2"]
     if full:
         command += ["--full", "--timeout=900", "-o", "faulthandler_timeout=1000"]
     elif backend != "torch":

@@ -24,6 +24,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+LONG_FILES = (
+    "tests/tutorials/test_tutorials.py",
+    "tests/test_end_to_end.py",
+    "tests/keras_moe/distribution/",
+    "tests/keras_moe/test_moe.py",
+    "tests/zoo/test_hub.py",
+)
+
 # Graphs and compiled programs are millions of objects that stay alive, and Keras collects garbage
 # whenever it clears a session or quantizes a layer. Collecting is cheaper when it visits fewer.
 gc.set_threshold(10_000, 20, 20)
@@ -44,6 +52,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # A worker takes whole files, in this order: a long file at the end would leave the others idle.
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]
