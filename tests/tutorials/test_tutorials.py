@@ -59,7 +59,7 @@ def run(script, tmp_path, monkeypatch):
 
 
 def falls(losses):
-    """Whether the last epoch's loss is below the first one's; epochs between may differ by chance."""
+    """Whether the last loss is below the first; an epoch in between may rise by chance."""
     return len(losses) > 1 and losses[-1] < losses[0]
 
 
