@@ -1,4 +1,4 @@
-"""What a run that is killed leaves behind: its folder at that moment."""
+"""A killed run leaves its folder as it is at that moment. A copy of the folder is as good."""
 
 import contextlib
 import shutil
@@ -10,7 +10,7 @@ from zoo.runs import Run
 
 @contextlib.contextmanager
 def copied_after_epoch(epoch, copy):
-    """Copies the folder of a run that is trained within, once it has saved an epoch.
+    """A context in which the folder of a run is copied as soon as the run has saved an epoch.
 
     Args:
         epoch: number of the epoch, from 1.

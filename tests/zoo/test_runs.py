@@ -26,7 +26,7 @@ SCORES = (0.1, 0.5, 0.3, 0.4)  # of each epoch; the second one is the best
 
 
 class Model:
-    """A stub, also of its optimizer: its weights are the epochs that it was trained on."""
+    """A stub of a model and of its optimizer. Its weights are the epochs that it was trained on."""
 
     trainable_variables = ()
 
@@ -203,7 +203,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("error", [Killed, KeyboardInterrupt, full])
     def test_no_epoch_is_lost(self, tmp_path, error):
-        """Not one that was saved, whatever fails while the next one is saved."""
+        """A saved epoch stays, whatever fails while the next one is saved."""
         for disk in each_step(error):
             folder = tmp_path / str(disk.number)
             run, model = opened(folder)
@@ -658,7 +658,7 @@ def fit(folder, batches, *callbacks):
 
 
 class TestFit:
-    """Real models: a resumed run sees the batches, and draws the noise, that it would have."""
+    """A resumed run of a real model sees the same batches and draws the same noise."""
 
     @pytest.fixture(scope="class")
     def undisturbed(self, tmp_path_factory):

@@ -71,6 +71,20 @@ def test_two_validation_splits_and_pairs(tmp_path):
     assert {"val_accuracy", "validation_mismatched_accuracy"} <= set(best)
 
 
+def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
+    orders, original = [], batches.TokenBatches.shuffle
+
+    def shuffle(self, epoch):
+        original(self, epoch)
+        if self.shuffle_seed is not None:  # the training data
+            orders.append(self.order.tolist())
+
+    monkeypatch.setattr(batches.TokenBatches, "shuffle", shuffle)
+    run(tmp_path, model="dense", epochs=2, max_examples=32)
+    one, other = orders[-2:]
+    assert one != other and sorted(one) == sorted(other) == list(range(32))
+
+
 def test_official_metrics_come_before_the_routing_metrics(whole, tmp_path, capsys):
     names = list(whole[0]["best"])
     assert names.index("val_loss") < names.index("val_matthews") < names.index("moe_1/dropped")
