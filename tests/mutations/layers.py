@@ -227,6 +227,7 @@ FAULTS = (
         "return _squared_variation(load_A[:, None] * mean_AB)",
         "return _squared_variation(load_A[:, None] * total_AB)",
         "the hierarchical load takes a sum for a mean over a group's tokens",
+        tests=("tests/keras_moe/test_hierarchical.py",),
     ),
     Fault(
         "keras_moe/losses/balance.py",
