@@ -748,7 +748,7 @@ FAULTS = (
         'if hidden_dim % self.size["model"]:',
         'if hidden_dim < self.size["model"]:',
         "a hidden width that devices cannot share is not refused",
-        tests=("tests/keras_moe/distribution/test_jax_engine.py",),
+        tests=("tests/keras_moe/distribution/test_jax_engine.py::TestRefusals",),
         backend="jax",
     ),
     Fault(
@@ -756,6 +756,8 @@ FAULTS = (
         "if local * share > size:",
         "if local > size:",
         "weights that no device shares are not refused",
+        tests=("tests/keras_moe/distribution/test_jax_engine.py::TestRefusals",),
+        ("tests/keras_moe/distribution/test_jax_engine.py",),
         backend="jax",
     ),
     Fault(
