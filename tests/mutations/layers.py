@@ -757,7 +757,6 @@ FAULTS = (
         "if local > size:",
         "weights that no device shares are not refused",
         tests=("tests/keras_moe/distribution/test_jax_engine.py::TestRefusals",),
-        ("tests/keras_moe/distribution/test_jax_engine.py",),
         backend="jax",
     ),
     Fault(
