@@ -18,7 +18,7 @@ def test_prepare_bad_folder(tmp_path, capsys):
     for tasks in ([], ["glue/cola"]):
         arguments = ["prepare", *tasks, "--from", str(tmp_path), "--data-dir", str(tmp_path / "o")]
         assert cli.main(arguments) == 2
-        assert "`source` must hold" in capsys.readouterr().err
+        assert re.match(f"zoo: `source`.*source='{tmp_path}'", capsys.readouterr().err)
     assert not (tmp_path / "o").exists()
 
 
@@ -30,9 +30,10 @@ def test_prepare_says_what_it_left_out(tmp_path, capsys):
     arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("glue/cola: prepared in ")
-    assert "left out: glue/sst2 (no SST-2/train.tsv)" in lines
-    assert lines[-1] == "left out: glue/wnli (no WNLI/train.tsv)"
+    assert lines[0].startswith("glue/cola: ")
+    (line,) = (line for line in lines if "glue/sst2" in line)
+    assert line.startswith("left out: ") and "SST-2/train.tsv" in line
+    assert re.match("left out: glue/wnli .*WNLI/train.tsv", lines[-1])
 
 
 def test_prepare_superglue_and_partial_data(tmp_path, capsys):
@@ -45,15 +46,13 @@ def test_prepare_superglue_and_partial_data(tmp_path, capsys):
     arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("super_glue/rte: prepared in ")
-    left_out = (
-        "left out: super_glue/boolq (no BoolQ/train.jsonl, but files for the option `partial`)"
-    )
-    assert left_out in lines
+    assert lines[0].startswith("super_glue/rte: ")
+    (line,) = (line for line in lines if "super_glue/boolq" in line)
+    assert re.match("left out: super_glue/boolq .*BoolQ/train.jsonl.*`partial`", line)
     assert cli.main([*arguments, "--partial"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("super_glue/boolq: prepared in ")
-    assert lines[1] == "  train: 3 rows (partial: not the official file)"
+    assert lines[0].startswith("super_glue/boolq: ")
+    assert re.match(r" *train: 3\b.*partial", lines[1])
 
 
 def test_prepare_into_a_file(tmp_path, capsys):
@@ -62,36 +61,33 @@ def test_prepare_into_a_file(tmp_path, capsys):
     arguments = ["prepare", "--from", str(tmp_path / "raw"), "--data-dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("zoo: `data_dir` must be a folder") and error.count("\n") == 1
+    assert re.fullmatch(f"zoo: `data_dir`.*'{tmp_path / 'out'}'\n", error)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["glue/colla"], "did you mean 'glue/cola'"),
-        (["--model", "no/such/folder"], "`model` must be one of"),
-        (["--size", "huge"], "`size` must be one of"),
-        (["--epochs", "0"], "`epochs` must be a positive integer"),
-        (["--seed", "-1"], "`seed` must be from 0 to 4294967295. Received: seed=-1"),
-        (["--max-length", "999999"], "`max_length` must be from 4 to 512"),
-        (["--preset", "no/such/folder"], "`preset` must be dense_mini_en, "),
-        (["--model", "dense", "--preset", os.curdir], "`model` must be left out with a preset"),
-        (["--train", "half"], "`train` must be one of all, frozen_experts, non_experts, experts"),
-        (["--lora-rank", "2"], "`lora_rank` must be left out unless `train` is 'lora'"),
-        (
-            ["super_glue"],
-            "`task` must be a task, or one of glue, superglue (did you mean 'superglue'",
-        ),
-        (["glue/rte", "--pairs", "both"], "`pairs` must be one of apart, together"),
-        (["--seeds", "0"], "`seeds` must be a positive integer"),
-        (["--seeds", "2", "--seed", "1"], "`seed` must be left out with `seeds`"),
+        (["glue/colla"], r"`task`.*'glue/cola'\?.*task='glue/colla'"),
+        (["--model", "no/such/folder"], "`model`.*model='no/such/folder'"),
+        (["--size", "huge"], "`size`.*size='huge'"),
+        (["--epochs", "0"], "`epochs`.*epochs=0"),
+        (["--seed", "-1"], "`seed`.*seed=-1"),
+        (["--max-length", "999999"], "`max_length`.*max_length=999999"),
+        (["--preset", "no/such/folder"], "`preset`.*preset='no/such/folder'"),
+        (["--model", "dense", "--preset", os.curdir], "`model`.*preset.*model='dense'"),
+        (["--train", "half"], "`train`.*train='half'"),
+        (["--lora-rank", "2"], "`lora_rank`.*`train`.*lora_rank=2"),
+        (["super_glue"], "`task`.*'superglue'.*task='super_glue'"),
+        (["glue/rte", "--pairs", "both"], "`pairs`.*pairs='both'"),
+        (["--seeds", "0"], "`seeds`.*seeds=0"),
+        (["--seeds", "2", "--seed", "1"], "`seed`.*`seeds`.*seed=1"),
     ],
 )
 def test_finetune_bad_input(tmp_path, capsys, arguments, message):
     output = tmp_path / "run"
     assert cli.main(["finetune", *arguments, "--output", str(output)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("zoo: ") and message in error and error.count("\n") == 1
+    assert re.match(f"zoo: {message}", error) and error.count("\n") == 1
     assert not output.exists()
 
 
@@ -159,15 +155,15 @@ def test_compare(tmp_path, capsys):
     assert cli.main(["compare", *folders, "--epoch", "last"]) == 0
     assert "| glue/rte | accuracy | 0.000 ± 0.000 |" in capsys.readouterr().out
     assert cli.main(["compare", folders[0], str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("zoo: `folders` must each have the `summary.json`")
+    assert re.match(f"zoo: `folders`.*`summary.json`.*{tmp_path}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("scores", "arguments", "said"),
     [
-        ({"f1": 0.5, "accuracy": 0.75}, ["--split", "test"], ["f1 0.5000, accuracy 0.7500"]),
-        ({}, ["--predictions", "out"], ["saved: out"]),
-        ({}, [], ["this split has no labels; --predictions writes what is to be submitted"]),
+        ({"f1": 0.5, "accuracy": 0.75}, ["--split", "test"], "f1 0.5000, accuracy 0.7500"),
+        ({}, ["--predictions", "out"], "saved: out"),
+        ({}, [], ".*labels.*--predictions.*"),
     ],
 )
 def test_evaluate(capsys, monkeypatch, scores, arguments, said):
@@ -176,19 +172,19 @@ def test_evaluate(capsys, monkeypatch, scores, arguments, said):
         "zoo.finetuning.evaluate.evaluate", lambda **options: called.append(options) or scores
     )
     assert cli.main(["evaluate", "folder", "glue/mrpc", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines() == said
+    assert re.fullmatch(f"{said}\n", capsys.readouterr().out)
     given = dict(zip((n.removeprefix("--") for n in arguments[::2]), arguments[1::2], strict=True))
     assert called == [{"preset": "folder", "task": "glue/mrpc", **given}]
 
 
 def test_evaluate_bad_input(tmp_path, capsys):
     for arguments, message in (
-        (["no/such/folder", "glue/cola"], "`preset` must be dense_mini_en, "),
-        ([str(tmp_path), "glue/coal"], "`task` must be one of "),
+        (["no/such/folder", "glue/cola"], "`preset`.*preset='no/such/folder'"),
+        ([str(tmp_path), "glue/coal"], "`task`.*task='glue/coal'"),
     ):
         assert cli.main(["evaluate", *arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+        assert re.match(f"zoo: {message}", error) and error.count("\n") == 1
 
 
 def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
@@ -208,22 +204,21 @@ def test_folder_without_the_task(tmp_path, capsys, monkeypatch):
 def test_a_mesh_of_more_devices_than_there_are(tmp_path):
     backend = os.environ["KERAS_BACKEND"]
     command = [sys.executable, "-m", "zoo", "finetune", "--backend", backend]
-    command += ["--output", str(tmp_path), "--mesh", "data=2,expert=4"]
+    command += ["--output", str(tmp_path), "--mesh", "data=4,expert=4"]
     environment = dict(os.environ)
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # the command's own
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    what = (
-        "must be used on JAX or TensorFlow" if backend == "torch" else "data=2, experts=4, model=1"
-    )
-    assert what in done.stderr
+    what = "`ExpertParallel`.*torch" if backend == "torch" else "data=4, experts=4, model=1"
+    assert re.search(what, done.stderr)
 
 
 @pytest.mark.parametrize("mesh", ["data", "data=2,data=4", "experts=-1", "rows=2", ""])
 def test_what_is_no_mesh(mesh, capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--mesh", mesh])
-    assert "must be numbers of devices, such as data=2,expert=4. Rec" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f" --mesh: .*data=2,expert=4.*Received: {mesh}$", error)
 
 
 def test_missing_backend(capsys, monkeypatch):
@@ -241,12 +236,10 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(zoo.finetuning.run, "finetune", interrupted)
     monkeypatch.setattr(importlib.import_module("zoo.tasks.prepare"), "prepare", interrupted)
     assert cli.main(["finetune"]) == 130
-    expected = "zoo: interrupted; finetune, without --restart, goes on from here\n"
-    assert capsys.readouterr().err == expected
+    assert re.fullmatch("zoo: .*finetune.*--restart.*\n", capsys.readouterr().err)
     folder = str(tmp_path)
     assert cli.main(["prepare", "glue/rte", "--from", folder, "--data-dir", folder]) == 130
-    expected = "zoo: interrupted; prepare, without --force, goes on with the tasks that are not"
-    assert capsys.readouterr().err.startswith(expected)
+    assert re.fullmatch("zoo: .*prepare.*--force.*\n", capsys.readouterr().err)
 
 
 def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
@@ -267,14 +260,25 @@ def test_help_has_the_tasks_and_the_defaults_of_each(capsys):
     assert "expert" not in line and "learning rate 0.002" in line
 
 
-def say(lines, then=""):
-    """A program that, without remarks, writes lines to the descriptor that TensorFlow writes to."""
+def say(lines, then="pass"):
+    """A command in which an import writes lines to the descriptor that TensorFlow writes to."""
     text = "".join(f"{line}\n" for line in lines)
-    return (
-        "import os\nfrom zoo import cli\n"
-        f"with cli._without_remarks():\n    os.write(2, {text.encode()!r})\n    {then or 'pass'}\n"
-        "os.write(2, b'after\\n')\n"
-    )
+    return f"""
+import os, sys, types
+from zoo import cli
+
+class Module(types.ModuleType):
+    @property
+    def evaluate(self):
+        os.write(2, {text.encode()!r})
+        {then}
+        return lambda **options: {{"accuracy": 0.5}}
+
+sys.modules["zoo.finetuning"] = types.ModuleType("zoo.finetuning")
+sys.modules["zoo.finetuning.evaluate"] = Module("zoo.finetuning.evaluate")
+cli.main(["evaluate", "folder", "glue/rte"])
+os.write(2, b'after\\n')
+"""
 
 
 REMARKS = [
@@ -293,8 +297,8 @@ TROUBLE = [
 @pytest.mark.parametrize(
     ("then", "code", "last"),
     [
-        ("", 0, "after"),
-        ("raise ImportError('broken')", 1, "ImportError: broken"),
+        ("pass", 0, "after"),
+        ("raise RuntimeError('broken')", 1, "RuntimeError: broken"),
         ("os.abort()", -6, TROUBLE[-1]),
     ],
 )
@@ -304,7 +308,7 @@ def test_remarks_are_dropped_and_trouble_is_not(then, code, last):
     assert done.returncode == code
     lines = done.stderr.splitlines()
     assert lines[:3] == TROUBLE and lines[-1] == last
-    assert done.stdout == ""
+    assert done.stdout == ("accuracy 0.5000\n" if code == 0 else "")
 
 
 def test_unknown_command_and_backend_exit_with_2():
@@ -323,8 +327,8 @@ def test_command_line_trains_the_embedded_default_on_the_backend_asked_for(tmp_p
     command += ["--max-examples", "64", "--max-length", "8", "--output", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "generated from the project's own grammar" in done.stdout
-    assert "best epoch 1 of 1: val_matthews" in done.stdout
+    assert done.stdout.startswith("acceptability: ")
+    assert re.search("epoch 1 .*: val_matthews", done.stdout)
     assert done.stderr == ""
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["backend"] == backend
 
@@ -369,11 +373,14 @@ def test_convert_there_and_back_and_generate(preset, tmp_path, capsys):
 def test_texts_may_follow_options(preset, capsys):
     assert run("generate", preset, "--max-length", 4, "a fox", "the dog") == 0
     assert capsys.readouterr().out.count("\n") == 2
-    for arguments in (("generate", preset, "--length", 4, "a"), ("presets", "all")):
+    for *arguments, unknown in (
+        ("generate", preset, "--length", 4, "a", "--length"),
+        ("presets", "all", "all"),
+    ):
         with pytest.raises(SystemExit) as exit:
             cli.main([*map(str, arguments)])
         assert exit.value.code == 2
-        assert "unrecognized arguments: " in capsys.readouterr().err
+        assert re.search(f"error: .*: {unknown}", capsys.readouterr().err)
 
 
 def test_generate_reads_lines_and_takes_a_sampler(preset, capsys, monkeypatch):
@@ -409,13 +416,13 @@ def test_generate_looks_for_a_tokenizer_before_the_weights(preset, tmp_path, cap
     zoo.EncoderTextClassifier(encoder, 2).save_to_preset(str(tmp_path / "classifier"))
     monkeypatch.setattr("zoo.presets.from_preset", None)
     for name, message in (
-        ("theirs", "`preset` must have a tokenizer. Received: preset="),
-        ("backbone", "`preset` must have a tokenizer. Received: preset="),
-        ("classifier", "`preset` must be of a language model or a text-to-text model. Received:"),
+        ("theirs", "tokenizer"),
+        ("backbone", "tokenizer"),
+        ("classifier", "language model"),
     ):
         assert run("generate", tmp_path / name, "a") == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+        assert re.fullmatch(f"zoo: `preset`.*{message}.*'{tmp_path / name}'\n", error)
 
 
 def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatch):
@@ -441,14 +448,14 @@ def test_convert_writes_what_is_known_into_the_card(preset, tmp_path, monkeypatc
 
 def test_generate_and_convert_bad_input(preset, tmp_path, capsys):
     for arguments, message in (
-        (("generate", tmp_path / "none", "a"), "`preset` must be dense_mini_en, "),
-        (("generate", preset, "a", "--max-length", 0), "`max_length` must be a positive integer"),
-        (("generate", preset, "a", "--batch-size", 0), "`batch_size` must be a positive integer"),
-        (("convert", preset, tmp_path, "--to", "keras"), "`folder` must not be there yet"),
+        (("generate", tmp_path / "none", "a"), f"`preset`.*preset='{tmp_path / 'none'}'"),
+        (("generate", preset, "a", "--max-length", 0), "`max_length`.*max_length=0"),
+        (("generate", preset, "a", "--batch-size", 0), "`batch_size`.*batch_size=0"),
+        (("convert", preset, tmp_path, "--to", "keras"), f"`folder`.*folder='{tmp_path}'"),
     ):
         assert run(*arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"zoo: {message}") and error.count("\n") == 1
+        assert re.match(f"zoo: {message}", error) and error.count("\n") == 1
 
 
 def test_presets_are_listed(capsys):

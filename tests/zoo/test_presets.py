@@ -84,7 +84,7 @@ def test_names_the_first_weight_that_differs_and_both_shapes(preset, edit):
 
 def test_missing_weights(preset, edit):
     edit("num_layers", 2)
-    assert "expected 1 variables, but received 0" in error_of(preset)
+    assert re.search(r"'key'.*\b1\b.*\b0\b", error_of(preset))
 
 
 def test_damaged_weights(preset):
@@ -99,17 +99,16 @@ def test_damaged_weights(preset):
 def test_missing_weight_files(lacking):
     folder = lacking("model.weights.h5")
     for options in ({}, {"num_classes": 3}):
-        message = error_of(folder, **options)
-        assert message.startswith("`preset` must hold the file 'model.weights.h5'. Received:")
+        assert re.match("`preset`.*'model.weights.h5'", error_of(folder, **options))
     assert zoo.from_preset(folder, load_weights=False).num_classes == 2
     folder = lacking("task.weights.h5")
-    assert "must hold the file 'task.weights.h5'" in error_of(folder)
+    assert re.match("`preset`.*'task.weights.h5'", error_of(folder))
     assert zoo.from_preset(folder, num_classes=3).num_classes == 3
 
 
 def test_without_task_json_the_classes_must_be_told(lacking):
     folder = lacking("task.json")
-    assert error_of(folder).startswith("`num_classes` must be given for a preset without")
+    assert re.match("`num_classes`.*`task.json`.*num_classes=None", error_of(folder))
     assert zoo.from_preset(folder, num_classes=3).num_classes == 3
 
 
@@ -118,24 +117,21 @@ def test_without_task_json_the_classes_must_be_told(lacking):
 def test_a_config_that_is_none(preset, tmp_path, name, text):
     shutil.copytree(preset, tmp_path / "copy")
     (tmp_path / "copy" / name).write_text(text)
-    message = error_of(tmp_path / "copy")
-    assert message.startswith(f"`preset` must hold a '{name}' that describes a Keras object")
-    assert message.endswith("copy'")
+    assert re.match(f"`preset`.*'{name}'.*copy'$", error_of(tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("config", [[], {"backbone": 1}])
-def test_a_config_with_the_wrong_entries(preset, tmp_path, config):
+@pytest.mark.parametrize(("config", "kind"), [([], "list"), ({"backbone": 1}, "int")])
+def test_a_config_with_the_wrong_entries(preset, tmp_path, config, kind):
     shutil.copytree(preset, tmp_path / "copy")
     path = tmp_path / "copy" / "task.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
-    assert "does not fit or is damaged: " in error_of(tmp_path / "copy")
+    assert re.search(f"copy'.*'{kind}'", error_of(tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, "two"])
 def test_bad_num_classes(preset, num_classes):
     message = error_of(preset, num_classes=num_classes)
-    expected = f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}"
-    assert message == expected
+    assert re.match(f"`num_classes`.*num_classes={num_classes!r}$", message)
 
 
 def test_options(preset):
@@ -152,7 +148,7 @@ def test_options(preset):
     assert zoo.from_preset(preset, dtype="bfloat16").backbone.dtype_policy.name == "bfloat16"
 
 
-def test_other_rates_of_dropout(tmp_path):
+def test_other_rates_of_dropout(tmp_path, monkeypatch):
     widths = {"num_layers": 2, "num_heads": 2, "hidden_dim": 8, "key_dim": 4, "expert_dim": 6}
     backbone = zoo.switch_transformer("mini", num_experts=2, architecture="encoder", **widths)
     preprocessor = zoo.EncoderTextClassifierPreprocessor(zoo.default_tokenizer(), 12)
@@ -160,10 +156,17 @@ def test_other_rates_of_dropout(tmp_path):
     model = zoo.from_preset(tmp_path / "saved", dropout=0.3, expert_dropout=0.4)
     assert model.dropout == model.backbone.dropout == 0.3
     assert model.backbone.expert_dropout == 0.4
-    layers = list(model._flatten_layers())
-    assert {layer.rate for layer in layers if isinstance(layer, keras.layers.Dropout)} == {0.3}
-    experts = [layer for layer in layers if isinstance(layer, keras_moe.FeedForwardExperts)]
-    assert [layer.dropout for layer in experts] == [0.4]
+    assert [layer.experts.dropout for layer in keras_moe.mixtures(model).values()] == [0.4]
+    rates, dropout = [], keras.layers.Dropout.call
+
+    def call(layer, inputs, training=False):
+        rates.append(layer.rate)
+        return dropout(layer, inputs, training=training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.layers.Dropout, "call", call)
+        model(model.preprocessor(["a text"]), training=True)
+    assert set(rates) == {0.3}
     as_saved = zoo.from_preset(tmp_path / "saved")
     for ours, theirs in zip(model.get_weights(), as_saved.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -174,9 +177,9 @@ def test_other_rates_of_dropout(tmp_path):
 def test_rates_that_are_none(preset):
     for name in ("dropout", "expert_dropout"):
         message = error_of(preset, **{name: 1.0})
-        assert message == f"`{name}` must be in [0, 1). Received: {name}=1.0"
-    message = "`expert_dropout` must be None for a model that has no such rate. "
-    assert error_of(preset, expert_dropout=0.4) == f"{message}Received: expert_dropout=0.4"
+        assert re.match(rf"`{name}`.*\[0, 1\).*{name}=1.0$", message)
+    message = error_of(preset, expert_dropout=0.4)
+    assert re.match("`expert_dropout`.*None.*expert_dropout=0.4$", message)
 
 
 def test_auto_is_the_dtype_that_was_saved(preset, tmp_path):
@@ -187,44 +190,42 @@ def test_auto_is_the_dtype_that_was_saved(preset, tmp_path):
 
 
 def test_an_unknown_option_is_refused(preset):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_class'"):
+    with pytest.raises(TypeError, match="'num_class'"):
         zoo.from_preset(preset, num_class=3)
 
 
 def test_no_preset(tmp_path):
-    assert "`preset` must be the folder of a saved preset" in error_of(tmp_path)
-    (tmp_path / "preset").mkdir()  # as in the folder of a run
-    assert "Did you mean" not in error_of(tmp_path)
-    (tmp_path / "preset" / "config.json").write_text("{}")
-    assert error_of(tmp_path).endswith(f" Did you mean {str(tmp_path / 'preset')!r}?")
+    said, within = f"`preset`.*`config.json`.*preset='{tmp_path}'", tmp_path / "preset"
+    assert re.match(f"{said}$", error_of(tmp_path))
+    within.mkdir()  # as in the folder of a run
+    assert re.match(f"{said}$", error_of(tmp_path))
+    (within / "config.json").write_text("{}")
+    assert re.match(f"{said}.*'{within}'", error_of(tmp_path))
 
 
 def test_what_is_no_name():
-    assert (
-        error_of(None)
-        == "`preset` must be a name, a folder, or 'hf://owner/model'. Received: preset=None"
-    )
+    assert re.match("`preset`.*preset=None$", error_of(None))
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
+    ("name", "suggestions"),
     [
-        ("google/switch-base8", " Did you mean 'hf://google/switch-base-8'?"),
-        ("t5_large", " Did you mean 'hf://google-t5/t5-large'?"),
-        ("switch_mini", " Did you mean 'switch_mini_en'?"),
-        ("qqq", ""),
+        ("google/switch-base8", ["hf://google/switch-base-8"]),
+        ("t5_large", ["hf://google-t5/t5-large"]),
+        ("switch_mini", ["switch_mini_en"]),
+        ("qqq", []),
     ],
 )
-def test_an_unknown_name_suggests_the_nearest(name, hint):
-    names = ", ".join(sorted(SHIPPED))
-    expected = f"`preset` must be {names}, a folder that is there, or 'hf://owner/model'. "
-    assert error_of(name) == f"{expected}Received: preset={name!r}.{hint}"
+def test_an_unknown_name_suggests_the_nearest(name, suggestions):
+    allowed, _, suggested = error_of(name).partition(f"preset={name!r}")
+    assert re.match(f"`preset`.*{', '.join(sorted(SHIPPED))}", allowed)
+    assert re.findall("'(.*)'", suggested) == suggestions
 
 
 def test_a_preset_that_comes_with_the_library(preset, monkeypatch):
     monkeypatch.setattr("zoo.presets.shipped", lambda: {"tiny_en": preset})
     assert zoo.from_preset("tiny_en").num_classes == 2
-    assert error_of("tiny").startswith("`preset` must be tiny_en, a folder that is there, or 'hf:")
+    assert re.match("`preset`.*tiny_en.*preset='tiny'", error_of("tiny"))
 
 
 def test_the_hub_is_asked(preset, monkeypatch):
@@ -261,7 +262,7 @@ class TestBackbonePreset:
         assert type(model) is task and model.preprocessor is None
         for ours, before in zip(model.backbone.weights, saved.weights, strict=True):
             np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, before)))
-        assert error_of(tmp_path, num_classes=2).startswith("`num_classes` must be None for a")
+        assert re.match("`num_classes`.*None.*num_classes=2", error_of(tmp_path, num_classes=2))
 
     def test_the_tokenizer_is_loaded_where_there_is_one(self, tmp_path):
         backbone = zoo.EncoderDecoderBackbone(**(self.WIDTHS | {"vocabulary_size": 8000}))
@@ -271,7 +272,7 @@ class TestBackbonePreset:
 
     def test_a_head_that_is_not_there(self, tmp_path):
         zoo.moe_lstm(vocabulary_size=10, num_experts=4).backbone.save_to_preset(str(tmp_path))
-        assert "must hold the file 'task.weights.h5'" in error_of(tmp_path)
+        assert re.match("`preset`.*'task.weights.h5'", error_of(tmp_path))
 
     @pytest.mark.parametrize("name", ["config.json", "task.json"])
     @pytest.mark.parametrize("registered", ["keras>Dense", "zoo>ZooTokenizer", "zoo>Nothing"])
@@ -280,8 +281,7 @@ class TestBackbonePreset:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / name).write_text(json.dumps(config | {"registered_name": registered}))
         message = error_of(tmp_path, num_classes=2)
-        expected = f"`preset` must be of a task or of a backbone. Received: {registered!r} in "
-        assert message.startswith(f"{expected}{name!r}")
+        assert re.match(f"`preset`.*{registered!r}.*{name!r}", message)
 
 
 class TestListPresets:
@@ -427,18 +427,17 @@ class TestSavePreset:
             shutil.copytree(folder, copy)
             content = (copy / name).read_bytes()
             (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-            message = error_of(copy)
-            assert name in message or "damaged" in message, message
+            assert re.match(f"`preset`.*{name!r}", error_of(copy))
             (copy / name).unlink()
             assert error_of(copy)
         shutil.copytree(folder, tmp_path / "hashes")
         for text in ("{", "[]"):
             (tmp_path / "hashes" / "sha256.json").write_text(text)
-            assert "'sha256.json' is missing, another" in error_of(tmp_path / "hashes")
+            assert re.match("`preset`.*'sha256.json'", error_of(tmp_path / "hashes"))
         for name in ("../hashes/config.json", str(folder / "config.json"), "nothing"):
             hashes = {name: sha256(folder / "config.json")}
             (tmp_path / "hashes" / "sha256.json").write_text(json.dumps(hashes))
-            assert f"{name!r} is missing, another" in error_of(tmp_path / "hashes")
+            assert re.match(f"`preset`.*{name!r}", error_of(tmp_path / "hashes"))
 
     def test_the_card_may_be_edited(self, folder, tmp_path):
         shutil.copytree(folder, tmp_path / "copy")
@@ -452,23 +451,23 @@ class TestSavePreset:
         assert not any(tmp_path.iterdir())
 
     def test_a_folder_that_is_there(self, folder):
-        with pytest.raises(ValueError, match="`folder` must not be there yet. Received: folder="):
+        with pytest.raises(ValueError, match=f"`folder`.*folder='{folder}'"):
             zoo.save_preset(zoo.from_preset(folder), folder)
 
     def test_what_is_no_task(self, folder, tmp_path):
         backbone = zoo.from_preset(folder, load_weights=False).backbone
-        with pytest.raises(ValueError, match="`model` must be a task, .*: a EncoderDecoderBackb"):
+        with pytest.raises(ValueError, match="`model`.*EncoderDecoderBackbone"):
             zoo.save_preset(backbone, tmp_path / "new")
         assert not any(tmp_path.iterdir())
 
     def test_scores_are_numbers(self, folder, tmp_path):
         model = zoo.from_preset(folder, load_weights=False)
-        with pytest.raises(ValueError, match="`scores` must be numbers. Received: scores={'a': 'b"):
+        with pytest.raises(ValueError, match="`scores`.*scores={'a': 'b'}"):
             zoo.save_preset(model, tmp_path / "new", scores={"a": "b"})
         assert not any(tmp_path.iterdir())
 
     def test_a_language_model_has_no_classes(self, folder):
-        assert error_of(folder, num_classes=2).startswith("`num_classes` must be None for a lang")
+        assert re.match("`num_classes`.*None.*num_classes=2", error_of(folder, num_classes=2))
 
     def test_upload(self, folder, monkeypatch):
         """KerasHub takes the card of the folder it is given away."""
@@ -495,7 +494,7 @@ class TestSavePreset:
     def test_what_is_not_uploaded(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr("keras_hub.upload_preset", None)
         for address in ("tiny", "hf://me/tiny@main"):
-            with pytest.raises(ValueError, match="`address` must look like .*, without a revision"):
+            with pytest.raises(ValueError, match=f"`address`.*{address!r}"):
                 zoo.upload(folder, address)
 
         def fails(name, content, message):
@@ -506,10 +505,10 @@ class TestSavePreset:
             with pytest.raises(ValueError, match=message):
                 zoo.upload(copy, "hf://me/tiny")
 
-        fails("config.json", None, "`folder` must be that of a saved preset")
-        fails("model.weights.h5", b"another", "'model.weights.h5' is missing, another or damaged")
+        fails("config.json", None, "`folder`.*`config.json`")
+        fails("model.weights.h5", b"another", "'model.weights.h5'")
         for name in ("optimizer.pt", "pytorch_model.bin", "data.pkl"):
-            fails(name, b"", f"`folder` must not hold pickles, .* such as {name!r}")
+            fails(name, b"", f"`folder`.*{name!r}")
 
     def test_an_upload_without_links(self, folder, monkeypatch):
         """As on file systems that have none."""
@@ -546,7 +545,7 @@ class TestTransformersFolder:
         model = zoo.from_preset(folder)
         assert model.preprocessor.tokenizer.vocabulary_size() == 8100
         assert isinstance(model.generate("a <extra_id_0> fox", max_length=4), str)
-        with pytest.raises(ValueError, match="`num_classes` must be None"):
+        with pytest.raises(ValueError, match="`num_classes`.*None.*num_classes=2"):
             zoo.from_preset(folder, num_classes=2)
 
     def test_without_weights_they_are_as_initialized(self, folder):
@@ -559,8 +558,7 @@ class TestTransformersFolder:
         shutil.copytree(folder, tmp_path / "copy")
         bytes_ = zoo.t5_tokenizer(zoo.default_tokenizer().proto, sentinels=200).proto
         (tmp_path / "copy" / "spiece.model").write_bytes(bytes_)
-        message = error_of(tmp_path / "copy")
-        assert "its tokenizer has 8200 pieces with its sentinels, and the model has 8192" in message
+        assert re.search("copy'.*tokenizer.*8200.*8192", error_of(tmp_path / "copy"))
 
     def test_a_vocabulary_that_is_far_too_small(self, folder, tmp_path):
         """As with the file of another model: 128 rows or more would have no piece."""
@@ -571,20 +569,19 @@ class TestTransformersFolder:
             if fits:
                 zoo.from_preset(tmp_path / "copy", load_weights=False)
             else:
-                expected = "has 8064 pieces with its sentinels, and the model has 8192"
-                assert expected in error_of(tmp_path / "copy")
+                assert re.search("copy'.*tokenizer.*8064.*8192", error_of(tmp_path / "copy"))
 
     def test_a_config_alone_is_a_model_without_weights(self, folder, tmp_path):
         shutil.copy(folder / "config.json", tmp_path)
         model = zoo.from_preset(tmp_path, load_weights=False)
         assert model.preprocessor is None and model.backbone.hidden_dim == 8
-        assert "must have weights" in error_of(tmp_path)
+        assert re.search("'model.safetensors'.*'pytorch_model.bin'", error_of(tmp_path))
 
     def test_a_model_without_rows_for_the_sentinels(self, folder, tmp_path):
         backbone = zoo.from_preset(folder, load_weights=False).backbone
         config = {**backbone.get_config(), "vocabulary_size": 8000}
         preprocessor = zoo.Seq2SeqLMPreprocessor(zoo.default_tokenizer(), 8, 6)
         model = zoo.Seq2SeqLM(type(backbone).from_config(config), preprocessor)
-        with pytest.raises(ValueError, match="rows: 8100 in all. Received: vocabulary_size=8000"):
+        with pytest.raises(ValueError, match="8100.*vocabulary_size=8000"):
             save_transformers(model, tmp_path / "out")
         assert not any(tmp_path.iterdir())
