@@ -219,6 +219,20 @@ def test_options_reach_the_layers():
     assert backbone.get_layer("embedding_dropout").rate == 0.2
 
 
+def test_logits_are_made_by_the_table_or_by_weights_of_their_own():
+    ones = ops.ones((1, 8))
+    for options, factor in (
+        ({}, 8**-0.5),
+        ({"scale_outputs": False}, 1.0),
+        ({"tie_embeddings": False}, 1.0),
+    ):
+        backbone = model(**options).backbone
+        table = backbone.token_embedding
+        kernel = numpy(table.embeddings).T if table.tie_weights else numpy(table.reverse_embeddings)
+        expected = np.sum(kernel, axis=0, keepdims=True) * factor
+        np.testing.assert_allclose(numpy(backbone.logits(ones)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_config_key_makes_the_round_trip():
     options = {
         "num_decoder_layers": 3,

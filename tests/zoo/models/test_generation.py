@@ -136,6 +136,37 @@ def test_beam_search(case):
     assert expected != [greedy(case, prompt) for prompt in case.prompts]
 
 
+def test_beams_keep_the_order_of_the_texts(case):
+    """Texts whose prompts are of one length are written at a time."""
+    prompts = ([5, 9, 2, 4], [3, 8], [7, 6, 1])
+    texts = case.write(keras_hub.samplers.BeamSampler(num_beams=2), prompts, length=5)
+    pairs = zip(texts, prompts, strict=True)
+    assert [text[: len(prompt)] for text, prompt in pairs] == list(prompts)
+
+
+def test_the_token_that_stops_a_text_is_part_of_it(case):
+    prompt = case.prompts[0]
+    text = greedy(case, prompt)
+    stop = text[-2]
+    case.lm.compile(sampler="greedy")
+    outputs = case.lm.generate(case.inputs([prompt]), stop_token_ids=[stop])
+    (mask,) = numpy(outputs[f"{case.side}padding_mask"])
+    assert mask.sum() == text.index(stop, len(prompt)) + 1
+
+
+def test_only_pieces_of_the_tokenizer_are_written():
+    """The table has more rows, which are likelier."""
+    tokenizer = zoo.default_tokenizer()
+    preprocessor = zoo.LstmCausalLMPreprocessor(tokenizer, sequence_length=4)
+    lm = zoo.moe_lstm("MoE-4", preprocessor=preprocessor, hidden_dim=8, expert_dim=4)
+    bias = np.zeros(8192)
+    bias[tokenizer.vocabulary_size() :] = 200
+    bias[tokenizer.token_to_id("▁fox")] = 100
+    lm.logits.bias.assign(bias)
+    lm.compile(sampler="greedy")
+    assert set(lm.generate("the", max_length=4).split()) == {"the", "fox"}
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("TopKSampler", {"k": 4, "temperature": 0.5}), ("TopPSampler", {"p": 0.5})],
