@@ -127,6 +127,24 @@ def test_gradients_are_those_of_the_sums(kind):
 
 
 @KINDS
+def test_gradient_of_weights_is_that_of_the_sum(kind):
+    routing = random_routing(kind, seed=0)
+    rng = np.random.default_rng(0)
+    weight, v = rng.normal(size=(2, *routing.weight.shape)).astype("float32")
+    outputs = rng.normal(size=dispatch(ops.zeros((2, 5, 4)), routing).shape).astype("float32")
+    c = rng.normal(size=(2, 5, 4)).astype("float32")
+
+    def combined(weight):
+        return combine(tensor(outputs), routing._replace(weight=weight), 2, 5)
+
+    layer = keras.layers.Lambda(combined)
+    layer.build(weight.shape)
+    by_weight, _ = gradients(layer, weight, c)
+    expected = np.sum(numpy(combined(tensor(v))) * c)
+    assert np.sum(by_weight * v) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@KINDS
 def test_bfloat16_tokens_stay_bfloat16(kind):
     routing = random_routing(kind, seed=0)
     filled = dispatch(ops.ones((2, 5, 4), "bfloat16"), routing)

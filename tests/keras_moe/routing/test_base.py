@@ -55,6 +55,16 @@ class TestRouter:
         logits = with_identity(router(jitter=0.0))(x, training=True).logits
         np.testing.assert_allclose(numpy(logits), x, rtol=1e-6)
 
+    @ROUTERS
+    @pytest.mark.parametrize("content", [50.0, np.nan])
+    def test_padding_is_read_as_zeros(self, router, content):
+        x = np.random.default_rng(0).normal(size=(1, 6, 4)).astype("float32")
+        mask = np.array([[True] * 4 + [False] * 2])
+        expected = np.where(mask[..., None], x, 0)
+        x[~mask] = content
+        logits = with_identity(router())(x, mask=mask).logits
+        np.testing.assert_allclose(numpy(logits), expected, rtol=1e-6)
+
     def test_seed(self):
         x = np.ones((1, 6, 4), "float32")
         one, two = (with_identity(SwitchRouter(4, jitter=0.1, seed=7)) for _ in range(2))
