@@ -7,7 +7,7 @@ python -m tests.mutations --list                 what there is
 Each fault of `layers.py` and `models.py` is a plausible mistake in one file. It runs against the
 tests that mirror that file and then, for a layer, against `tests/test_end_to_end.py`, which stop at
 the first failure. The same tests must pass without the fault, which is checked first. All faults
-take about MINUTES minutes on two cores.
+take about an hour on two cores.
 
 One line tells what became of a fault:
 
