@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.zoo.tasks import raw_glue
@@ -197,6 +197,7 @@ def test_mrpc_in_neither_form(tmp_path):
 
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_characters="\t\r\n", codec="utf-8"), max_size=40))
+@example(text='"a quote')
 def test_any_text_without_tabs_and_line_ends_is_read_back(tmp_path_factory, text):
     """As the copy shows that is made of MRPC's training file."""
     root = tmp_path_factory.mktemp("text")
