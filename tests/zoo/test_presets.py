@@ -160,9 +160,10 @@ def test_other_rates_of_dropout(tmp_path):
         assert model.backbone.get_layer(name).rate == 0.3
     assert model.get_layer("classifier_dropout").rate == 0.3
     blocks = [model.backbone.get_layer(f"block_{n}") for n in (1, 2)]
-    assert {rate for block in blocks for rate in (block.dropout, block.attention.dropout)} == {0.3}
+    for block in blocks:
+        assert block.residual_dropout.rate == block.attention.attention_dropout.rate == 0.3
     dense, sparse = (block.feed_forward for block in blocks)
-    assert (dense.dropout, sparse.experts.dropout) == (0.3, 0.4)
+    assert (dense.hidden_dropout.rate, sparse.experts.dropout) == (0.3, 0.4)
     as_saved = zoo.from_preset(tmp_path / "saved")
     for ours, theirs in zip(model.get_weights(), as_saved.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
