@@ -1,10 +1,12 @@
 """A model of the zoo under a strategy of `tf.distribute`.
 
-`python -m tests.keras_moe.distribution.tensorflow_replicas`, as one of several processes, prints
-what `trained` returns under `MultiWorkerMirroredStrategy` as JSON.
+`python -m tests.keras_moe.distribution.tensorflow_replicas mirrored` prints what `trained` returns
+under `MirroredStrategy` with two devices, as JSON. `workers`, as one of several processes, is for
+`MultiWorkerMirroredStrategy`.
 """
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -56,5 +58,13 @@ def trained(scope, run_eagerly=False):
     }
 
 
+def strategy(name):
+    if name == "workers":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 if __name__ == "__main__":
-    print(json.dumps(trained(tf.distribute.MultiWorkerMirroredStrategy().scope())))
+    print(json.dumps(trained(strategy(sys.argv[1]).scope())))

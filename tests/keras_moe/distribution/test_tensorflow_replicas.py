@@ -9,8 +9,6 @@ import pytest
 if keras.backend.backend() != "tensorflow":
     pytest.skip("TensorFlow's strategies", allow_module_level=True)
 
-import tensorflow as tf
-
 from tests.keras_moe.distribution.several import launched
 from tests.keras_moe.distribution.tensorflow_replicas import trained
 
@@ -22,14 +20,18 @@ def one():
     return trained(contextlib.nullcontext(), run_eagerly=True)
 
 
+PROGRAM = ("-m", "tests.keras_moe.distribution.tensorflow_replicas")
+
+
 def test_two_devices(one):
-    compare(trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()), one)
+    """In another process: strategies and DTensor use the same keys for groups of devices."""
+    (mirrored,) = launched(*PROGRAM, "mirrored")
+    compare(mirrored, one)
 
 
 @pytest.mark.full
 def test_two_processes(one):
-    program = ("-m", "tests.keras_moe.distribution.tensorflow_replicas")
-    for process in launched(*program, processes=2):
+    for process in launched(*PROGRAM, "workers", processes=2):
         compare(process, one)
 
 
