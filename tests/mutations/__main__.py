@@ -139,7 +139,7 @@ class Baselines:
 
 
 def verdict(fault, copy, baselines):
-    """What the tests make of a fault: its word, and the `Outcome`."""
+    """Runs the tests of a fault; returns the word for it and the `Outcome`."""
     total = 0.0
     text, planted = fault.plant(copy.folder)
     for paths in fault.commands():

@@ -277,6 +277,41 @@ def test_a_weight_that_t5_never_used(tmp_path):
     load_transformers(tmp_path)
 
 
+def test_settings_are_written_as_they_are(tmp_path):
+    router = SwitchRouter(
+        capacity_factor=0,
+        eval_capacity_factor=0,
+        min_capacity=7,
+        jitter=0.3,
+        load_balancing_weight=0.5,
+        router_z_weight=0.25,
+    )
+    options = {
+        "num_layers": 2,
+        "num_decoder_layers": 4,
+        "num_heads": 3,
+        "hidden_dim": 4,
+        "key_dim": 5,
+        "intermediate_dim": 6,
+        "activation": "silu",
+        "num_buckets": 8,
+        "max_distance": 20,
+        "dropout": 0.2,
+        "expert_dropout": 0.2,
+        "epsilon": 1e-3,
+        "group": "sequence",
+    }
+    backbone = zoo.EncoderDecoderBackbone(10, router=router, num_experts=2, **options)
+    save_transformers(zoo.Seq2SeqLM(backbone), tmp_path / "out")
+    loaded = load_transformers(tmp_path / "out").backbone
+    assert loaded.token_embedding.tie_weights and loaded.scale_outputs
+    written = {name: loaded.get_config()[name] for name in options}
+    assert written == {name: backbone.get_config()[name] for name in options}
+    sides = (loaded.encoder_blocks, loaded.decoder_blocks)
+    for router in (blocks[1].feed_forward.router for blocks in sides):
+        assert (router.min_capacity, router.jitter) == (7, 0.3)
+
+
 class TestNotInTransformers:
     TINY = {
         "vocabulary_size": 10,

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.tasks import TASKS, Examples, evaluate
+from zoo.tasks.metrics import score
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
@@ -92,6 +93,11 @@ def test_one_example_scores_without_a_warning(task):
         scores = evaluate(task, [1], np.arange(task.num_classes)[None])
     assert set(scores) == set(task.metrics)
     assert all(np.isfinite(value) for value in scores.values())
+
+
+def test_what_is_no_class_is_wrong_whatever_the_label():
+    scores = score(TASKS["glue/mrpc"], np.array([0, 1, 1, 0]), np.array([-1, 1, -1, 0]))
+    assert scores == {"accuracy": 0.5, "f1": 0.5}
 
 
 def test_macro_f1():
