@@ -110,7 +110,7 @@ def prepare(task, source, data_dir, force=False, partial=False):
     source = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         files = _check(task, target.builder_config, source, scratch, partial)
-        with _staging(data_dir) as stage:
+        with _staging(data_dir, Path(target.data_dir)) as stage:
             builder = tfds.builder(task.dataset, data_dir=str(stage))
             built = _build(builder, _LocalFiles(Path(scratch)), files)
             _remark(built, files)
@@ -246,9 +246,12 @@ def _check_folder(data_dir):
 
 
 @contextlib.contextmanager
-def _staging(data_dir):
-    """A folder on the same file system as `data_dir`, which TFDS does not look into."""
-    absent = [path for path in (data_dir, *data_dir.parents) if not path.exists()]
+def _staging(data_dir, target):
+    """A folder on the same file system as `data_dir`, which TFDS does not look into.
+
+    If what is done with it fails, folders above `target` that were not there are removed.
+    """
+    absent = [path for path in target.parents if not path.exists()]
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".prepare-", dir=data_dir) as stage:
