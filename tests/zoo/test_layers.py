@@ -116,7 +116,8 @@ def test_texts_that_share_a_row_do_not_attend_to_each_other():
 
 
 def test_gated_feed_forward():
-    layer = FeedForward(3, "gelu", gated=True)
+    """Without dropout in inference."""
+    layer = FeedForward(3, "gelu", dropout=0.5, gated=True)
     x = np.random.default_rng(0).normal(size=(2, L, D)).astype("float32")
     y = numpy(layer(x))
     gate, hidden, out = (

@@ -278,6 +278,18 @@ class TestSettings:
         ours = self.agrees(copy)
         assert [ours.token_to_id(x) for x in ("<mine>", "<other>")] == [size, size + 1]
 
+    def test_no_text_is_cut_and_an_id_may_have_no_token(self, copy, loaded):
+        size = loaded.preprocessor.tokenizer.vocabulary_size()
+        model = json.loads((copy / "tokenizer.json").read_text())["model"]
+        last = max(model["vocab"], key=model["vocab"].get)
+        gap, model["vocab"][last] = model["vocab"][last], size
+        cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+        edit(copy / "tokenizer.json", model=model, truncation=cut)
+        ours = load_transformers(copy, load_weights=False).preprocessor.tokenizer
+        assert ours.vocabulary_size() == size + 1
+        assert ours.get_vocabulary()[gap] is None and ours.get_vocabulary()[size] == last
+        assert len(ours(TEXTS[0])) > 2
+
     def test_the_map_of_earlier_versions(self, copy):
         edit(copy / "special_tokens_map.json", pad_token={"content": "[PAD]", "normalized": False})
         assert self.agrees(copy).pad_token == "[PAD]"
