@@ -118,10 +118,11 @@ def test_run_interrupted_twice_comes_to_the_same_end(counted, tmp_path, monkeypa
             assert one[name] == pytest.approx(other[name], abs=1e-4), (one["epoch"], name)
 
 
-def test_a_finished_run_is_not_run_again(whole, monkeypatch):
+def test_a_finished_run_is_not_run_again(whole, monkeypatch, capsys):
     results, folder = whole
     monkeypatch.setattr(finetuning, "build", None)
     assert run(folder, epochs=10) == results
+    assert str(folder) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "value"), [("training_examples", 63), ("partial", ["train"])])
@@ -158,10 +159,36 @@ def test_restart_deletes_an_earlier_run_unless_an_argument_is_refused(whole, tmp
 
 
 def test_arguments_may_be_numbers_of_numpy(tmp_path):
-    numbers = {"epochs": np.int64(1), "learning_rate": np.float32(1e-2), "seed": np.uint32(3)}
-    settings = run(tmp_path, max_examples=np.int32(16), **numbers)["settings"]
-    assert json.loads((tmp_path / "results.json").read_text())["settings"] == settings
-    assert (settings["epochs"], settings["seed"], settings["max_examples"]) == (1, 3, 16)
+    """And runs of one seed are the same."""
+    numbers = {"epochs": 1, "learning_rate": 0.5**7, "seed": 3, "max_examples": 16}
+    kinds = (np.int64, np.float32, np.uint32, np.int32)
+    of_numpy = {name: kind(numbers[name]) for name, kind in zip(numbers, kinds, strict=True)}
+    one, other = run(tmp_path / "one", **numbers), run(tmp_path / "other", **of_numpy)
+    assert json.loads((tmp_path / "other" / "results.json").read_text()) == other
+    assert one["settings"] == other["settings"]
+    for result in (one, other):
+        del result["history"][0]["seconds"]
+    assert one["history"][0] == pytest.approx(other["history"][0], abs=1e-5)
+
+
+def test_optimizer(tmp_path, monkeypatch):
+    """Five epochs of 4 steps: 2 steps of warm-up, then a cosine, from and to a hundredth."""
+
+    def fit(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    settings = finetuning.settle("glue/cola", "dense", size="tiny", epochs=5, batch_size=16)
+    settings |= {"learning_rate": 0.01, "max_length": 10}
+    bench = finetuning.Bench(settings, None)
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        bench.train(finetuning.open_run(tmp_path, settings))
+    assert isinstance(bench.network.optimizer, keras.optimizers.AdamW)
+    config = bench.network.optimizer.get_config()
+    assert (config["weight_decay"], config["clipnorm"]) == (0.01, 1.0)
+    rate = keras.optimizers.schedules.deserialize(config["learning_rate"])
+    rates = [float(rate(step)) for step in (0, 1, 2, 11, 20)]
+    assert rates == pytest.approx([0.0001, 0.00505, 0.01, 0.00505, 0.0001], rel=1e-4)
 
 
 def test_starts_from_a_preset(whole, tmp_path):

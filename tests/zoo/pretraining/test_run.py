@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -92,6 +93,7 @@ def test_step_is_traced_once(counted):
 def test_results(whole):
     results, output = whole
     assert results == json.loads((output / "results.json").read_text())
+    assert results["metrics"] == ["val_perplexity"]
     assert results["finished"] and [entry["epoch"] for entry in results["history"]] == [1, 2, 3]
     first, *_, last = results["history"]
     assert last["loss"] < first["loss"]
@@ -141,19 +143,23 @@ def test_run_interrupted_twice_comes_to_the_same_end(counted, text, tmp_path, mo
             assert other[name] == pytest.approx(one[name], abs=1e-4), (one["epoch"], name)
 
 
-def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_run_again_and_others_are_refused(
+    whole, text, tmp_path, monkeypatch, capsys
+):
     results, output = whole
     monkeypatch.setattr(pretraining, "_train", None)
     assert run(text, output) == results
+    assert str(output) in capsys.readouterr().out
     with pytest.raises(ValueError, match="`output`.*seed=0.*seed=1"):
         run(text, output, seed=1)
     text_changed = tmp_path / "text"
     shutil.copytree(text, text_changed)
     assert run(text_changed, output) == results
-    with open(text_changed / "train.txt", "a") as file:
-        file.write("the end\n")
-    with pytest.raises(ValueError, match="`output`.*corpus train.txt="):
-        run(text_changed, output)
+    for name in ("heldout", "train"):
+        with open(text_changed / f"{name}.txt", "a") as file:
+            file.write("the end\n")
+        with pytest.raises(ValueError, match=f"`output`.* {name}.txt="):
+            run(text_changed, output)
     with pytest.raises(ValueError, match="`heldout`.*train.txt"):
         run(text, output, heldout=text / "*.txt")
 
@@ -172,7 +178,14 @@ def test_a_finished_run_is_not_run_again_and_others_are_refused(whole, text, tmp
 )
 def test_other_objectives(text, tmp_path, objective, options, task):
     results = run(text, tmp_path, objective=objective, steps=2, **options)
-    assert np.isfinite(results["history"][0]["val_perplexity"])
+    (entry,) = results["history"]
+    assert np.isfinite(entry["val_perplexity"])
+    # Both are means over the tokens that count, about a half of them of "prefix". The loss weighs
+    # batches alike, and has the routers' losses.
+    assert entry["val_loss"] > 0.9 * entry["val_cross_entropy"]
+    only_of = {"density": ("span", 0.15), "mean_span": ("span", 3.0)}
+    for name, (of, value) in only_of.items():
+        assert results["settings"][name] == (value if objective == of else None)
     assert type(zoo.from_preset(tmp_path / "preset")).__name__ == task
 
 
@@ -204,24 +217,34 @@ def test_processes_do_not_change_a_run(text, tmp_path):
         assert_same_history(process, one)
 
 
-def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path):
-    results = run(text, tmp_path, accumulate=2, router_z_weight=0.5, heldout=(), steps=2)
+def test_gradients_are_accumulated_and_losses_weighted(text, tmp_path, capsys):
+    options = {"accumulate": 2, "router_z_weight": 0.5, "heldout": (), "steps": 2}
+    results = run(text, tmp_path, **options, verbose=2)
+    assert " perplexity: " in capsys.readouterr().out
+    assert results["metrics"] == ["loss"]
     (entry,) = results["history"]
     # An untrained router's logits make about log(4)^2 = 1.9 of z-loss, half of it.
     assert 0.5 < entry["loss"] - entry["cross_entropy"] < 1.5
     assert not any(name.startswith("val_") for name in entry)
 
 
-def test_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run(whole, text, tmp_path, monkeypatch):
+    """Also its thread that makes batches. Until then it is the same as the run of one seed."""
+    feeds = [thread for thread in threading.enumerate() if thread.name == "feed"]
+
     def batches(self, place=None, original=pretraining.Blocks.batches):
+        is_heldout = self.batch_size == 1
         for number, (batch, after) in enumerate(original(self, place)):
             x, labels, weight = batch
-            yield (x, labels, weight * (np.nan if number == 3 else 1)), after
+            yield (x, labels, weight * (np.nan if number == 3 and not is_heldout else 1)), after
 
     monkeypatch.setattr(pretraining.Blocks, "batches", batches)
     with pytest.raises(FloatingPointError, match="nan at step 4; .* step 2"):
-        run(text, tmp_path, heldout=(), steps=4)
-    assert len(json.loads((tmp_path / "results.json").read_text())["history"]) == 1
+        run(text, tmp_path)
+    assert [thread for thread in threading.enumerate() if thread.name == "feed"] == feeds
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["history"]
+    for name in entry.keys() - {"seconds", "place"}:
+        assert entry[name] == pytest.approx(whole[0]["history"][0][name], abs=1e-5), name
 
 
 def test_logs_for_tensorboard(text, tmp_path, monkeypatch):
