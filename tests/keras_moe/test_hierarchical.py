@@ -126,6 +126,18 @@ def test_untrained_gates_spread_the_tokens_over_all_experts_in_inference(k, seco
     assert count.tolist() == [2 * k * secondary_k] * 16
 
 
+def test_experts_are_numbered_group_by_group():
+    """Two groups of three: untrained gates go through the groups, then to their next experts."""
+    routing = numpy(HierarchicalRouter(2, 1, 1, num_experts=6)(np.ones((1, 6, D), "float32")))
+    assert routing.expert_index[..., 0].tolist() == [[0, 3, 1, 4, 2, 5]]
+
+
+def test_capacity_counts_the_choices_of_both_levels():
+    router = HierarchicalRouter(2, 2, 2, num_experts=8, eval_capacity_factor=1.0)
+    slots = router(np.ones((1, 16, D), "float32")).token_index.shape[-1]
+    assert router.capacity_of(16) == slots == 8  # 16 tokens, 2 * 2 choices, 8 experts
+
+
 def test_noise_is_fresh_on_both_levels_and_only_in_training():
     router = HierarchicalRouter(3, num_experts=9, seed=1)
     x = np.ones((1, 500, D), "float32")

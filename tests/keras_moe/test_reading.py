@@ -48,6 +48,16 @@ X = one_hot([0, 0, 1], [2, 1, -1])
 P = 3 / 5  # e^(ln 3) / (e^(ln 3) + 1 + 1)
 
 
+def test_layers_of_one_path_are_told_apart():
+    class Twins(keras.Layer):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = moe(one_slot()), moe(one_slot())
+
+    twins = Twins()
+    assert mixtures(twins) == {"moe": twins.one, "moe_1": twins.other}
+
+
 class TestRoutings:
     def test_of_all_layers_for_these_inputs(self):
         model = model_of(moe(one_slot(), "first"), moe(TopKRouter(1), "second"))

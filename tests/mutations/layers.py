@@ -530,6 +530,7 @@ FAULTS = (
         "weight.per_expert = True",
         "weight.per_expert = False",
         "an optimizer takes a bank's weights for those of one layer",
+        tests=("tests/keras_moe/test_optimizers.py",),
     ),
     Fault(
         "keras_moe/experts.py",

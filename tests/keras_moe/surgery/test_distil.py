@@ -140,6 +140,17 @@ class TestDistiller:
         loss = distiller.fit(ids, LABELS[:3], verbose=0, **arguments).history["loss"]
         assert loss == pytest.approx([expected], rel=1e-5)
 
+    def test_the_teacher_runs_as_in_inference(self):
+        inputs = keras.Input((None, 3))
+        student = keras.Model(inputs, keras.layers.Dense(5)(inputs))
+        teacher = keras.Model(inputs, keras.layers.Dense(5)(keras.layers.Dropout(0.5)(inputs)))
+        distiller = Distiller(student, teacher, teacher_weight=1.0)
+        distiller.compile(keras.optimizers.SGD(0.0), hard())
+        ours, theirs = (oracle.softmax(numpy(m(X)).astype("float64")) for m in (student, teacher))
+        expected = -np.mean(np.sum(theirs * np.log(ours), axis=-1))
+        loss = distiller.fit(X, LABELS, batch_size=6, verbose=0).history["loss"]
+        assert loss == pytest.approx([expected], rel=1e-5)
+
     def test_evaluation_is_of_the_student_alone(self):
         student = model(sparse=False)
         distiller = Distiller(student, model(sparse=True))
