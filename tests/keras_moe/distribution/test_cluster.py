@@ -137,6 +137,19 @@ def test_processes_that_do_not_agree(port, other):
     assert f"process_id={process_id}, num_processes={num_processes} from " in told
 
 
+def test_a_process_that_comes_twice(port):
+    """Process 1 of 3 is still there when another one says that it is 1 of 3."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(initialize, f"127.0.0.1:{port}", 3, 0, 20)
+        with connected_to(port) as talk:
+            talk.sendall(hello(1, 3))
+            told = json.loads(answer(port, hello(1, 3)))
+            assert "process_id=1, num_processes=3 from " in told["value"]
+            with pytest.raises(ValueError, match="`process_id`"):
+                first.result()
+            assert json.loads(talk.makefile().readline()) == told
+
+
 STRANGERS = (
     b"GET / HTTP/1.1\r\n\r\n",
     b"[1, 2]\n",
