@@ -443,7 +443,7 @@ class TestSavePreset:
 
     def test_a_failure_leaves_nothing(self, folder, tmp_path):
         model = zoo.from_preset(folder)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="`scores`.*scores=.*'low'"):
             zoo.save_preset(model, tmp_path / "new", scores={"loss": "low"})
         assert not any(tmp_path.iterdir())
 
