@@ -783,9 +783,9 @@ FAULTS = (
     ),
     Fault(
         "keras_moe/distribution/cluster.py",
-        "if process_id >= num_processes:",
-        "if process_id > num_processes:",
-        "a process with a number one too high is not refused",
+        "_address(host, self.port + number) for number, host",
+        "_address(host, self.port) for _, host",
+        "all processes are given the port of process 0",
         backend="jax",
     ),
     Fault(

@@ -531,6 +531,7 @@ FAULTS = (
         "variable.assign(keras.ops.zeros(variable.shape, variable.dtype))",
         "variable.assign(variable)",
         "a second seed begins with the first one's moments",
+        ("tests/zoo/finetuning/test_suite.py",),
     ),
     Fault(
         "zoo/finetuning/run.py",

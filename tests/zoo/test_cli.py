@@ -145,6 +145,29 @@ def test_finetune_over_seeds_or_tasks(capsys, monkeypatch, arguments, given):
     assert ("load_weights" in called[0]) == ("--no-load-weights" in arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], {"capacity_factor": "default"}),
+        (["--capacity-factor", "none"], {"capacity_factor": None}),
+        (["--capacity-factor", "1.5", "--steps", "2"], {"capacity_factor": 1.5, "steps": 2}),
+    ],
+)
+def test_pretrain_is_given_what_was_asked_for(capsys, monkeypatch, arguments, given):
+    called = []
+    results = {"history": [{"perplexity": 3.0}], "metrics": ["perplexity"], "preset": "out"}
+    results["settings"] = {"steps": 2}
+    monkeypatch.setattr(
+        "zoo.pretraining.run.pretrain", lambda **options: called.append(options) or results
+    )
+    assert cli.main(["pretrain", "text.txt", *arguments]) == 0
+    assert capsys.readouterr().out == "2 steps: perplexity 3.0000\nsaved: out\n"
+    (options,) = called
+    options.pop("verbose")
+    assert options.pop("corpus") == ["text.txt"]
+    assert {n: value for n, value in options.items() if value is not False} == given
+
+
 def test_compare(tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

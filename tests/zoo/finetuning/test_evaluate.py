@@ -17,6 +17,19 @@ def test_a_run_scores_as_its_best_epoch(whole):
     assert zoo.evaluate(results["preset"], "glue/cola", "validation") == scores
 
 
+def test_batches_are_as_large_as_the_runs_unless_told_otherwise(whole, monkeypatch):
+    sizes, original = [], batches.TokenisedTask.batches
+
+    def of_size(self, split, preprocessor, batch_size, *others):
+        sizes.append(batch_size)
+        return original(self, split, preprocessor, batch_size, *others)
+
+    monkeypatch.setattr(batches.TokenisedTask, "batches", of_size)
+    zoo.evaluate(whole[1], "glue/cola")
+    zoo.evaluate(whole[1], "glue/cola", batch_size=8)
+    assert sizes == [whole[0]["settings"]["batch_size"], 8] == [16, 8]
+
+
 def test_another_split_and_its_predictions(whole, tmp_path, monkeypatch):
     _, folder = whole
     written = []

@@ -10,6 +10,12 @@ def some(settings):
     return [settings[name] for name in NAMES]
 
 
+def test_fewer_examples_than_a_batch():
+    assert settle("glue/cola", max_examples=16, batch_size=16)["max_examples"] == 16
+    with pytest.raises(ValueError, match="`max_examples`.* 16.*max_examples=15"):
+        settle("glue/cola", max_examples=15, batch_size=16)
+
+
 def test_defaults_of_models_from_scratch():
     assert settle("glue/sst2") == settle("glue/sst2", "switch")
     assert some(settle("glue/sst2")) == ["mini", 8, 2, 0.2, None, 64]
