@@ -76,7 +76,7 @@ class RotarySelfAttention(CausalSelfAttention):
     Call arguments and returns: as `SelfAttention`; `position_bias` may be `None`.
 
     Raises:
-        ValueError: if `num_heads` is no multiple of `num_key_value_heads`.
+        ValueError: if `num_heads` is no multiple of `num_key_value_heads`, or `key_dim` is odd.
     """
 
     def __init__(
@@ -91,6 +91,11 @@ class RotarySelfAttention(CausalSelfAttention):
         **kwargs,
     ):
         super().__init__(num_heads, key_dim, dropout, **kwargs)
+        if key_dim % 2:
+            raise ValueError(
+                "`key_dim` must be even, as rotary positions turn pairs of numbers. "
+                f"Received: key_dim={key_dim}"
+            )
         self.num_key_value_heads = num_key_value_heads or num_heads
         if num_heads % self.num_key_value_heads:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from zoo.catalogue import did_you_mean
 from zoo.extras import require
+from zoo.files import is_file, read_json
 
 CARD = "README.md"
 HASHES = "sha256.json"
@@ -145,7 +145,10 @@ def _is_whole(folder, weights=None, index=None):
     """Whether the config is there, and the weights, and all of them that an index names."""
     names = ["config.json"]
     if index and (folder / index).is_file():
-        for shards in json.loads((folder / index).read_text())["weight_map"].values():
+        weight_map = read_json(folder / index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index!r} must have a `weight_map`. Received: {str(folder)!r}")
+        for shards in weight_map.values():
             names += [shards] if isinstance(shards, str) else shards  # Keras may have a list
     elif weights and not any(folder.glob(weights)):
         return False
@@ -169,18 +172,14 @@ def check_hashes(folder, with_weights=True):
         ValueError: if a file is missing, another or damaged.
     """
     path = folder / HASHES
-    if not path.is_file():
+    if not is_file(path):
         return
-    try:
-        hashes = dict(json.loads(path.read_text()).items())
-    except (ValueError, AttributeError):
-        hashes = {HASHES: None}
-    for name, expected in hashes.items():
+    for name, expected in read_json(path).items():
         file = folder / name
         if not with_weights and file.suffix == ".h5":
             continue
         is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not (is_inside and file.is_file() and sha256(file) == expected):
+        if not (is_inside and os.path.isfile(file) and sha256(file) == expected):
             raise ValueError(
                 f"`preset` must hold the files that were saved, and {name!r} is missing, another "
                 f"or damaged. Received: preset={str(folder)!r}"

@@ -121,6 +121,9 @@ def test_keys_in_groups_that_do_not_come_out_even():
     message = "`num_heads`.*`num_key_value_heads`.*num_heads=4, num_key_value_heads=3$"
     with pytest.raises(ValueError, match=message):
         RotarySelfAttention(4, 6, num_key_value_heads=3)
+    for odd in (1, 7):
+        with pytest.raises(ValueError, match=f"`key_dim`.*even.*key_dim={odd}$"):
+            RotarySelfAttention(4, odd)
     assert RotarySelfAttention(4, 6).num_key_value_heads == 4
 
 

@@ -1,10 +1,11 @@
 import os
+import re
 import stat
 
 import pytest
 
 from tests.zoo.disk import Killed, each_step, full
-from zoo.files import require_absent, written_whole
+from zoo.files import MOST, is_file, parse_json, read_json, require_absent, written_whole
 
 
 def write(folder):
@@ -84,3 +85,60 @@ def test_folder_that_another_program_makes_meanwhile_is_kept(tmp_path):
         (tmp_path / "folder" / "file").write_text("theirs")
     assert contents(tmp_path / "folder") == {"file": "theirs"}
     assert os.listdir(tmp_path) == ["folder"]
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        ("text", "kind", "content"),
+        [
+            ('{"a": [1, "\u00e9"]}', dict, {"a": [1, "\u00e9"]}),
+            ("[]", list, []),
+            ("null", object, None),
+        ],
+    )
+    def test_content_is_read(self, text, kind, content, tmp_path):
+        path = tmp_path / "it.json"
+        path.write_text(text, encoding="utf-8")
+        assert read_json(path, kind) == content
+        assert parse_json(text) == parse_json(text.encode()) == content
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"[1]",
+            b"3",
+            b"\xe0{}",
+            b"[" * 10**5 + b"]" * 10**5,
+            b'{"a":' * 10**5 + b"1" + b"}" * 10**5,
+            b"9" * 10**4,
+            b"\0" * (MOST + 1),
+        ],
+        ids=["nothing", "half", "list", "number", "bytes", "lists", "objects", "digits", "large"],
+    )
+    def test_what_is_no_object_is_refused_in_one_sentence(self, content, tmp_path):
+        path = tmp_path / "it.json"
+        path.write_bytes(content)
+        message = f"^'it.json' must hold a JSON object. Received: '{re.escape(str(path))}', but .+$"
+        with pytest.raises(ValueError, match=message) as error:
+            read_json(path)
+        assert "\n" not in str(error.value)
+
+    def test_nothing_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="^'it.json' must be a file.*nothing"):
+            read_json(tmp_path / "it.json")
+
+
+def test_only_files_are_there(tmp_path):
+    """What is no file is not taken for one that is missing."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    assert is_file(tmp_path / "file") and is_file(str(tmp_path / "link"))
+    assert not is_file(tmp_path / "nothing")
+    for name, kind in (("folder", "folder"), ("broken", "broken link"), ("pipe", "device")):
+        with pytest.raises(ValueError, match=f"^'{name}' must be a file. Received: a {kind}"):
+            is_file(tmp_path / name)

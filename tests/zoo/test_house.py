@@ -5,6 +5,7 @@ from tests.house import House
 ORDER = (
     "__init__",  # imports when a name is asked for
     "extras",
+    "files",
     "tokenizer",
     "train_tokenizer",
     "batches",
@@ -25,7 +26,6 @@ ORDER = (
     "models.moe_lstm",
     "schedules",
     "catalogue",
-    "files",
     "hub",
     "conversion.tensors",
     "conversion.config",

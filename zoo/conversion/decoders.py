@@ -5,7 +5,7 @@ import warnings
 import keras
 
 import keras_moe
-from zoo.conversion.config import choice, flag, integer, real
+from zoo.conversion.config import MOST_LAYERS, choice, flag, integer, real, shown
 from zoo.conversion.tensors import Weight
 from zoo.conversion.tokenizers import TransformersTokenizer, UnusableError, load_tokenizer
 from zoo.models.decoder import CausalLM, CausalLMPreprocessor, DecoderBackbone
@@ -19,18 +19,18 @@ LENGTH = 1024  # tokens of a text, unless the model was trained on shorter ones
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 ONLY_ONE = (
     "A router that chooses one expert and normalizes its weight, to 1, is not among the zoo's: "
-    "`num_experts_per_tok` must be at least 2. Received: 1"
+    "`num_experts_per_tok` must be at least 2 unless there is one expert. Received: 1"
 )
 # What transformers may ask for and the backbone has not, and what its `config.json` must then say.
 FOREIGN = {
-    "sliding_window": (None,),
     "attention_bias": (None, False),
     "clip_qkv": (None,),
-    "attention_dropout": (None, 0),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
 }
+# Entries that change nothing here, and are written again: these always, those where they are set.
+FACTS, SET = ("max_position_embeddings", *SPECIAL), ("sliding_window", "attention_dropout")
 # Where the families differ: the mixture's name, and the expert's gate, input and output kernels.
+CONTEXT = {"mixtral": 131072, "olmoe": 4096}  # `max_position_embeddings` where it is not given
 MIXTURES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
@@ -58,37 +58,46 @@ def settings(config):
     """
     for name, allowed in FOREIGN.items():
         if config.get(name) not in allowed:
-            raise ValueError(f"`{name}` must be {allowed[-1]}. Received: {name}={config[name]!r}")
-    is_olmoe = config["model_type"] == "olmoe"
-    rope = config.get("rope_parameters") or config
-    if not isinstance(rope, dict):
-        raise ValueError(f"`rope_parameters` must be an object. Received: rope_parameters={rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"`rope_type` must be 'default'. Received: {kind!r}")
-    normalizes = not is_olmoe or flag(config, "norm_topk_prob", False)
-    k = integer(config, "num_experts_per_tok")
+            raise ValueError(
+                f"`{name}` must be {allowed[-1]}. Received: {name}={shown(config[name])}"
+            )
+    is_olmoe, rope = config["model_type"] == "olmoe", _rope(config)
+    real(config, "attention_dropout", 0.0, below=1)  # of training only, and there is none here
+    # A window that is as long as the longest text hides nothing.
+    context = integer(config, "max_position_embeddings", CONTEXT[config["model_type"]])
+    if not is_olmoe:  # which has none
+        integer(config, "sliding_window", context, least=context)
+    experts = integer(config, _num_experts(config))
+    # One expert has all the weight, normalized or not.
+    normalizes = experts > 1 and (not is_olmoe or flag(config, "norm_topk_prob", False))
+    k = integer(config, "num_experts_per_tok", most=experts)
     if normalizes and k == 1:
         raise ValueError(ONLY_ONE)
-    layers = integer(config, "num_hidden_layers")
+    layers = integer(config, "num_hidden_layers", most=MOST_LAYERS)
     heads, width = integer(config, "num_attention_heads"), integer(config, "hidden_size")
+    key_dim = integer(config, "head_dim", max(width // heads, 1))
+    if key_dim % 2:
+        raise ValueError(
+            "`head_dim` must be even, as rotary positions turn pairs of numbers. "
+            f"Received: head_dim={key_dim}"
+        )
     router = keras_moe.TopKRouter(
         k,
         normalize=normalizes,
         # Here it is divided by k, and those of all blocks add up; there the blocks' tokens are
         # pooled to make one.
         load_balancing_weight=k / layers * _loss_weight(config, is_olmoe),
-        jitter=0.0 if is_olmoe else real(config, "router_jitter_noise", 0.0),
+        jitter=0.0 if is_olmoe else real(config, "router_jitter_noise", 0.0, below=1),
     )
     return {
         "vocabulary_size": integer(config, "vocab_size"),
         "num_layers": layers,
         "num_heads": heads,
         "hidden_dim": width,
-        "key_dim": integer(config, "head_dim", max(width // heads, 1)),
+        "key_dim": key_dim,
         "intermediate_dim": integer(config, "intermediate_size"),
         "router": router,
-        "num_experts": integer(config, "num_experts" if is_olmoe else "num_local_experts"),
+        "num_experts": experts,
         "sparse_blocks": tuple(range(1, layers + 1)),
         "activation": choice(config, "hidden_act", ACTIVATIONS),
         "gated": True,
@@ -101,8 +110,86 @@ def settings(config):
         "expert_dropout": 0.0,
         "epsilon": real(config, "rms_norm_eps", 1e-5),
         "facts": {
-            name: config[name] for name in ("max_position_embeddings", *SPECIAL) if name in config
+            name: config[name]
+            for name in (*FACTS, *SET)
+            if config.get(name) or (name in FACTS and name in config)
         },
+    }
+
+
+def _num_experts(config):
+    """What the config calls the number of experts."""
+    return "num_experts" if config["model_type"] == "olmoe" else "num_local_experts"
+
+
+def _rope(config):
+    """The settings of the rotary positions, wherever the config has them."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"`{name}` must be an object. Received: {name}={shown(rope)}")
+        kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+        if kind != "default":
+            raise ValueError(
+                f"`{name}` must be of the `rope_type` 'default'. Received: {name}={shown(rope)}"
+            )
+    return config.get("rope_parameters") or config
+
+
+def prepare(config, tensors):
+    """Gives the weights the names that `weights` expects.
+
+    transformers 5 may store one tensor with the kernels of all experts of a block, under names
+    that Mixtral and OLMoE share.
+
+    Raises:
+        ValueError: if the config asks for more blocks or experts than there are weights, or such a
+            tensor has another shape.
+    """
+    layers = integer(config, "num_hidden_layers", most=len(tensors.names))
+    experts, hidden = integer(config, _num_experts(config)), integer(config, "intermediate_size")
+    width = integer(config, "hidden_size")
+    mixture, (gate, up, down) = MIXTURES[config["model_type"]]
+    is_fused = False
+    for name in (f"model.layers.{number}" for number in range(layers)):
+        for fused, kernels, shape in (
+            ("gate_up_proj", (gate, up), (hidden, width)),
+            ("down_proj", (down,), (width, hidden)),
+        ):
+            fused = f"{name}.mlp.experts.{fused}"
+            if fused not in tensors.names:
+                continue
+            whole = (experts, len(kernels) * shape[0], shape[1])
+            if tensors.shape(fused) != whole:
+                raise ValueError(
+                    f"The checkpoint {str(tensors.folder)!r} does not fit: weight {fused!r} has "
+                    f"shape {tensors.shape(fused)}, and the model wants {whole}"
+                )
+            parts = [
+                f"{name}.{mixture}.experts.{expert}.{kernel}.weight"
+                for expert in range(experts)
+                for kernel in kernels
+            ]
+            tensors.split(fused, dict.fromkeys(parts, shape))
+            is_fused = True
+        router = f"{name}.mlp.gate.weight"
+        if mixture != "mlp" and router in tensors.names:
+            tensors.rename(router, f"{name}.{mixture}.gate.weight")
+    if not is_fused:
+        integer(config, _num_experts(config), most=len(tensors.names))
+
+
+def first_shapes(config):
+    """Shapes of some weights by name, from which the sizes of the others follow."""
+    heads, width = integer(config, "num_attention_heads"), integer(config, "hidden_size")
+    key_dim = integer(config, "head_dim", max(width // heads, 1))
+    groups = integer(config, "num_key_value_heads", heads)
+    table = (integer(config, "vocab_size"), width)
+    return {
+        EMBEDDING: table,
+        OUTPUT: table,
+        "model.layers.0.self_attn.q_proj.weight": (heads * key_dim, width),
+        "model.layers.0.self_attn.k_proj.weight": (groups * key_dim, width),
     }
 
 
@@ -188,6 +275,7 @@ def config(model):
         f"an activation of {', '.join(ACTIVATIONS)}": bool(kinds),
         "outputs that are not scaled": not backbone.scale_outputs,
         "normalized weights of two or more chosen experts (Mixtral)": olmoe
+        or backbone.num_experts == 1
         or all(router.normalize and router.k > 1 for router in routers),
         "heads that share out the width (OLMoE)": not olmoe or inner == backbone.hidden_dim,
     }
@@ -266,4 +354,4 @@ def _block(block, name, mixture, kernels):
         (bank.kernel_gate, bank.kernel_in, bank.kernel_out), kernels, strict=True
     ):
         names = tuple(f"{name}.experts.{e}.{there}.weight" for e in range(bank.num_experts))
-        yield Weight(kernel, names, True)
+        yield Weight(kernel, names, True, stacked=True)

@@ -13,12 +13,12 @@ from keras import ops
 from keras_moe.ops import adopt, empty, transposed
 from keras_moe.routing.base import positive_integer
 from zoo.conversion import decoders, t5
-from zoo.conversion.config import choice
+from zoo.conversion.config import choice, shown
 from zoo.conversion.tensors import DTYPES, Tensors, write
-from zoo.files import require_absent, written_whole
+from zoo.files import is_file, read_json, require_absent, written_whole
 from zoo.models.deferred import Deferred
 
-FLOATS = tuple(dtype for dtype in DTYPES.values() if "float" in dtype)
+FLOATS = tuple(DTYPES.values())
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 HEADS = ("ForConditionalGeneration", "ForCausalLM", "WithLMHeadModel")
 MODULES = {family: module for module in (t5, decoders) for family in module.FAMILIES}
@@ -68,6 +68,11 @@ def load_transformers(folder, dtype=None, load_weights=True):
         return family.TASK(backbone, preprocessor)
     with Tensors(folder) as tensors:
         _require(folder, {family.EMBEDDING}, tensors.names)
+        family.prepare(config, tensors)
+        shapes = family.first_shapes(config)
+        there = [name for name in shapes if name in tensors.names]
+        for name in sorted(there, key=tensors.shard_of):
+            _check_shape(folder, name, tensors.shape(name), shapes[name])
         if dtype == "auto":
             dtype = tensors.dtype(family.EMBEDDING).name
         with Deferred() as deferred:
@@ -90,9 +95,10 @@ def _wanted(folder, family, backbone, tensors):
             f"The checkpoint {str(folder)!r} does not fit: the model has no place for "
             f"{_weights(unknown)}"
         )
-    for name in sorted(of_names, key=tensors.shard_of.get):
-        _check_shape(folder, of_names[name], name, tensors.shape(name))
-    return sorted(wanted, key=lambda weight: tensors.shard_of[weight.names[0]])
+    for name in sorted(of_names, key=tensors.shard_of):
+        _check_shape(folder, name, tensors.shape(name), of_names[name].shape_there())
+        tensors.dtype(name)
+    return sorted(wanted, key=lambda weight: tensors.shard_of(weight.names[0]))
 
 
 def has_tokenizer(folder):
@@ -108,29 +114,33 @@ def has_tokenizer(folder):
 def read_config(folder):
     """The `config.json` of a folder, of a family that is known."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(
             "`folder` must be a checkpoint of transformers, with a `config.json` in it; "
             f"`zoo.from_preset` knows addresses, too. Received: folder={str(folder)!r}"
         )
-    try:
-        config = json.loads(path.read_text())
-        family = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    config = read_json(path)
+    if "model_type" not in config:
         raise ValueError(
             f"The checkpoint {str(folder)!r} does not fit or is damaged: its `config.json` names "
             "no `model_type`"
-        ) from error
+        )
+    family = config["model_type"]
     if not isinstance(family, str) or family not in MODULES:
         raise ValueError(
             f"The checkpoint {str(folder)!r} must be of one of the families "
-            f"{', '.join(MODULES)}. Received: model_type={family!r}"
+            f"{', '.join(MODULES)}. Received: model_type={shown(family)}"
         )
     kinds = config.get("architectures")
-    if kinds and not any(str(kind).endswith(HEADS) for kind in kinds):
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit or is damaged: `architectures` in its "
+            f"`config.json` must be a list of names. Received: architectures={shown(kinds)}"
+        )
+    if kinds and not any(isinstance(kind, str) and kind.endswith(HEADS) for kind in kinds):
         raise ValueError(
             f"The checkpoint {str(folder)!r} must be of a model that writes texts, "
-            f"{' or '.join(HEADS)}. Received: architectures={kinds}"
+            f"{' or '.join(HEADS)}. Received: architectures={shown(kinds)}"
         )
     return config
 
@@ -147,11 +157,11 @@ def _weights(names):
     return f"the weight {names[0]!r}" + (f" and {len(names) - 1} others" if names[1:] else "")
 
 
-def _check_shape(folder, weight, name, shape):
-    if shape != weight.shape_there():
+def _check_shape(folder, name, shape, wanted):
+    if shape != wanted:
         raise ValueError(
             f"The checkpoint {str(folder)!r} does not fit: weight {name!r} has shape {shape}, and "
-            f"the model wants {weight.shape_there()}"
+            f"the model wants {wanted}"
         )
 
 
@@ -168,7 +178,7 @@ def _values(tensors, weights):
         return empty((size,), "uint8")
 
     def read(weight):
-        first, *others = weight.names
+        first = weight.names[0]
         shape = (len(weight.names), *tensors.shape(first))
         dtype = tensors.dtype(first)
         size = math.prod(shape) * dtype.itemsize
@@ -176,7 +186,7 @@ def _values(tensors, weights):
         array = buffer[:size].view(dtype).reshape(shape)
         for part, name in zip(array, weight.names, strict=True):
             tensors.read(name, part)
-        return buffer, array if others else array[0]
+        return buffer, array if weight.stacked else array[0]
 
     def value(weight, waiting):
         buffer, array = waiting.pop().result()  # and nobody else keeps them
@@ -237,6 +247,6 @@ def save_transformers(model, folder, shard_bytes=5 * 2**30):
 def _named(family, backbone):
     for weight in (*family.copies(backbone), *family.weights(backbone)):
         value = ops.convert_to_numpy(weight.variable)  # a tensor, where LoRA adds to it
-        parts = value if len(weight.names) > 1 else [value]
+        parts = value if weight.stacked else [value]
         for name, part in zip(weight.names, parts, strict=True):
             yield name, part.T if weight.transposed else part

@@ -6,8 +6,9 @@ import warnings
 import keras
 
 import keras_moe
-from zoo.conversion.config import choice, flag, integer, real
+from zoo.conversion.config import MOST_LAYERS, choice, flag, integer, real
 from zoo.conversion.tensors import ALIASES, Weight
+from zoo.files import is_file
 from zoo.layers import gelu_tanh
 from zoo.models.encoder_decoder import (
     EncoderDecoderBackbone,
@@ -77,17 +78,17 @@ def settings(config):
         ValueError: if an entry of the config is missing or out of range, or asks for something that
             the backbone has not.
     """
-    sparse = config["model_type"] == "switch_transformers"
+    sparse = _is_sparse(config)
     kind = choice(
         config,
         "dense_act_fn" if sparse else "feed_forward_proj",
         ACTIVATIONS,
         "gated-gelu" if config["model_type"] == "mt5" else "relu",
     )
-    layers = integer(config, "num_layers")
-    decoder_layers = integer(config, "num_decoder_layers", layers)
+    layers = integer(config, "num_layers", most=MOST_LAYERS)
+    decoder_layers = integer(config, "num_decoder_layers", layers, most=MOST_LAYERS)
     buckets = integer(config, "relative_attention_num_buckets", 32, least=4)
-    dropout = real(config, "dropout_rate", 0.1)
+    dropout = real(config, "dropout_rate", 0.1, below=1)
     result = {
         "vocabulary_size": integer(config, "vocab_size"),
         "num_layers": layers,
@@ -133,6 +134,36 @@ def settings(config):
     }
 
 
+def prepare(config, tensors):
+    """Gives the weights the names that `weights` expects: they have these names in every file.
+
+    Raises:
+        ValueError: if the config asks for more blocks or experts than there are weights.
+    """
+    counts = ["num_layers", "num_decoder_layers", *["num_experts"] * _is_sparse(config)]
+    for name in counts:
+        integer(config, name, 1, most=len(tensors.names))
+
+
+def first_shapes(config):
+    """Shapes of some weights by name, from which the sizes of the others follow."""
+    dim = integer(config, "d_model")
+    inner = integer(config, "num_heads") * integer(config, "d_kv")
+    shapes = {name: (integer(config, "vocab_size"), dim) for name in (EMBEDDING, OUTPUT)}
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    shapes |= {f"{attention}.{part}.weight": (inner, dim) for part in "qkv"}
+    buckets = integer(config, "relative_attention_num_buckets", 32, least=4)
+    bias = f"{attention}.relative_attention_bias.weight"
+    hidden = integer(config, "d_ff")
+    for name in ("DenseReluDense.wi", "DenseReluDense.wi_0", "mlp.wi"):
+        shapes[f"encoder.block.0.layer.1.{name}.weight"] = (hidden, dim)
+    return shapes | {bias: (buckets, integer(config, "num_heads"))}
+
+
+def _is_sparse(config):
+    return config["model_type"] == "switch_transformers"
+
+
 def _num_sparse(config, side, depth):
     name = f"num_sparse_{side}_layers"
     count = integer(config, name, least=0)
@@ -151,7 +182,7 @@ def _switch_router(config, num_sparse, num_layers):
         capacity_factor=0,  # but so many tokens of a sequence, whatever its length
         eval_capacity_factor=0,
         min_capacity=integer(config, "expert_capacity", 64),
-        jitter=real(config, "router_jitter_noise", 0.01),
+        jitter=real(config, "router_jitter_noise", 0.01, below=1),
         load_balancing_weight=real(config, "router_aux_loss_coef", 1e-3) / blocks,
         router_z_weight=real(config, "router_z_loss_coef", 1e-3) / blocks,
     )
@@ -164,7 +195,7 @@ def _has_losses(num_sparse, num_layers):
 
 def has_tokenizer(folder, config):
     """Whether `preprocessor` finds a tokenizer in a folder."""
-    return (folder / VOCABULARY).is_file()
+    return is_file(folder / VOCABULARY)
 
 
 def preprocessor(folder, config):
@@ -397,8 +428,10 @@ def _block(block, name, dense):
             layer.gate.kernel if layer.gated else None,
             layer.output_projection.kernel,
         )
+    stacked = isinstance(layer, keras_moe.MixtureOfExperts)
     for kernel, there in kernels:
-        yield Weight(kernel, tuple(f"{expert}.{there}.weight" for expert in experts), True)
+        names = tuple(f"{expert}.{there}.weight" for expert in experts)
+        yield Weight(kernel, names, True, stacked)
 
 
 def _attention(attention, name):

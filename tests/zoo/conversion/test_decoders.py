@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+import transformers
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
@@ -178,15 +179,28 @@ class TestNotInTransformers:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sliding_window": 8}, "`sliding_window`.*sliding_window=8"),
+        ({"sliding_window": 8}, "`sliding_window`.*131072.*sliding_window=8"),
+        (
+            {"sliding_window": 63, "max_position_embeddings": 64},
+            "`sliding_window`.*64.*sliding_window=63",
+        ),
+        ({"sliding_window": 8.5}, r"`sliding_window`.*sliding_window=8\.5"),
         ({"attention_bias": True}, "`attention_bias`.*attention_bias=True"),
-        ({"attention_dropout": 0.1}, "`attention_dropout`.*attention_dropout=0.1"),
+        ({"attention_dropout": 1.5}, r"`attention_dropout`.*attention_dropout=1\.5"),
+        ({"attention_dropout": "0.1"}, "`attention_dropout`.*attention_dropout='0.1'"),
         ({"clip_qkv": 8.0}, "`clip_qkv`.*clip_qkv=8.0"),
         ({"rope_scaling": {"type": "dynamic"}}, "`rope_scaling`.*rope_scaling=.*'dynamic'"),
+        ({"rope_scaling": 2.0}, r"`rope_scaling`.*rope_scaling=2\.0"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config`.*quantization_config=.*4"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type`.*'default'.*'yarn'"),
         ({"rope_parameters": {"type": "yarn"}}, "`rope_type`.*'default'.*'yarn'"),
         ({"num_experts_per_tok": 1}, "`num_experts_per_tok`.*2.*1$"),
+        ({"num_experts_per_tok": 5}, "`num_experts_per_tok`.*4.*num_experts_per_tok=5"),
+        ({"num_hidden_layers": 10**9}, "`num_hidden_layers`.*num_hidden_layers=1000000000"),
+        ({"num_local_experts": 10**9}, "`num_local_experts`.*num_local_experts=1000000000"),
+        ({"vocab_size": 10**9}, r"'model\.embed_tokens\.weight'.*\(1000000000, 16\)"),
+        ({"hidden_size": 10**30}, "`hidden_size`.*hidden_size=10+$"),
+        ({"num_attention_heads": 10**6}, r"q_proj\.weight'.*\(6000000, 16\)"),
         ({"num_attention_heads": 0}, "`num_attention_heads`.*num_attention_heads=0"),
         ({"hidden_size": "16"}, "`hidden_size`.*hidden_size='16'"),
         ({"rms_norm_eps": None, "vocab_size": None}, "`vocab_size`.*vocab_size=None"),
@@ -205,6 +219,83 @@ def test_configs_that_do_not_fit(options, message, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
     with pytest.raises(ValueError, match=message):
         load_transformers(tmp_path)
+
+
+def test_a_head_of_odd_width(tmp_path):
+    """Given, or what follows from the other sizes."""
+    config = transformers.MixtralConfig(**FAMILIES["mixtral"][1]).to_dict()
+    for sizes in ({"head_dim": 5}, {"head_dim": None, "hidden_size": 12}):
+        (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+        with pytest.raises(ValueError, match="`head_dim`.*even.*head_dim=[53]"):
+            load_transformers(tmp_path, load_weights=False)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_settings_that_change_nothing_in_inference(family, tmp_path):
+    """They are written again, as training there has them."""
+    harmless = {"attention_dropout": 0.1, "max_position_embeddings": 64}
+    if family == "mixtral":
+        harmless["sliding_window"] = 64
+    model = theirs(family, **harmless)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_transformers(tmp_path / "theirs")
+    close(loaded.predict(INPUTS, verbose=0)[VALID], run_theirs(model).logits[torch.tensor(VALID)])
+    save_transformers(loaded, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {name: config[name] for name in harmless} == harmless
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+        ("olmoe", {"num_experts": 1, "num_experts_per_tok": 1}),
+        ("olmoe, normalized", {"num_experts": 1, "num_experts_per_tok": 1}),
+    ],
+)
+def test_one_expert_there_and_back(family, options, tmp_path):
+    model = theirs(family, **options)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_transformers(tmp_path / "theirs")
+    expected = run_theirs(model).logits[torch.tensor(VALID)]
+    close(loaded.predict(INPUTS, verbose=0)[VALID], expected)
+    save_transformers(loaded, tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    close(run_theirs(again).logits[torch.tensor(VALID)].numpy(), expected)
+
+
+class TestFused:
+    """One tensor for the kernels of all experts of a block, as transformers 5 has them itself."""
+
+    @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+    @pytest.mark.parametrize("experts", [1, 3])
+    @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+    def test_it_is_read(self, family, experts, safe, tmp_path):
+        name = "num_experts" if family == "olmoe" else "num_local_experts"
+        model = theirs(family, **{name: experts, "num_experts_per_tok": min(2, experts)})
+        model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="10KB")
+        if not safe:
+            for path in tmp_path.glob("*.safetensors*"):
+                path.unlink()
+            torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        loaded = load_transformers(tmp_path)
+        expected = run_theirs(model).logits[torch.tensor(VALID)]
+        close(loaded.predict(INPUTS, verbose=0)[VALID], expected)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_local_experts": 5}, r"experts\.gate_up_proj'.*\(4, 48, 16\).*\(5, 48, 16\)"),
+            ({"intermediate_size": 12}, r"experts\.gate_up_proj'.*\(4, 24, 16\)"),
+            ({"num_local_experts": 10**9}, r"experts\.gate_up_proj'.*\(1000000000, 48, 16\)"),
+        ],
+    )
+    def test_of_another_shape(self, options, message, tmp_path):
+        theirs("mixtral").save_pretrained(tmp_path, save_original_format=False)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+        with pytest.raises(ValueError, match=message):
+            load_transformers(tmp_path)
 
 
 def test_rope_theta_as_earlier_versions_wrote_it(tmp_path):

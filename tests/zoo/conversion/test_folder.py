@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import threading
 
 import keras
@@ -284,8 +285,41 @@ class TestDamage:
         self.fails(folder, "ForCausalLM.*architectures=.'SwitchTransformersEncoderModel'")
 
     def test_config_that_is_no_json(self, folder):
-        (folder / "config.json").write_text("{")
+        for content in ("{", "[" * 10**5, '{"a":' * 10**5, "[1]", "9" * 5000, "\xe0", ""):
+            (folder / "config.json").write_bytes(content.encode("latin-1"))
+            self.fails(folder, "^'config.json' must hold a JSON object.*model/config.json")
+        (folder / "config.json").write_text("{}")
         self.fails(folder, "`config.json`.*`model_type`")
+
+    @pytest.mark.parametrize("kinds", [True, 3, 2.5, "T5ForConditionalGeneration", {"a": 1}, [1]])
+    def test_architectures_that_are_no_names(self, folder, kinds):
+        self.change(folder, architectures=kinds)
+        self.fails(folder, f"architectures=.?{re.escape(str(kinds)[:1])}")
+
+    @pytest.mark.parametrize("kind", ["folder", "broken link"])
+    def test_a_file_that_is_none(self, folder, kind):
+        """It is not taken for one that is missing."""
+        for name in ("spiece.model", "config.json", "model.safetensors.index.json"):
+            path = folder / name
+            path.unlink(missing_ok=True)
+            path.mkdir() if kind == "folder" else path.symlink_to("nothing")
+            self.fails(folder, f"'{name}' must be a file.*{kind}")
+            path.rmdir() if kind == "folder" else path.unlink()
+            if name == "config.json":
+                transformers.SwitchTransformersConfig(**SWITCH).save_pretrained(folder)
+
+    @pytest.mark.parametrize("name", ["num_layers", "num_decoder_layers", "num_experts", "d_ff"])
+    def test_a_huge_size(self, folder, name):
+        """It is refused before a model of that size is made."""
+        for size in (10**9, 2**31, 10**30):
+            self.change(folder, **{name: size})
+            self.fails(folder, name if name != "d_ff" or size > 2**31 - 1 else r"wi\.weight")
+
+    @pytest.mark.parametrize("name", ["dropout_rate", "router_jitter_noise"])
+    def test_a_rate_that_is_none(self, folder, name):
+        for rate in (1, 2.5, "0.1", float("nan"), 1e999):
+            self.change(folder, **{name: rate})
+            self.fails(folder, f"`{name}`.*below 1.*{name}=")
 
     def test_vocabulary_of_another_size(self, folder):
         self.change(folder, vocab_size=41)

@@ -117,6 +117,20 @@ def test_written_back_transformers_loads_it(pair, tmp_path):
             np.testing.assert_array_equal(*map(ops.convert_to_numpy, (ours.value, before.value)))
 
 
+def test_one_expert_there_and_back(tmp_path):
+    """Its kernels have no axis of experts there."""
+    options = {**SWITCH, "num_experts": 1}
+    model = transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(**options)
+    ).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_transformers(tmp_path / "theirs")
+    close(loaded.predict(INPUTS, verbose=0), run_theirs(model).logits)
+    save_transformers(loaded, tmp_path / "ours")
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    close(run_theirs(again).logits.numpy(), run_theirs(model).logits)
+
+
 @pytest.mark.parametrize("family", ["t5", "switch"])
 def test_trains_on_and_is_written_back(family, tmp_path):
     model = theirs(family)
