@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 from numbers import Integral, Real
 from pathlib import Path
 
+import h5py
 import keras
 import keras_hub
 
@@ -18,12 +20,36 @@ import zoo.models.moe_lstm
 from zoo.catalogue import did_you_mean, shipped
 from zoo.conversion import load_transformers
 from zoo.conversion.folder import has_tokenizer
-from zoo.files import written_whole
+from zoo.files import is_file, read_json, written_whole
 from zoo.hub import CARD, HASHES, check_hashes, download, sha256
 from zoo.models.figures import figures
 
 HEADLESS = (zoo.models.decoder.CausalLM, zoo.models.encoder_decoder.Seq2SeqLM)
 LANGUAGE_MODELS = (*HEADLESS, zoo.models.moe_lstm.LstmCausalLM)
+# The files of a preset that describe Keras objects.
+CONFIGS = ("config.json", "task.json", "preprocessor.json", "tokenizer.json")
+WEIGHTS, SHARDS, HEAD = "model.weights.h5", "model.weights.json", "task.weights.h5"
+# What Keras, the backends and h5py raise for files that describe no model, or another one.
+DAMAGE = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
+# Sizes in a backbone's config whose product a preset's weights cannot fall short of.
+SLACK = 2**24  # values that a model may have too many, so that Keras names the first weight
+SIZES = (
+    ("vocabulary_size", "hidden_dim"),
+    ("num_layers", "hidden_dim"),
+    ("num_decoder_layers", "hidden_dim"),
+    ("num_heads", "key_dim", "hidden_dim"),
+    ("intermediate_dim", "hidden_dim"),
+    ("num_buckets", "num_heads"),
+    ("lstm_dim", "hidden_dim"),
+)
 
 
 def from_preset(
@@ -80,14 +106,17 @@ def _loaded(folder, preset, num_classes, load_weights, dtype):
         _only_classifiers_have_heads(preset, num_classes)
         return load_transformers(folder, dtype, load_weights)
     task = _task_class(folder, num_classes)
+    has_head = num_classes is None and task not in HEADLESS
     if load_weights:
-        _check_weights(folder, num_classes is None and task not in HEADLESS)
+        _check_weights(folder, has_head)
     check_hashes(folder, load_weights)
+    if load_weights:
+        _check_sizes(folder, has_head)
     if dtype == "auto":
-        with explained(folder):
+        with explained(folder / "config.json"):
             dtype = _saved_dtype(folder)
     elif dtype is None:
-        with explained(folder):
+        with explained(folder / "config.json"):
             saved = _saved_dtype(folder)
         if saved and saved.name.startswith("mixed_"):  # whose name KerasHub takes for a dtype
             dtype = keras.config.dtype_policy()
@@ -98,7 +127,7 @@ def _loaded(folder, preset, num_classes, load_weights, dtype):
         with explained(folder):
             return keras_hub.models.TextClassifier.from_preset(str(folder), **options, **head)
     _only_classifiers_have_heads(preset, num_classes)
-    if not (folder / "task.json").is_file() and not _has_tokenizer(folder):
+    if not is_file(folder / "task.json") and not _has_tokenizer(folder):
         options["preprocessor"] = None
     with explained(folder):
         return task.from_preset(str(folder), **options)
@@ -140,7 +169,7 @@ def encoder_config(preset, trained=False):
     encoder = False
     if not _is_of_transformers(folder):
         task = _task_class(folder, num_classes=1)
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         kind = keras.saving.get_registered_object(config["registered_name"])
         encoder = issubclass(task, keras_hub.models.TextClassifier) and issubclass(
             kind, zoo.models.encoder.EncoderBackbone
@@ -159,16 +188,20 @@ def encoder_config(preset, trained=False):
 
 
 def _names_a_classifier(path):
-    if not path.is_file():
+    if not is_file(path):
         return False
-    named = keras.saving.get_registered_object(json.loads(path.read_text())["registered_name"])
-    return issubclass(named, keras_hub.models.TextClassifier)
+    named = keras.saving.get_registered_object(read_json(path)["registered_name"])
+    return isinstance(named, type) and issubclass(named, keras_hub.models.TextClassifier)
 
 
 def _saved_dtype(folder):
     """The dtype policy that the backbone of a preset was saved with; `None` if it says none."""
-    config = json.loads((folder / "config.json").read_text())["config"]
-    return config["dtype"] and keras.dtype_policies.get(config["dtype"])
+    dtype = read_json(folder / "config.json")["config"].get("dtype")
+    if dtype is None:
+        return None
+    if not isinstance(dtype, dict):  # KerasHub reads no other kind
+        raise ValueError(f"`dtype` must be a dtype policy's config or null. Received: {dtype!r}")
+    return keras.dtype_policies.get(dtype)
 
 
 def require_generation(preset):
@@ -216,7 +249,7 @@ def _folder(preset, weights):
 def _has_tokenizer(folder):
     if _is_of_transformers(folder):
         return has_tokenizer(folder)
-    return (folder / "tokenizer.json").is_file()
+    return is_file(folder / "tokenizer.json")
 
 
 def _only_classifiers_have_heads(preset, num_classes):
@@ -228,18 +261,16 @@ def _only_classifiers_have_heads(preset, num_classes):
 
 
 def _is_of_transformers(folder):
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
-        return False
+    path = folder / "config.json"
+    return is_file(path) and "model_type" in read_json(path)
 
 
 def _task_class(folder, num_classes):
     """The class of a preset's model: what `task.json` names, or what its backbone is made for."""
     _check_configs(folder)
-    is_task = (folder / "task.json").is_file()
+    is_task = is_file(folder / "task.json")
     path = folder / ("task.json" if is_task else "config.json")
-    name = json.loads(path.read_text())["registered_name"]
+    name = read_json(path)["registered_name"]
     named = keras.saving.get_registered_object(name)
     named = named if isinstance(named, type) else object
     if issubclass(named, zoo.models.masked_lm.EncoderMaskedLM) and num_classes is not None:
@@ -331,15 +362,15 @@ def model_card(model, name, licence=None, training_data=None, scores=None):
 
 
 def _check_configs(folder):
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         within = folder / "preset"
-        hint = f". Did you mean {str(within)!r}?" if (within / "config.json").is_file() else ""
+        hint = f". Did you mean {str(within)!r}?" if os.path.isfile(within / "config.json") else ""
         raise ValueError(
             "`preset` must be the folder of a saved preset, with a `config.json` in it. "
             f"Received: preset={str(folder)!r}{hint}"
         )
-    for path in (folder / "config.json", folder / "task.json"):
-        if path.is_file() and not _describes_an_object(path):
+    for path in (folder / name for name in CONFIGS):
+        if is_file(path) and not _describes_an_object(read_json(path)):
             raise ValueError(
                 f"`preset` must hold a {path.name!r} that describes a Keras object or a model of "
                 "transformers, and this one does not or is damaged. "
@@ -347,25 +378,100 @@ def _check_configs(folder):
             )
 
 
-def _describes_an_object(path):
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        return False
-    return isinstance(config, dict) and "registered_name" in config
+def _describes_an_object(config):
+    of = {"registered_name": str, "config": dict}
+    return all(isinstance(config.get(name), kind) for name, kind in of.items())
 
 
 def _check_weights(folder, with_head):
     # KerasHub leaves a head whose file is missing as it was initialized, and says nothing.
-    has_head = not with_head or (folder / "task.weights.h5").is_file()
-    missing = None if has_head else "task.weights.h5"
+    missing = None if not with_head or is_file(folder / HEAD) else HEAD
     # A large model's are in several files, which the second one lists.
-    if not any((folder / name).is_file() for name in ("model.weights.h5", "model.weights.json")):
-        missing = "model.weights.h5"
+    if not is_file(folder / WEIGHTS) and not is_file(folder / SHARDS):
+        missing = WEIGHTS
     if missing:
         raise ValueError(
             f"`preset` must hold the file {missing!r}. Received: preset={str(folder)!r}"
         )
+
+
+def _check_sizes(folder, with_head):
+    """Refuses files of weights that cannot be read, and a config that needs many more weights.
+
+    Raises:
+        ValueError: if a file is damaged, or the model would be larger than its weights: memory for
+            all of the model is taken before Keras compares the first weight.
+    """
+    sizes = _num_values(folder)
+    if with_head:
+        _num_values_in(folder / HEAD)
+    for name in ("config.json", "task.json"):
+        if not is_file(folder / name):
+            continue
+        config = read_json(folder / name)["config"]
+        if name == "task.json":
+            backbone = config.get("backbone")
+            config = backbone.get("config") if isinstance(backbone, dict) else None
+        if not isinstance(config, dict):
+            continue
+        products = list(SIZES)
+        if config.get("router") and config.get("sparse_blocks") != []:
+            width = "expert_dim" if config.get("expert_dim") else "intermediate_dim"
+            products.append(("num_experts", width, "hidden_dim"))
+        for names in products:
+            values = {name: config.get(name) for name in names}
+            if all(type(value) is int for value in values.values()) and (
+                math.prod(values.values()) > sizes + SLACK
+            ):
+                received = ", ".join(f"{key}={value}" for key, value in values.items())
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} does not fit or is damaged: {name!r} asks for "
+                    f"more weights than the {sizes:,} values of the weights' files. "
+                    f"Received: {received}"
+                )
+
+
+def _num_values(folder):
+    """How many values the files of a preset's weights have, which are all there."""
+    if is_file(folder / WEIGHTS):
+        return _num_values_in(folder / WEIGHTS)
+    shards = read_json(folder / SHARDS).get("weight_map")
+    lists = shards.values() if isinstance(shards, dict) else [None]
+    lists = [[shard] if isinstance(shard, str) else shard for shard in lists]
+    names = {}
+    for part in lists:
+        is_list = isinstance(part, list) and all(isinstance(name, str) for name in part)
+        if not is_list or any(Path(name).name != name for name in part):
+            raise ValueError(
+                f"{SHARDS!r} must name files of the folder in its `weight_map`. "
+                f"Received: preset={str(folder)!r}"
+            )
+        names |= dict.fromkeys(part)
+    for name in names:
+        if not is_file(folder / name):
+            raise ValueError(
+                f"`preset` must hold the file {name!r}. Received: preset={str(folder)!r}"
+            )
+    return sum(_num_values_in(folder / name) for name in names)
+
+
+def _num_values_in(path):
+    """How many values the datasets of a file of weights have."""
+    sizes = []
+    try:
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, part: (
+                    sizes.append(part.size) if isinstance(part, h5py.Dataset) else None
+                )
+            )
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        reason = (str(error).strip() or "unknown reason").splitlines()[0]
+        raise ValueError(
+            f"The checkpoint {str(path.parent)!r} does not fit or is damaged: {path.name!r} cannot "
+            f"be read: {reason}"
+        ) from error
+    return sum(size for size in sizes if size)
 
 
 @contextlib.contextmanager
@@ -376,26 +482,54 @@ def explained(path):
         path: of the checkpoint.
 
     Raises:
-        ValueError: for what Keras and h5py raise about missing, damaged or ill-fitting weights; it
-            names the first weight that differs and both shapes, where shapes differ.
+        ValueError: for what Keras and h5py raise about missing, damaged or ill-fitting files; it
+            names the file of a folder, or the first weight that differs and both shapes, where
+            shapes differ.
     """
     try:
         yield
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
+        file, reason = _culprit(Path(path)), _reason(str(error))
+        if file is not None:
+            name, error = file
+            reason = f"{name!r} cannot be used: {_reason(str(error))}"
         raise ValueError(
-            f"The checkpoint {str(path)!r} does not fit or is damaged: {_reason(str(error))}"
+            f"The checkpoint {str(path)!r} does not fit or is damaged: {reason}"
         ) from error
+
+
+def _culprit(folder):
+    """The file of a preset that cannot be used, and the error; `None` if each can alone."""
+    if not folder.is_dir():
+        return None
+    for name in CONFIGS:
+        if not is_file(folder / name):
+            continue
+        try:
+            made = keras.saving.deserialize_keras_object(read_json(folder / name))
+        except DAMAGE as error:
+            return name, error
+    if is_file(folder / "tokenizer.json"):  # the last, which is what was made
+        try:
+            made.load_preset_assets(str(folder))
+        except DAMAGE as error:
+            return ", ".join(getattr(made, "file_assets", ["tokenizer.json"])), error
+    return None
 
 
 # Keras' own message: both shapes, and then the weight with all of its values.
 _SHAPES = re.compile(
     r"variable\.shape=(\(.*?\)), Received: value\.shape=\D*([\d, ]*)\D.*?path=(\S+),", re.DOTALL
 )
+# Of an error within a layer's `call`, between the codes for bold letters.
+_WRAPPED = re.compile(r"^Exception encountered when calling \S+\s+\x1b\[1m([^\n]+?)\x1b\[0m")
 _MISSING = re.compile(r"Layer '\S+' expected .*? during loading")
 
 
 def _reason(message):
     shapes, missing = _SHAPES.search(message), _MISSING.search(message)
+    if wrapped := _WRAPPED.search(message):
+        return wrapped[1]
     if shapes:
         ours, theirs, name = shapes.groups()
         return f"weight {name!r} has shape {ours} in the model and ({theirs}) in the checkpoint"

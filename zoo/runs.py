@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_moe.distribution import ExpertParallel
 from keras_moe.distribution.cluster import agreed, barrier, num_processes, process_id
+from zoo.files import is_file, read_json
 from zoo.presets import explained
 
 
@@ -313,10 +314,10 @@ class Run:
 
     def _read(self):
         path = self.folder / "results.json"
-        if not path.is_file():
+        if not is_file(path):
             return None
         try:
-            results = json.loads(path.read_text())
+            results = read_json(path)
             if not {"settings", "metrics", "finished", "history", "best"} <= set(results):
                 raise ValueError("entries are missing")
             results["settings"].items(), results["history"][:0]

@@ -50,6 +50,12 @@ class ZooTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     def set_proto(self, proto):
         try:
             super().set_proto(proto)
+        except UnicodeDecodeError as error:  # of a piece
+            received = f"{len(proto)} bytes" if isinstance(proto, bytes) else proto
+            raise ValueError(
+                "`proto` must be a SentencePiece model of pieces in UTF-8. "
+                f"Received: {received}, where {error}"
+            ) from error
         except (OSError, ValueError):
             raise
         except Exception as error:  # TensorFlow Text and SentencePiece each have their own

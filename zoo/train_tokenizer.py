@@ -10,7 +10,6 @@ so that a large one does not crowd out a small one.
 import argparse
 import gzip
 import io
-import json
 import os
 import pathlib
 import random
@@ -20,6 +19,8 @@ import sys
 import zlib
 
 import sentencepiece
+
+from zoo.files import parse_json
 
 # The ids of T5 (https://arxiv.org/abs/1910.10683); there is no start-of-text piece.
 SPECIAL_PIECES = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
@@ -39,7 +40,7 @@ def read_sentences(path):
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
-                sentences = re.split(r"(?<=[.!?])\s+|\n+", json.loads(line)["text"])
+                sentences = re.split(r"(?<=[.!?])\s+|\n+", parse_json(line)["text"])
                 yield from filter(None, map(str.strip, sentences))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -117,15 +117,90 @@ def test_without_task_json_the_classes_must_be_told(lacking):
 def test_a_config_that_is_none(preset, tmp_path, name, text):
     shutil.copytree(preset, tmp_path / "copy")
     (tmp_path / "copy" / name).write_text(text)
-    assert re.match(f"`preset`.*'{name}'.*copy'$", error_of(tmp_path / "copy"))
+    start = "`preset`" if text == "{}" else f"'{name}' must hold a JSON object"
+    assert re.match(f"{start}.*copy.*", error_of(tmp_path / "copy"))
+    assert repr(name) in error_of(tmp_path / "copy")
 
 
-@pytest.mark.parametrize(("config", "kind"), [([], "list"), ({"backbone": 1}, "int")])
-def test_a_config_with_the_wrong_entries(preset, tmp_path, config, kind):
+@pytest.mark.parametrize("config", [[], "4", {"backbone": 1}, {"preprocessor": 3}])
+def test_a_config_with_the_wrong_entries(preset, tmp_path, config):
     shutil.copytree(preset, tmp_path / "copy")
     path = tmp_path / "copy" / "task.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
-    assert re.search(f"copy'.*'{kind}'", error_of(tmp_path / "copy"))
+    content = json.loads(path.read_text())
+    content["config"] = {**content["config"], **config} if isinstance(config, dict) else config
+    path.write_text(json.dumps(content))
+    assert re.search("'task.json'", error_of(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", [["zoo>EncoderMaskedLM"], {"a": 1}, 3, None])
+def test_a_name_that_is_none(preset, tmp_path, name):
+    shutil.copytree(preset, tmp_path / "copy")
+    path = tmp_path / "copy" / "task.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"registered_name": name}))
+    assert re.search("'task.json'", error_of(tmp_path / "copy"))
+
+
+def _halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _spoil_a_piece(path):
+    content = bytearray(path.read_bytes())
+    content[content.index("\u2581".encode(), 40)] ^= 0x40  # no UTF-8 any more
+    path.write_bytes(content)
+
+
+def _make_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _break_a_link(path):
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *(("model.weights.h5", change) for change in (_halve, _make_a_folder, _break_a_link)),
+        *(("task.weights.h5", change) for change in (_halve, _make_a_folder, _break_a_link)),
+        *(("task.json", change) for change in (_halve, _make_a_folder, _break_a_link)),
+        ("tokenizer.json", _break_a_link),
+        ("sha256.json", _make_a_folder),
+        ("sha256.json", _break_a_link),
+        ("assets/tokenizer/vocabulary.spm", _halve),
+        ("assets/tokenizer/vocabulary.spm", _spoil_a_piece),
+        ("assets/tokenizer/vocabulary.spm", _make_a_folder),
+    ],
+)
+def test_the_damaged_file_is_named(preset, tmp_path, file, change):
+    shutil.copytree(preset, tmp_path / "copy")
+    (tmp_path / "copy" / "sha256.json").touch()
+    change(tmp_path / "copy" / file)
+    if file != "sha256.json":
+        (tmp_path / "copy" / "sha256.json").unlink()
+    message = error_of(tmp_path / "copy")
+    assert Path(file).name in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["vocabulary_size", "num_layers", "intermediate_dim", "num_heads", "num_experts"]
+)
+def test_a_size_far_beyond_the_weights(preset, tmp_path, name):
+    """It is refused before memory is taken for it."""
+    shutil.copytree(preset, tmp_path / "copy")
+    for file in ("config.json", "task.json"):
+        path = tmp_path / "copy" / file
+        content = json.loads(path.read_text())
+        part = content if file == "config.json" else content["config"]["backbone"]
+        part["config"][name] = 10**9
+        if name == "num_experts":
+            router = keras.saving.serialize_keras_object(keras_moe.SwitchRouter())
+            part["config"] |= {"router": router, "sparse_blocks": [1]}
+        path.write_text(json.dumps(content))
+    message = error_of(tmp_path / "copy")
+    assert re.search(f"'config.json'.*more weights.*Received:.*{name}=1000000000", message)
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.0, "two"])
@@ -424,13 +499,13 @@ class TestSavePreset:
             shutil.copytree(folder, copy)
             content = (copy / name).read_bytes()
             (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-            assert re.match(f"`preset`.*{name!r}", error_of(copy))
+            assert Path(name).name in error_of(copy)
             (copy / name).unlink()
             assert error_of(copy)
         shutil.copytree(folder, tmp_path / "hashes")
         for text in ("{", "[]"):
             (tmp_path / "hashes" / "sha256.json").write_text(text)
-            assert re.match("`preset`.*'sha256.json'", error_of(tmp_path / "hashes"))
+            assert re.match("'sha256.json' must hold", error_of(tmp_path / "hashes"))
         for name in ("../hashes/config.json", str(folder / "config.json"), "nothing"):
             hashes = {name: sha256(folder / "config.json")}
             (tmp_path / "hashes" / "sha256.json").write_text(json.dumps(hashes))

@@ -207,7 +207,13 @@ def preprocessor(folder, config):
     """
     if not has_tokenizer(folder, config):
         return None
-    tokenizer = t5_tokenizer(folder / VOCABULARY)
+    try:
+        tokenizer = t5_tokenizer(folder / VOCABULARY)
+    except ValueError as error:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit or is damaged: {VOCABULARY!r} cannot be "
+            f"used: {error}"
+        ) from error
     pieces, rows = tokenizer.vocabulary_size(), config["vocab_size"]
     if not 0 <= rows - pieces < ROUNDED_TO:
         raise ValueError(

@@ -1,11 +1,11 @@
 """Summaries of fine-tuning beside each other: differences, and what chance makes of them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from zoo.extras import require
+from zoo.files import read_json
 from zoo.finetuning.summary import shown, spread, suite_score
 
 
@@ -79,7 +79,7 @@ def compare(*folders, epoch="best"):
 def _summary(folder):
     path = folder / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = read_json(path)
         summary["suite"]
         for task in summary["tasks"].values():
             task["metrics"][0]

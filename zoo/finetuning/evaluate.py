@@ -1,6 +1,5 @@
 """The official metrics, or the submission file, of a saved classifier."""
 
-import json
 import warnings
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import keras
 from keras_moe.routing.base import positive_integer
 from zoo import tasks
 from zoo.extras import require
+from zoo.files import is_file, read_json
 from zoo.finetuning.batches import TokenisedTask
 from zoo.finetuning.classifiers import check_vocabulary
 from zoo.finetuning.scores import predict
@@ -77,17 +77,17 @@ def evaluate(preset, task, split=None, *, data_dir=None, predictions=None, batch
 def _of_run(preset):
     """The preset, and settings, of a run's folder; of any other preset itself, and none."""
     folder = Path(preset)
-    if folder.name == "preset" and (folder.parent / "results.json").is_file():
+    if folder.name == "preset" and is_file(folder.parent / "results.json"):
         folder = folder.parent
-    if (folder / "summary.json").is_file():
+    if is_file(folder / "summary.json"):
         raise ValueError(
             "`preset` must be a preset or one run, a folder `seed<k>` in this one. "
             f"Received: preset={str(preset)!r}"
         )
-    if not (folder / "results.json").is_file():
+    if not is_file(folder / "results.json"):
         return preset, {}
     try:
-        results = json.loads((folder / "results.json").read_text())
+        results = read_json(folder / "results.json")
         finished, settings = results["finished"], results["settings"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

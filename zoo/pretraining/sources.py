@@ -7,10 +7,10 @@ import contextlib
 import glob
 import gzip
 import io
-import json
 import os
 import zlib
 
+from zoo.files import parse_json
 from zoo.pretraining import datasets
 from zoo.pretraining.datasets import TFDS
 
@@ -129,7 +129,7 @@ def _text(file, line, begin):
     try:
         text = line.decode("utf-8").strip("\r\n")
         if text.strip() and file.endswith(OBJECTS):
-            text = json.loads(text)["text"]
+            text = parse_json(text)["text"]
             if not isinstance(text, str):
                 raise TypeError(f"`text` is {text!r}")
         # JSON can spell halves of letters, which no tokenizer takes.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zoo.extras import quiet_datasets, require
+from zoo.files import is_file, read_json
 from zoo.tasks import raw, raw_files, raw_superglue
 from zoo.tasks.task import SUITES, get
 
@@ -143,10 +144,15 @@ def prepared_in(task, data_dir=None):
     missing = tuple(split for split in task.splits if split not in rows)
     found = Prepared(task.name, str(builder.data_dir), rows, False, missing)
     path = Path(builder.data_dir) / _REMARKS
-    if not path.is_file():
+    if not is_file(path):
         return found
-    remarks = json.loads(path.read_text())
-    return found._replace(partial=tuple(remarks["partial"]), repeated=remarks["repeated"])
+    remarks = read_json(path)
+    partial, repeated = remarks.get("partial"), remarks.get("repeated")
+    if not isinstance(partial, list) or not isinstance(repeated, dict):
+        raise ValueError(
+            f"{_REMARKS!r} must have a list `partial` and an object `repeated`. Received: {path}"
+        )
+    return found._replace(partial=tuple(partial), repeated=repeated)
 
 
 def validation_splits(task, data_dir=None):

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from zoo.extras import require
+from zoo.files import parse_json
 from zoo.tasks import raw_files
 from zoo.tasks.forms import PLACEHOLDER
 from zoo.tasks.raw_files import RawFile, wrong
@@ -95,7 +96,7 @@ def _require(condition, expected, received):
 
 def _object(line):
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         row = None
     _require(isinstance(row, dict), "a JSON object", repr(line[:40]))
