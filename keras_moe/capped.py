@@ -7,7 +7,7 @@ import math
 
 from keras import ops
 
-from keras_moe.ops import top_k
+from keras_moe.ops import as_number, check_can_loop, take_entries, top_k
 
 
 def capped_choice(wish_GES, capacity, cap, by_programme=False):
@@ -30,6 +30,7 @@ def capped_choice(wish_GES, capacity, cap, by_programme=False):
     Returns:
         `[groups, experts, tokens]` booleans.
     """
+    check_can_loop(wish_GES, "`max_experts_per_token`")
     valid_G1S = wish_GES[:, :1] >= 0
 
     def short(taken_GES):  # [G, E, 1]
@@ -106,7 +107,7 @@ def linear_programme(score_GES, valid_G1S, capacity, cap, temperature=1e-3, iter
         of 1, `y` tells how far the bound is exceeded without the last projection, so that entries
         at the bound are no ties.
     """
-    log_capacity, log_cap = ops.log(ops.cast(capacity, "float32")), math.log(cap)
+    log_capacity, log_cap = ops.log(ops.cast(as_number(capacity), "float32")), math.log(cap)
 
     def project(_, state):
         y_GES, column_G1S = state
@@ -137,7 +138,7 @@ def _best(x, count, most):
     """
     values, index = top_k(x, most)
     last = ops.maximum(count - 1, 0)
-    value, place = (ops.take_along_axis(of, last, axis=-1) for of in (values, index))
+    value, place = (take_entries(of, last, axis=-1) for of in (values, index))
     tied = (x == value) & (ops.arange(ops.shape(x)[-1], dtype="int32") <= place)
     return ((x > value) | tied) & (count > 0)
 

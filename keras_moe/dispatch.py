@@ -12,12 +12,10 @@ G groups, S tokens per group, T = G*S tokens, D width, K slots per token, R rows
 expert axis), C slots per row, M = R*G*C slots in all.
 """
 
-from typing import Any, NamedTuple
-
 from keras import ops
 
-from keras_moe.ops import add_rows, sum_rows, take_rows, with_gradient
-from keras_moe.slots import pool_groups
+from keras_moe.ops import add_rows, as_number, sum_rows, take_rows, with_gradient
+from keras_moe.slots import pool_tokens
 
 
 def dispatch(inputs, routing):
@@ -32,14 +30,14 @@ def dispatch(inputs, routing):
         slots, where the routing drops nothing).
     """
     groups, tokens, dim = ops.shape(inputs)
-    _, rows, slots = ops.shape(routing.token_index)
-    seats = _seats(routing, groups * tokens)
+    rows = ops.shape(routing.token_index)[1]
     x_TD = ops.reshape(inputs, (groups * tokens, dim))
 
-    def gradients(upstream_MD, _):
-        return [lambda: seats.to_tokens(upstream_MD)]
+    def gradients(upstream_MD, x_TD, *places):
+        return [lambda: _to_tokens(upstream_MD, ops.shape(x_TD)[0], *places), *[None] * len(places)]
 
-    x_MD = with_gradient(seats.to_slots, gradients)(x_TD)
+    places = _places(routing, groups, tokens)
+    x_MD = with_gradient(_to_slots, gradients)(x_TD, *places)
     return ops.reshape(x_MD, (rows, -1, dim))
 
 
@@ -56,49 +54,54 @@ def combine(outputs, routing, groups, tokens):
         `[groups, tokens, dim]` tensor.
     """
     dim = ops.shape(outputs)[-1]
-    seats = _seats(routing, groups * tokens)
 
-    def gradients(upstream_TD, y_MD, weight_M):
-        upstream_MD = seats.to_slots(upstream_TD)
-        return (
-            lambda: upstream_MD * ops.cast(weight_M[:, None], upstream_MD.dtype),
+    def weighted_sums(y_MD, weight_M, *places):
+        return _to_tokens(y_MD, groups * tokens, *places, weight_M=weight_M)
+
+    def gradients(upstream_TD, y_MD, weight_M, *places):
+        upstream_MD = _to_slots(upstream_TD, *places)
+        return [
+            lambda: upstream_MD * ops.cast(ops.expand_dims(weight_M, 1), upstream_MD.dtype),
             lambda: ops.cast(ops.sum(upstream_MD * y_MD, axis=-1), weight_M.dtype),
-        )
+            *[None] * len(places),
+        ]
 
     weight_M = ops.reshape(ops.transpose(routing.weight, (1, 0, 2)), (-1,))
     y_MD = ops.reshape(outputs, (-1, dim))
-    y_TD = with_gradient(seats.to_tokens, gradients)(y_MD, weight_M)
+    places = _places(routing, groups, tokens)
+    y_TD = with_gradient(weighted_sums, gradients)(y_MD, weight_M, *places)
     return ops.reshape(y_TD, (groups, tokens, dim))
 
 
-class _Seats(NamedTuple):
-    """Who sits where, all groups laid end to end: the two linear maps of the file's heading."""
-
-    token_M: Any  # the token in each slot; T where it is empty
-    slot_TK: Any  # the slot of each choice; M where it was dropped; None: experts chose
-    num_tokens: Any
-
-    def to_slots(self, x_TD):
-        return take_rows(x_TD, self.token_M)
-
-    def to_tokens(self, x_MD, weight_M=None):
-        if self.slot_TK is not None:
-            return sum_rows(x_MD, self.slot_TK, weight_M)
-        if weight_M is not None:
-            x_MD = x_MD * ops.cast(weight_M[:, None], x_MD.dtype)
-        return add_rows(x_MD, self.token_M, self.num_tokens)
+def _to_slots(x_TD, token_M, slot_TK=None):
+    return take_rows(x_TD, token_M)
 
 
-def _seats(routing, num_tokens):
-    groups, rows, slots = ops.shape(routing.token_index)  # one group where the routing pooled them
-    token_GRC = pool_groups(routing.token_index, num_tokens // groups)
+def _to_tokens(x_MD, num_tokens, token_M, slot_TK=None, weight_M=None):
+    if slot_TK is not None:
+        return sum_rows(x_MD, slot_TK, weight_M)
+    if weight_M is not None:
+        x_MD = x_MD * ops.cast(ops.expand_dims(weight_M, 1), x_MD.dtype)
+    return add_rows(x_MD, token_M, num_tokens)
+
+
+def _places(routing, groups, tokens):
+    """Where tokens and slots lie when the groups are laid end to end.
+
+    Returns:
+        Tuple of `token_M`, the token in each slot, T where the slot is empty; and, where tokens
+        chose, `slot_TK`, the slots of each token, M where an assignment was dropped.
+    """
+    token_GRC = pool_tokens(routing.token_index, groups, tokens)
+    num_tokens = groups * tokens
+    groups, rows, slots = ops.shape(token_GRC)
     token_M = ops.reshape(ops.transpose(token_GRC, (1, 0, 2)), (-1,))
     if routing.slot_index is None:
-        return _Seats(token_M, None, num_tokens)
+        return (token_M,)
     k = routing.slot_index.shape[-1]
     slot_GN = ops.reshape(routing.slot_index, (groups, -1))
     row_GN = slot_GN // slots
     group_G1 = ops.arange(groups, dtype="int32")[:, None]
     slot_in_M_GN = (row_GN * groups + group_G1) * slots + slot_GN % slots
-    slot_in_M_GN = ops.where(row_GN == rows, rows * groups * slots, slot_in_M_GN)
-    return _Seats(token_M, ops.reshape(slot_in_M_GN, (num_tokens, k)), num_tokens)
+    slot_in_M_GN = ops.where(row_GN == rows, as_number(rows * groups * slots), slot_in_M_GN)
+    return token_M, ops.reshape(slot_in_M_GN, (num_tokens, k))

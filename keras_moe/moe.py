@@ -13,6 +13,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.distribution.active import active, gathered, sharding
+from keras_moe.ops import keeps_statistics
 from keras_moe.routing import Router
 from keras_moe.routing.base import dropping_nothing
 
@@ -192,9 +193,10 @@ class MixtureOfExperts(keras.layers.Layer):
             return y
         for loss in self.router.auxiliary_losses(routing):
             self.add_loss(loss)
-        statistics = metrics.statistics(routing, self.router.num_experts)
-        for variable, value in zip(self.statistics, statistics, strict=True):
-            variable.assign_add(value)
+        if keeps_statistics():
+            statistics = metrics.statistics(routing, self.router.num_experts)
+            for variable, value in zip(self.statistics, statistics, strict=True):
+                variable.assign_add(value)
         return y
 
     def outputs_and_routing(self, inputs, mask=None, training=False, token_ids=None, drops=True):

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe.capped import capped_choice
-from keras_moe.ops import row_size, take_rows, top_k
+from keras_moe.ops import (
+    argsort,
+    as_number,
+    count_entries,
+    largest,
+    row_size,
+    smallest,
+    take_entries,
+    take_rows,
+    top_k,
+    write_entries,
+)
 
 
 class Slots(NamedTuple):
@@ -46,12 +57,11 @@ def capacity(tokens, num_experts, factor, k=1, minimum=1):
         An integer, or a scalar tensor where `tokens` is one.
     """
     factor = Fraction(str(factor)).limit_denominator(10**4)  # 4 / 3 has too many decimals
-    if not isinstance(tokens, int):
+    if ops.is_tensor(tokens):
         tokens = ops.cast(tokens, "int64")
     slots = -(-tokens * k * factor.numerator // (num_experts * factor.denominator))
-    if isinstance(slots, int):
-        return max(minimum, slots)
-    return ops.cast(ops.maximum(minimum, slots), "int32")
+    slots = largest(minimum, slots)
+    return ops.cast(slots, "int32") if ops.is_tensor(slots) else slots
 
 
 def by_confidence(confidence_GS, k):
@@ -69,7 +79,7 @@ def by_confidence(confidence_GS, k):
         `[groups, tokens * k]` int32: the assignments, token `s`'s choice `i` being `s * k + i`.
     """
     groups, tokens = ops.shape(confidence_GS)
-    token_GS = ops.cast(ops.argsort(-confidence_GS, axis=1), "int32")
+    token_GS = argsort(-confidence_GS)
     choice_K1 = ops.arange(k, dtype="int32")[:, None]
     return ops.reshape(token_GS[:, None] * k + choice_K1, (groups, tokens * k))
 
@@ -91,7 +101,9 @@ def by_capacity(expert_index_GN, num_experts, capacity, order_GN=None):
     groups = ops.shape(expert_index_GN)[0]
     rank_GN, _ = _rank(expert_index_GN, num_experts, order_GN)
     kept_GN = (rank_GN < capacity) & (expert_index_GN < num_experts)
-    slot_GN = ops.where(kept_GN, expert_index_GN * capacity + rank_GN, num_experts * capacity)
+    slot_GN = ops.where(
+        kept_GN, expert_index_GN * capacity + rank_GN, as_number(num_experts * capacity)
+    )
     assignment_GM = _inverse(slot_GN, num_experts * capacity)
     return Slots(ops.reshape(assignment_GM, (groups, num_experts, capacity)), slot_GN, None)
 
@@ -120,20 +132,19 @@ def by_rows(expert_index_GN, num_experts, capacity=None, order_GN=None):
     if capacity is not None:
         expert_index_GN = ops.where(rank_GN < capacity, expert_index_GN, num_experts)
         count_GE = ops.minimum(count_GE, capacity)
-    if isinstance(assignments, int):
-        busy = min(num_experts, assignments)
-    else:
-        busy = ops.minimum(num_experts, assignments)
+    busy = smallest(num_experts, assignments)
     num_rows = (assignments - busy) // size + busy
 
     rows_E = (ops.sum(count_GE, axis=0) + size - 1) // size
     row_end_E = ops.cumsum(rows_E)
-    row_expert_R = ops.searchsorted(row_end_E, ops.arange(num_rows, dtype="int32"), side="right")
+    # The expert of a row is the number of experts whose rows end before it.
+    ends_R = count_entries(ops.minimum(row_end_E, as_number(num_rows)), num_rows + 1)[:-1]
+    row_expert_R = ops.cumsum(ends_R)
 
     earlier_GE = ops.cumsum(count_GE, axis=0) - count_GE  # of the groups before
     start_GE = (row_end_E - rows_E) * size + earlier_GE
     slot_GN = _of_experts(start_GE, expert_index_GN) + rank_GN
-    slot_GN = ops.where(expert_index_GN < num_experts, slot_GN, num_rows * size)
+    slot_GN = ops.where(expert_index_GN < num_experts, slot_GN, as_number(num_rows * size))
     slot_1N = ops.reshape(slot_GN, (1, assignments))
     assignment_1RC = ops.reshape(_inverse(slot_1N, num_rows * size), (1, num_rows, size))
     return Slots(assignment_1RC, slot_1N, ops.cast(row_expert_R, "int32"))
@@ -142,10 +153,11 @@ def by_rows(expert_index_GN, num_experts, capacity=None, order_GN=None):
 def _by_single_rows(expert_index_GN, num_experts, assignments):
     """`by_rows` where a row is one slot and nothing is dropped: the assignments, sorted."""
     expert_1N = ops.reshape(ops.cast(expert_index_GN, "int32"), (1, assignments))
-    sorted_1N = ops.cast(ops.argsort(expert_1N, axis=1), "int32")
-    row_expert_1R = ops.take_along_axis(expert_1N, sorted_1N, axis=1)
-    slot_1N = ops.where(expert_1N < num_experts, _inverse(sorted_1N, assignments), assignments)
-    assignment_1R = ops.where(row_expert_1R < num_experts, sorted_1N, assignments)
+    sorted_1N = argsort(expert_1N)
+    row_expert_1R = take_entries(expert_1N, sorted_1N, axis=1)
+    nowhere = as_number(assignments)
+    slot_1N = ops.where(expert_1N < num_experts, _inverse(sorted_1N, assignments), nowhere)
+    assignment_1R = ops.where(row_expert_1R < num_experts, sorted_1N, nowhere)
     return Slots(assignment_1R[..., None], slot_1N, row_expert_1R[0])
 
 
@@ -207,10 +219,10 @@ def by_score(score_GSE, capacity, mask_GS=None, max_experts_per_token=None, line
         taken_GES = capped_choice(wish_GES, capacity, max_experts_per_token, linear_programme)
         wish_GES = ops.where(taken_GES, wish_GES, -1.0)
     wish_GEC, token_index_GEC = top_k(wish_GES, capacity)
-    score_GEC = ops.take_along_axis(score_GES, token_index_GEC, axis=2)
+    score_GEC = take_entries(score_GES, token_index_GEC, axis=2)
     taken_GEC = wish_GEC >= 0
     return (
-        ops.where(taken_GEC, token_index_GEC, ops.cast(tokens, "int32")),
+        ops.where(taken_GEC, token_index_GEC, as_number(tokens)),
         ops.where(taken_GEC, score_GEC, 0.0),
     )
 
@@ -228,7 +240,24 @@ def pool_groups(index, size):
     groups = ops.shape(index)[0]
     group = ops.arange(groups, dtype="int32")
     group = ops.reshape(group, (-1,) + (1,) * (len(index.shape) - 1))
-    return ops.where(index == size, groups * size, index + group * size)
+    return ops.where(index == size, as_number(groups * size), index + group * size)
+
+
+def pool_tokens(token_index, groups, tokens):
+    """The tokens in the slots of a `Routing`, as positions in all groups laid end to end.
+
+    Args:
+        token_index: `[groups, rows, slots]` integers in `[0, tokens]`; `[1, rows, slots]` in
+            `[0, groups * tokens]` where the routing pooled the groups.
+        groups: number of groups of tokens.
+        tokens: tokens per group.
+
+    Returns:
+        Integers of the same shape in `[0, groups * tokens]`; the last marks an empty slot.
+    """
+    own_groups = ops.shape(token_index)[0]
+    is_one = isinstance(own_groups, int) and own_groups == 1
+    return pool_groups(token_index, groups * tokens if is_one else tokens)
 
 
 def look_up(value_GN, assignment_index_GRC):
@@ -246,7 +275,7 @@ def count(expert_index_GN, num_experts):
     """
     groups = ops.shape(expert_index_GN)[0]
     expert_M = ops.reshape(pool_groups(expert_index_GN, num_experts), (-1,))
-    count_M = ops.segment_sum(ops.ones_like(expert_M), expert_M, groups * num_experts + 1)
+    count_M = count_entries(expert_M, groups * num_experts + 1)
     return ops.reshape(count_M[:-1], (groups, num_experts))
 
 
@@ -258,10 +287,10 @@ def _rank(expert_index_GN, num_experts, order_GN=None):
         `[G, E]`; int32 each.
     """
     if order_GN is None:
-        sorted_GN = ops.cast(ops.argsort(expert_index_GN, axis=1), "int32")  # stable: in order
+        sorted_GN = argsort(expert_index_GN)
     else:
-        place_GN = ops.argsort(ops.take_along_axis(expert_index_GN, order_GN, axis=1), axis=1)
-        sorted_GN = ops.take_along_axis(order_GN, place_GN, axis=1)
+        place_GN = argsort(take_entries(expert_index_GN, order_GN, axis=1))
+        sorted_GN = take_entries(order_GN, place_GN, axis=1)
     sorted_at_GN = _inverse(sorted_GN, ops.shape(sorted_GN)[1])
     count_GE = count(expert_index_GN, num_experts)
     first_GE = ops.cumsum(count_GE, axis=1) - count_GE
@@ -271,7 +300,7 @@ def _rank(expert_index_GN, num_experts, order_GN=None):
 def _of_experts(value_GE, expert_index_GN):
     """Each assignment's expert's value; any for padding."""
     expert_GN = ops.minimum(expert_index_GN, value_GE.shape[1] - 1)
-    return ops.take_along_axis(value_GE, expert_GN, axis=1)
+    return take_entries(value_GE, expert_GN, axis=1)
 
 
 def _inverse(place_GN, size):
@@ -285,8 +314,8 @@ def _inverse(place_GN, size):
         `[groups, size]` int32.
     """
     groups, entries = ops.shape(place_GN)
-    place_M1 = ops.reshape(pool_groups(place_GN, size), (-1, 1))
+    place_M = ops.reshape(pool_groups(place_GN, size), (-1,))
     entry_GN = ops.broadcast_to(ops.arange(entries, dtype="int32"), (groups, entries))
-    empty = ops.full((groups * size + 1,), entries, dtype="int32")
-    entry_M = ops.scatter_update(empty, place_M1, ops.reshape(entry_GN, (-1,)))[:-1]
-    return ops.reshape(entry_M, (groups, size))
+    entry_M = ops.reshape(entry_GN, (-1,))
+    written_M = write_entries(entry_M, place_M, groups * size + 1, empty=entries)
+    return ops.reshape(written_M[:-1], (groups, size))

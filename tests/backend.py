@@ -123,7 +123,9 @@ def _jax_cost(function, arguments):
 
         for step in jaxpr.eqns:
             inputs, params = [read(v) for v in step.invars], step.params
-            inner = params.get("jaxpr") or params.get("call_jaxpr")
+            inner = params.get("jaxpr") or params.get("call_jaxpr") or params.get("call")
+            if step.primitive.name == "keras_moe_derivative":
+                inner = jax.make_jaxpr(params["map"])(*inputs)
             if step.primitive.name == "while":
                 outputs = repeat(params, inputs)
             elif inner is not None and step.primitive.name != "scan":

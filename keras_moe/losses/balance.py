@@ -5,7 +5,7 @@ import math
 from keras import ops
 
 from keras_moe import slots
-from keras_moe.ops import add_rows, top_k
+from keras_moe.ops import add_rows, as_number, take_entries, top_k
 
 
 def load_balancing(probabilities, expert_index, mask=None):
@@ -49,7 +49,7 @@ def sequence_balancing(probabilities, expert_index, mask=None):
     groups, tokens, num_experts = ops.shape(probabilities)
     k = expert_index.shape[-1]
     counted_GSK = (expert_index >= 0) & (expert_index < num_experts)
-    tokens_G1 = ops.broadcast_to(ops.cast(tokens, "float32"), (groups, 1))
+    tokens_G1 = ops.broadcast_to(ops.cast(as_number(tokens), "float32"), (groups, 1))
     if mask is not None:
         counted_GSK = counted_GSK & mask[..., None]
         tokens_G1 = ops.sum(ops.cast(mask, "float32"), axis=1, keepdims=True)
@@ -220,7 +220,7 @@ def batchwise_threshold(probabilities, token_index, threshold, mask=None):
     groups, tokens, _ = ops.shape(beyond_GSE)
     over = ops.sum(ops.relu(beyond_GSE))
     beyond_GES = ops.transpose(beyond_GSE, (0, 2, 1))
-    beyond_GEC = ops.take_along_axis(beyond_GES, ops.minimum(token_index, tokens - 1), axis=2)
+    beyond_GEC = take_entries(beyond_GES, ops.minimum(token_index, tokens - 1), axis=2)
     taken = ops.sum(ops.where(token_index < tokens, beyond_GEC, 0.0))
     count = groups * tokens if mask is None else ops.sum(ops.cast(mask, "int32"))
     return (over - taken) / ops.cast(ops.maximum(count, 1), "float32")

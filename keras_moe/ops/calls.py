@@ -8,6 +8,7 @@ import functools
 import keras
 from keras import ops
 
+from keras_moe.ops.gradients import with_gradient
 from keras_moe.ops.products import _compiles, _spans
 
 
@@ -43,17 +44,50 @@ def _torch_call_by_span(layers, x_RCD, width, row_expert, training):
     """`call_by_row` in PyTorch, which knows at run time what is whose: one call per busy layer."""
     import torch
 
+    from keras_moe.ops.torch_only import is_exporting, is_transforming
+
+    if is_exporting() or is_transforming():  # where nobody knows yet what is whose
+        return _torch_call_all(layers, x_RCD, width, row_expert, training)
     rows, slots, dim = x_RCD.shape
     x_MD = x_RCD.reshape(-1, dim)
     spans = torch.stack(_spans(row_expert, len(layers)), dim=1).tolist()
-    outputs = [
-        _call(layer, x_MD[start * slots : end * slots], training)
-        for layer, (start, end) in zip(layers, spans, strict=True)
-        if start < end
-    ]
+    outputs, idle_weights = [], []
+    for layer, (start, end) in zip(layers, spans, strict=True):
+        if start < end:
+            outputs.append(_call(layer, x_MD[start * slots : end * slots], training))
+        else:
+            idle_weights.extend(variable.value for variable in layer.trainable_variables)
     _, end = spans[-1]
     nobodys = x_MD.new_zeros(((rows - end) * slots, width))
-    return torch.cat([*outputs, nobodys]).reshape(rows, slots, width)
+    y_RCF = torch.cat([*outputs, nobodys]).reshape(rows, slots, width)
+    return _with_zero_gradients(y_RCF, idle_weights)
+
+
+def _torch_call_all(layers, x_RCD, width, row_expert, training):
+    """`call_by_row` with every layer called on all rows, those of other layers as zeros."""
+    rows, slots, dim = x_RCD.shape
+    y_RCF = x_RCD.new_zeros((rows, slots, width))
+    for expert, layer in enumerate(layers):
+        own_R11 = ops.reshape(row_expert == expert, (rows, 1, 1))
+        x_MD = ops.reshape(ops.where(own_R11, x_RCD, 0.0), (rows * slots, dim))
+        y_MF = _call(layer, x_MD, training)
+        y_RCF = ops.where(own_R11, ops.reshape(y_MF, (rows, slots, width)), y_RCF)
+    return y_RCF
+
+
+def _with_zero_gradients(y, weights):
+    """`y`, by which the weights get gradients of zero, not none at all.
+
+    Without a gradient PyTorch's optimizers leave a weight and its moments as they are, and
+    `DistributedDataParallel` waits for the gradient.
+    """
+
+    def gradients(upstream, y, *weights):
+        return [lambda: upstream, *(lambda w=w: ops.zeros_like(w) for w in weights)]
+
+    return (
+        with_gradient(lambda y, *weights: y.view(y.shape), gradients)(y, *weights) if weights else y
+    )
 
 
 def _tensorflow_call_by_span(layers, x_RCD, width, row_expert, training):
@@ -102,58 +136,100 @@ def _jax_call_by_row(layers, x_RCD, width, row_expert, training):
     import jax
     from jax import lax
 
-    def call(layer, weights, state, x_CD):
+    weights, states = (
+        [[ops.convert_to_tensor(variable) for variable in variables] for variables in of_layers]
+        for of_layers in (
+            [layer.trainable_variables for layer in layers],
+            [layer.non_trainable_variables for layer in layers],
+        )
+    )
+    _, structure = jax.tree.flatten((weights, states))
+
+    def call(e, own, state, x_CD):
+        layer = layers[e]
         values = [
-            *zip(layer.trainable_variables, weights, strict=True),
+            *zip(layer.trainable_variables, own, strict=True),
             *zip(layer.non_trainable_variables, state, strict=True),
         ]
         with keras.StatelessScope(values) as scope:
             y_CF = _call(layer, x_CD, training)
         return y_CF, [scope.get_current_value(v) for v in layer.non_trainable_variables]
 
-    def forward(x_RCD, weights, states, spans):
-        x_RCD = ops.convert_to_tensor(x_RCD)
-        y_RCF, updated = ops.zeros((*x_RCD.shape[:2], width), x_RCD.dtype), []
-        for layer, own, state, start, end in zip(layers, weights, states, *spans, strict=True):
+    def each_layer(row_expert, flat):
+        weights, states = jax.tree.unflatten(structure, flat)
+        return zip(
+            range(len(layers)), weights, states, *_spans(row_expert, len(layers)), strict=True
+        )
 
-            def of_row(row, carried, layer=layer, own=own):
+    def forward(x_RCD, row_expert, *flat):
+        y_RCF = ops.zeros((*x_RCD.shape[:2], width), x_RCD.dtype)
+        for e, own, state, start, end in each_layer(row_expert, flat):
+
+            def of_row(row, carried, e=e, own=own):
                 y_RCF, state = carried
-                y_CF, state = call(layer, own, state, x_RCD[row])
+                y_CF, state = call(e, own, state, x_RCD[row])
                 return y_RCF.at[row].set(y_CF), state
 
-            y_RCF, state = lax.fori_loop(start, end, of_row, (y_RCF, state))
-            updated.append(state)
-        return y_RCF, updated
+            y_RCF, _ = lax.fori_loop(start, end, of_row, (y_RCF, state))
+        return y_RCF
 
-    def backward(inputs, upstream):
-        x_RCD, weights, states, spans = inputs
-        upstream_RCF, _ = upstream
-        x_RCD = ops.convert_to_tensor(x_RCD)
-        by_x_RCD, by_weights = ops.zeros_like(x_RCD), []
-        for layer, own, state, start, end in zip(layers, weights, states, *spans, strict=True):
+    def backward(upstream_RCF, x_RCD, row_expert, *flat):
+        @functools.cache
+        def all_gradients():
+            by_x_RCD, by_weights = ops.zeros_like(x_RCD), []
+            for e, own, state, start, end in each_layer(row_expert, flat):
 
-            def of_row(row, carried, layer=layer, own=own):
-                by_x_RCD, by_own, state = carried
+                def of_row(row, carried, e=e, own=own):
+                    by_x_RCD, by_own, state = carried
 
-                def of_inputs(own, x_CD):
-                    return call(layer, own, state, x_CD)
+                    def of_inputs(own, x_CD):
+                        return call(e, own, state, x_CD)
 
-                _, gradients, state = jax.vjp(of_inputs, own, x_RCD[row], has_aux=True)
-                more, by_x_CD = gradients(upstream_RCF[row])
-                by_own = [a + b for a, b in zip(by_own, more, strict=True)]
-                return by_x_RCD.at[row].set(by_x_CD), by_own, state
+                    _, gradients, state = jax.vjp(of_inputs, own, x_RCD[row], has_aux=True)
+                    more, by_x_CD = gradients(upstream_RCF[row])
+                    by_own = [a + b for a, b in zip(by_own, more, strict=True)]
+                    return by_x_RCD.at[row].set(by_x_CD), by_own, state
 
-            carried = by_x_RCD, [ops.zeros_like(w) for w in own], state
-            by_x_RCD, by_own, _ = lax.fori_loop(start, end, of_row, carried)
-            by_weights.append(by_own)
-        return by_x_RCD, by_weights, None, None
+                carried = by_x_RCD, [ops.zeros_like(w) for w in own], state
+                by_x_RCD, by_own, _ = lax.fori_loop(start, end, of_row, carried)
+                by_weights.extend(by_own)
+            return by_x_RCD, *by_weights
 
-    call_all = jax.custom_vjp(forward)
-    call_all.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
-    weights = [[ops.convert_to_tensor(v) for v in one.trainable_variables] for one in layers]
-    states = [[ops.convert_to_tensor(v) for v in one.non_trainable_variables] for one in layers]
-    y_RCF, updated = call_all(x_RCD, weights, states, _spans(row_expert, len(layers)))
-    for layer, state in zip(layers, updated, strict=True):
-        for variable, value in zip(layer.non_trainable_variables, state, strict=True):
-            variable.assign(value)
-    return y_RCF
+        count = sum(map(len, weights))
+        by_weights = [lambda i=i: all_gradients()[1 + i] for i in range(count)]
+        by_states = [lambda state=state: ops.zeros_like(state) for state in flat[count:]]
+        return [lambda: all_gradients()[0], None, *by_weights, *by_states]
+
+    def plain(x_RCD, row_expert, *flat):
+        weights, states = jax.tree.unflatten(structure, flat)
+
+        def of_layer(e):
+            def branch(states, x_CD):
+                y_CF, state = call(e, weights[e], states[e], x_CD)
+                return [*states[:e], state, *states[e + 1 :]], y_CF
+
+            return branch
+
+        def nobodys(states, x_CD):
+            return states, ops.zeros((x_CD.shape[0], width), x_CD.dtype)
+
+        def of_row(states, row):
+            expert, x_CD = row
+            return lax.switch(expert, [*map(of_layer, range(len(layers))), nobodys], states, x_CD)
+
+        return lax.scan(of_row, states, (row_expert, x_RCD))[1]
+
+    def updated(x_RCD, row_expert, *flat):
+        for e, own, state, start, end in each_layer(row_expert, flat):
+
+            def of_row(row, state, e=e, own=own):
+                return call(e, own, state, x_RCD[row])[1]
+
+            yield lax.fori_loop(start, end, of_row, state)
+
+    inputs = (x_RCD, ops.convert_to_tensor(row_expert), *jax.tree.leaves((weights, states)))
+    if any(states):  # XLA leaves out of these loops what the states do not depend on
+        for layer, state in zip(layers, updated(*map(lax.stop_gradient, inputs)), strict=True):
+            for variable, value in zip(layer.non_trainable_variables, state, strict=True):
+                variable.assign(value)
+    return with_gradient(forward, backward, plain)(*inputs)

@@ -3,11 +3,15 @@
 R rows of slots, C slots per row, D width, E experts, F hidden.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_moe.ops.gradients import with_gradient
+from keras_moe.ops.rows import argsort, count_entries
+from keras_moe.ops.sizes import largest, smallest
 
 IMPLEMENTATIONS = ("auto", "batched", "loop", "grouped")
 # Multiplications of every slot by every kernel that JAX has done on a CPU before it has compiled a
@@ -57,7 +61,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
         if row_expert is None:
             implementation = _fastest_of_one_each(slots)
         elif _is_plain_jax_call() and _on_cpu("jax") and rows * slots * kernel_EDF.size < FEW:
-            implementation = "grouped"
+            implementation = "masked"
         else:
             implementation = _fastest_as_needed(kernel_EDF)
     in_loop = implementation == "loop" and keras.backend.backend() == "jax"
@@ -72,6 +76,7 @@ def expert_product(x_RCD, kernel_EDF, row_expert=None, implementation="auto", be
         return ops.matmul(x_RCD, kernel_EDF)
     if row_expert is None:
         row_expert = np.arange(kernel_EDF.shape[0], dtype="int32")
+    row_expert = ops.convert_to_tensor(row_expert)
     if in_loop:
         xs = (x_RCD,) if before is None else x_RCD
         return _jax_loop(xs, kernel_EDF, row_expert, before or (lambda x: x))
@@ -94,11 +99,11 @@ def row_size(assignments, num_experts):
         return 8  # rows that begin at multiples of 16 bytes, whichever way they are read
     if not _compiles():
         return 1  # the loop joins an expert's rows
+    if not isinstance(assignments, int) and not ops.is_tensor(assignments):
+        return 16  # JAX exports with a free batch size, and wants to know the rows' length
     # A quarter of a fair share leaves an eighth of the slots empty; under 16 they are slow.
     share = assignments // num_experts
-    if ops.is_tensor(share):
-        return ops.clip(share // 4, ops.clip(share, 1, 16), 128)
-    return min(max(share // 4, min(max(share, 1), 16)), 128)
+    return smallest(largest(share // 4, smallest(largest(share, 1), 16)), 128)
 
 
 def _fastest_of_one_each(slots):
@@ -157,95 +162,141 @@ def _is_plain_jax_call():
 
 
 def _grouped(x_RCD, kernel_EDF, row_expert):
-    rows, slots, dim = x_RCD.shape
-    num_experts, _, hidden = kernel_EDF.shape
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
+    """The products by the backend's own operation."""
+    if keras.backend.backend() == "tensorflow":
         raise ValueError(
             "`implementation='grouped'` must be used on JAX or PyTorch; TensorFlow has no grouped "
             "product. Received: implementation='grouped'; use 'auto' or 'loop'"
         )
+    _, by_rows = _grouped_products()
+
+    def backward(upstream_RCF, x_RCD, kernel_EDF, row_expert):
+        spans = _grouped_spans(x_RCD, kernel_EDF, row_expert)
+        kernel_EFD = ops.transpose(kernel_EDF, (0, 2, 1))
+        return [
+            lambda: _grouped_forward(upstream_RCF, kernel_EFD, row_expert),
+            lambda: by_rows(_flat(x_RCD), _flat(upstream_RCF), *spans),
+            None,
+        ]
+
+    return with_gradient(_grouped_forward, backward, _plain)(x_RCD, kernel_EDF, row_expert)
+
+
+def _grouped_forward(x_RCD, kernel_EDF, row_expert):
+    by_kernels, _ = _grouped_products()
+    spans = _grouped_spans(x_RCD, kernel_EDF, row_expert)
+    y_MF = by_kernels(_flat(x_RCD), kernel_EDF, *spans)
+    return ops.reshape(y_MF, (*x_RCD.shape[:2], kernel_EDF.shape[2]))
+
+
+def _grouped_products():
+    """The backend's two grouped products: rows times kernels, and rows times rows."""
+    if keras.backend.backend() == "jax":
+        return _jax_grouped_kernels, _jax_grouped_rows
+    from keras_moe.ops.torch_only import grouped_kernels, grouped_rows
+
+    return grouped_kernels, grouped_rows
+
+
+def _grouped_spans(x_RCD, kernel_EDF, row_expert):
+    """The first slot of each expert and the slot after its last."""
+    rows, slots, _ = x_RCD.shape
+    start_E, end_E = _spans(row_expert, kernel_EDF.shape[0])
     # The last expert also takes the rows that are nobody's, so that all of them are defined.
-    start_E, end_E = _spans(row_expert, num_experts)
     end_E = ops.concatenate([end_E[:-1], ops.full((1,), rows, dtype="int32")])
-    x_MD = ops.reshape(x_RCD, (rows * slots, dim))
-    if backend == "jax":
-        import jax
+    return start_E * slots, end_E * slots
 
-        y_MF = jax.lax.ragged_dot(x_MD, kernel_EDF, (end_E - start_E) * slots)
-    else:
-        import torch
 
-        y_MF = torch.nn.functional.grouped_mm(x_MD, kernel_EDF, offs=end_E * slots)
-    return ops.reshape(y_MF, (rows, slots, hidden))
+def _flat(x_RCD):
+    rows, slots, dim = x_RCD.shape
+    return ops.reshape(x_RCD, (rows * slots, dim))
+
+
+def _jax_grouped_kernels(x_MD, kernel_EDF, start_E, end_E):
+    from jax import lax
+
+    return lax.ragged_dot(x_MD, kernel_EDF, end_E - start_E)
+
+
+def _jax_grouped_rows(x_MD, y_MF, start_E, end_E):
+    from jax import lax
+
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(x_MD, y_MF, end_E - start_E, numbers)
 
 
 def _loop(x_RCD, kernel_EDF, row_expert):
     """The products one after another, with a gradient that is such a loop too."""
     if keras.backend.backend() == "torch":
         from keras_moe.ops.torch_only import times_kernel, times_rows
+    elif _compiles():
+        times_kernel, times_rows = _xla_times_kernel, _xla_times_rows
     else:
-        import tensorflow as tf
+        times_kernel, times_rows = _tensorflow_times_kernel, _tensorflow_times_rows
 
-        if _compiles():
-            times_kernel, times_rows = _xla_times_kernel, _xla_times_rows
-        else:
-            times_kernel, times_rows = _tensorflow_times_kernel, _tensorflow_times_rows
-        kernel_EDF = tf.convert_to_tensor(kernel_EDF)  # Keras leaves a variable as it is
-    spans = _spans(row_expert, kernel_EDF.shape[0])
+    def forward(x_RCD, kernel_EDF, row_expert):
+        return times_kernel(x_RCD, kernel_EDF, _spans(row_expert, kernel_EDF.shape[0]))
 
-    def forward(x_RCD, kernel_EDF):
-        return times_kernel(x_RCD, kernel_EDF, spans)
-
-    def backward(upstream_RCF, x_RCD, kernel_EDF):
-        return (
+    def backward(upstream_RCF, x_RCD, kernel_EDF, row_expert):
+        spans = _spans(row_expert, kernel_EDF.shape[0])
+        return [
             lambda: times_kernel(upstream_RCF, kernel_EDF, spans, transposed=True),
             lambda: times_rows(x_RCD, upstream_RCF, spans),
-        )
+            None,
+        ]
 
-    return with_gradient(forward, backward)(x_RCD, kernel_EDF)
+    return with_gradient(forward, backward, _plain)(x_RCD, kernel_EDF, row_expert)
+
+
+def _plain(x_RCD, kernel_EDF, row_expert):
+    """The products from operations that every transformation knows, at a higher price."""
+    if keras.backend.backend() == "torch":
+        from keras_moe.ops.torch_only import exports_grouped_products
+
+        if exports_grouped_products(x_RCD, kernel_EDF):
+            return _grouped_forward(x_RCD, kernel_EDF, row_expert)
+    row_expert = ops.reshape(row_expert, (-1, 1, 1))
+    products = [
+        ops.matmul(ops.where(row_expert == expert, x_RCD, 0.0), kernel_EDF[expert])
+        for expert in range(kernel_EDF.shape[0])
+    ]
+    return sum(products[1:], products[0])
 
 
 def _spans(row_expert, num_experts):
     """The first row of each expert and the row after its last, `[experts]` int32 each."""
-    row_expert = ops.cast(row_expert, "int32")
-    expert_E = ops.arange(num_experts, dtype="int32")
-    start_E = ops.searchsorted(row_expert, expert_E, side="left")
-    end_E = ops.searchsorted(row_expert, expert_E, side="right")
-    return ops.cast(start_E, "int32"), ops.cast(end_E, "int32")
+    count_E = count_entries(ops.cast(row_expert, "int32"), num_experts + 1)[:-1]
+    end_E = ops.cast(ops.cumsum(count_E), "int32")
+    return end_E - count_E, end_E
 
 
 def _busy(spans):
     """The experts that have rows, first, and how many they are."""
     start_E, end_E = spans
     idle_E = ops.cast(start_E == end_E, "int32")
-    return ops.cast(ops.argsort(idle_E), "int32"), ops.sum(1 - idle_E)
+    return argsort(idle_E), ops.sum(1 - idle_E)
 
 
 def _jax_loop(xs, kernel_EDF, row_expert, before):
     """`_loop` on JAX, of what `before` makes of the rows of `xs`."""
     from jax import lax, vjp
 
-    num_experts = kernel_EDF.shape[0]
-    rows, slots = xs[0].shape[:2]
-
     def of_row(row, xs):
         return [x_RCD[row] for x_RCD in xs]
 
-    # The spans are found twice: they may not be carried from one to the other when rematerialising.
     def forward(*inputs):
-        *xs, kernel_EDF = map(ops.convert_to_tensor, inputs)  # a gradient hands NumPy's arrays on
+        *xs, kernel_EDF, row_expert = inputs
 
         def product(row, kernel_DF):
             return (before(*of_row(row, xs)) @ kernel_DF,)
 
-        shape = (rows, slots, kernel_EDF.shape[2])
-        spans = _spans(row_expert, num_experts)
-        return _jax_rows(product, kernel_EDF, spans, [ops.zeros(shape, xs[0].dtype)])[0]
+        spans = _spans(row_expert, kernel_EDF.shape[0])
+        y_RCF = ops.zeros((*xs[0].shape[:2], kernel_EDF.shape[2]), xs[0].dtype)
+        return _jax_rows(product, kernel_EDF, spans, [y_RCF])[0]
 
     def backward(upstream_RCF, *inputs):
-        *xs, kernel_EDF = map(ops.convert_to_tensor, inputs)
-        spans = _spans(row_expert, num_experts)
+        *xs, kernel_EDF, row_expert = inputs
+        spans = _spans(row_expert, kernel_EDF.shape[0])
 
         def of_inputs(row, kernel_DF):
             return vjp(before, *of_row(row, xs))[1](upstream_RCF[row] @ kernel_DF.T)
@@ -255,13 +306,18 @@ def _jax_loop(xs, kernel_EDF, row_expert, before):
             x_CD, y_CF = before(*of_row(row, xs)), upstream_RCF[row]
             return lax.dot_general(x_CD, y_CF, contract, preferred_element_type="float32")
 
+        @functools.cache
         def all_of_inputs():
             return _jax_rows(of_inputs, kernel_EDF, spans, [ops.zeros_like(x) for x in xs])
 
         gradients = [lambda i=i: all_of_inputs()[i] for i in range(len(xs))]
-        return (*gradients, lambda: _jax_sums(of_kernel, kernel_EDF, spans))
+        return [*gradients, lambda: _jax_sums(of_kernel, kernel_EDF, spans), None]
 
-    return with_gradient(forward, backward)(*xs, kernel_EDF)
+    def plain(*inputs):
+        *xs, kernel_EDF, row_expert = inputs
+        return _plain(before(*xs), kernel_EDF, row_expert)
+
+    return with_gradient(forward, backward, plain)(*xs, kernel_EDF, row_expert)
 
 
 def _jax_rows(of_row, kernel_EDF, spans, results):

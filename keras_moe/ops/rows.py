@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe.distribution.active import active, by_groups
 from keras_moe.ops.gradients import with_gradient
+from keras_moe.ops.sizes import as_number
 
 
 def top_k(x, k):
@@ -25,27 +26,52 @@ def top_k(x, k):
         return tuple(ops.reshape(part, (*ops.shape(x)[:-1], k)) for part in found)
     if isinstance(k, int) and k == 1:
         index = ops.argmax(x, axis=-1, keepdims=True)
-        values = ops.take_along_axis(x, index, axis=-1)
+        values = take_entries(x, index, axis=-1)
     elif keras.backend.backend() == "torch":
-        import torch
+        from keras_moe.ops.torch_only import largest_places
 
-        # One integer for number and place: above, the number's bits, which order as it does once
-        # those of negative ones are flipped; below, the place, the earlier the larger.
-        bits = x.detach().float().view(torch.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        key = (bits.long() << 32) - torch.arange(x.shape[-1], device=x.device)
-        index = torch.topk(key, k, dim=-1).indices
-        values = x.gather(-1, index)
+        index = largest_places(x, k)
+        values = take_entries(x, index)
+    elif keras.backend.backend() == "jax":
+        from keras_moe.ops.jax_top_k import largest_places
+
+        index = largest_places(x, k)
+        values = take_entries(x, index)
     else:
         values, index = ops.top_k(x, k)
-        if keras.backend.backend() == "jax":
-            import jax
-
-            # Where only some of the k are used, XLA would see a slice of a sort, and sort all of x.
-            # One by one: XLA takes the two for the sort's own tuple, and fails, in a shard_map.
-            values = jax.lax.optimization_barrier(values)
-            index = jax.lax.optimization_barrier(index)
     return values, ops.cast(index, "int32")
+
+
+def argsort(x):
+    """The places of the entries of the last axis in ascending order, int32; equal ones in order.
+
+    Args:
+        x: `[..., n]` tensor.
+
+    Returns:
+        `[..., n]` int32.
+    """
+    if keras.backend.backend() == "torch":
+        from keras_moe.ops.torch_only import argsort
+
+        return argsort(x)
+    return ops.cast(ops.argsort(x, axis=-1), "int32")
+
+
+def take_entries(x, index, axis=-1):
+    """`keras.ops.take_along_axis`, which PyTorch cannot export with a free batch size.
+
+    Args:
+        x: tensor.
+        index: integers, shaped like `x` but for one axis, not negative.
+        axis: integer, this axis.
+
+    Returns:
+        Tensor shaped like `index`.
+    """
+    if keras.backend.backend() == "torch":
+        return x.gather(axis % x.ndim, index.long())  # not every reader of ONNX counts backwards
+    return ops.take_along_axis(x, index, axis=axis)
 
 
 def take_rows(x_MD, index):
@@ -58,16 +84,36 @@ def take_rows(x_MD, index):
     Returns:
         Tensor of shape `index.shape + [D]`.
     """
-    num_rows = ops.shape(x_MD)[0]
-    taken = ops.take(x_MD, ops.minimum(index, num_rows - 1), axis=0)
-    past = index >= num_rows
     if keras.backend.backend() != "torch":
-        return ops.where(past[..., None], ops.zeros((), dtype=taken.dtype), taken)
-    # In place, or eager PyTorch would write all rows twice.
-    if taken.device.type != "cpu":  # where the number of rows past the last one is not at hand
-        return taken.masked_fill_(past[..., None], 0.0)
-    taken.view(-1, taken.shape[-1]).index_fill_(0, past.flatten().nonzero()[:, 0], 0.0)
-    return taken
+        return _take_rows(x_MD, index)
+    from keras_moe.ops.torch_only import take_rows
+
+    def backward(upstream, x_MD, index):
+        rows = ops.reshape(upstream, (-1, x_MD.shape[-1])), ops.reshape(index, (-1,))
+        return [lambda: add_rows(*rows, x_MD.shape[0]), None]
+
+    return with_gradient(take_rows, backward, _take_rows)(x_MD, index)
+
+
+def _take_rows(x_MD, index):
+    num_rows = ops.shape(x_MD)[0]
+    if isinstance(num_rows, int) or keras.backend.backend() != "tensorflow":
+        taken = ops.take(x_MD, ops.minimum(index, as_number(num_rows - 1)), axis=0)
+    else:  # TensorFlow stops where there is no row to take
+        taken = _take_rows_if_any(x_MD, index, num_rows)
+    past = ops.expand_dims(index >= num_rows, -1)
+    return ops.where(past, ops.zeros((), dtype=taken.dtype), taken)
+
+
+def _take_rows_if_any(x_MD, index, num_rows):
+    import tensorflow as tf
+
+    shape = (*ops.shape(index), x_MD.shape[1])
+    return tf.cond(
+        num_rows > 0,
+        lambda: tf.gather(x_MD, tf.minimum(index, num_rows - 1)),
+        lambda: tf.zeros(shape, x_MD.dtype),
+    )
 
 
 def embedding_lookup(table_MD, index):
@@ -89,18 +135,16 @@ def embedding_lookup(table_MD, index):
         table_MD = ops.convert_to_tensor(table_MD)
         wide = keras.backend.result_type(table_MD.dtype, "float32")
         return ops.cast(ops.take(ops.cast(table_MD, wide), index, axis=0), table_MD.dtype)
-    import tensorflow as tf
 
-    def forward(table_MD):
+    def forward(table_MD, index):
         return ops.take(table_MD, index, axis=0)
 
-    def backward(upstream, table_MD):
+    def backward(upstream, table_MD, index):
         num_rows, dim = table_MD.shape
         rows = ops.reshape(upstream, (-1, dim)), ops.reshape(index, (-1,))
-        return [lambda: add_rows(*rows, num_rows)]
+        return [lambda: add_rows(*rows, num_rows), None]
 
-    table_MD = tf.convert_to_tensor(ops.convert_to_tensor(table_MD))  # the value, no variable
-    return with_gradient(forward, backward)(table_MD)
+    return with_gradient(forward, backward)(table_MD, index)
 
 
 def sum_rows(x_MD, index_TK, weight_M=None):
@@ -141,10 +185,45 @@ def add_rows(x_MD, index_M, num_rows):
     x_MD = ops.cast(x_MD, keras.backend.result_type(dtype, "float32"))
     if keras.backend.backend() == "torch":
         # Keras' segment_sum is a scatter of single numbers on PyTorch; index_add adds whole rows.
-        sums_ND = x_MD.new_zeros((num_rows + 1, x_MD.shape[1])).index_add_(0, index_M, x_MD)
+        sums_ND = x_MD.new_zeros((num_rows + 1, x_MD.shape[1])).index_add(0, index_M, x_MD)
     else:
         sums_ND = ops.segment_sum(x_MD, index_M, num_segments=num_rows + 1)
     return ops.cast(sums_ND[:num_rows], dtype)
+
+
+def count_entries(index_M, size):
+    """How often each number occurs.
+
+    Args:
+        index_M: `[M]` integers in `[0, size)`.
+        size: integer.
+
+    Returns:
+        `[size]` int32.
+    """
+    one_M = ops.ones_like(index_M, dtype="int32")
+    if keras.backend.backend() == "torch":  # where Keras writes in place, which `vmap` refuses
+        return one_M.new_zeros((size,)).index_add(0, index_M, one_M)
+    return ops.segment_sum(one_M, index_M, size)
+
+
+def write_entries(value_M, index_M, size, empty):
+    """A vector with values in given places.
+
+    Args:
+        value_M: `[M]` integers.
+        index_M: `[M]` int32 in `[0, size)`. What a place holds that occurs twice is not defined.
+        size: integer, the length of the vector.
+        empty: integer, what a place holds that does not occur.
+
+    Returns:
+        `[size]` int32.
+    """
+    value_M = ops.cast(value_M, "int32")
+    if keras.backend.backend() == "torch":  # where Keras writes in place, which `vmap` refuses
+        return value_M.new_full((size,), empty).scatter(0, index_M.long(), value_M)
+    index_M1 = ops.expand_dims(index_M, 1)
+    return ops.scatter_update(ops.full((size,), empty, dtype="int32"), index_M1, value_M)
 
 
 def put_rows(x, rows, first, axis):

@@ -10,6 +10,8 @@ import torch
 from torch import library
 
 NAMESPACE = "keras_moe"  # of the operators, torch.ops.keras_moe
+GROUPED_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+ALIGNMENT = 16  # bytes
 
 
 def _operator(name):
@@ -17,19 +19,108 @@ def _operator(name):
     return library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
 
 
+def is_exporting():
+    """Whether this runs while a program is exported, as `.pt2` or ONNX."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def is_transforming():
+    """Whether this runs in a transformation of `torch.func`, such as `grad` or `vmap`."""
+    return torch._C._are_functorch_transforms_active()  # PyTorch 2.13 has no public name for it
+
+
+def is_mapped(x):
+    """Whether a tensor stands for many, in `torch.func.vmap`."""
+    functorch = torch._C._functorch  # PyTorch 2.13 has no public names for these
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 class WithGradient(torch.autograd.Function):
+    """Implements `keras_moe.ops.with_gradient` on PyTorch.
+
+    It computes the gradients of those inputs only that need one, and frees the inputs when the
+    gradient is computed; `keras.ops.custom_gradient` keeps them until the next step.
+    """
+
     @staticmethod
-    def forward(ctx, forward, backward, *inputs):
-        ctx.gradients = backward
-        ctx.save_for_backward(*inputs)
+    def forward(forward, backward, plain, *inputs):
         return forward(*inputs)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.gradients, ctx.plain, *inputs = inputs
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx, upstream):
-        gradients = ctx.gradients(upstream, *ctx.saved_tensors)
-        wanted = ctx.needs_input_grad[2:]
-        computed = (g() if w else None for g, w in zip(gradients, wanted, strict=True))
-        return None, None, *computed
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            of_wanted = _of_some(ctx.plain, inputs, wanted)
+            gradients = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))[1](upstream)
+        else:
+            computations = ctx.gradients(upstream, *inputs)
+            gradients = [computations[i]() for i in wanted]
+        found = dict(zip(wanted, gradients, strict=True))
+        return None, None, None, *(found.get(i) for i in range(len(inputs)))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        inputs = ctx.saved_tensors
+        wanted = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
+        of_wanted = _of_some(ctx.plain, inputs, wanted)
+        values, directions = zip(*((inputs[i], tangents[3 + i]) for i in wanted), strict=True)
+        return torch.func.jvp(of_wanted, values, directions)[1]
+
+    @staticmethod
+    def vmap(info, in_dims, forward, backward, plain, *inputs):
+        return torch.func.vmap(plain, in_dims[3:])(*inputs), 0
+
+
+def _of_some(function, inputs, positions):
+    """`function` of the inputs at these positions only."""
+
+    def of_some(*values):
+        found = dict(zip(positions, values, strict=True))
+        return function(*(found.get(i, x) for i, x in enumerate(inputs)))
+
+    return of_some
+
+
+def largest_places(x, k):
+    """The places of the `k` largest entries of the last axis; equal entries in order."""
+    if torch.onnx.is_in_onnx_export():  # where equal entries stay in order
+        return torch.topk(x, k, dim=-1).indices
+    # One integer for number and place: above, the number's bits, which order as it does once those
+    # of negative ones are flipped; below, the place, the earlier the larger.
+    bits = x.detach().float().view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (bits.long() << 32) - torch.arange(x.shape[-1], device=x.device)
+    return torch.topk(key, k, dim=-1).indices
+
+
+def argsort(x):
+    """`keras_moe.ops.argsort`."""
+    if torch.onnx.is_in_onnx_export():  # which has no sort, and where equal entries stay in order
+        places = torch.topk(x, x.shape[-1], dim=-1, largest=False).indices
+    else:
+        places = torch.argsort(x, dim=-1, stable=True)
+    return places.int()
+
+
+def take_rows(x_MD, index):
+    """`keras_moe.ops.take_rows`, with the zeros written in place: a second copy costs as much."""
+    taken = torch.nn.functional.embedding(index.clamp(max=len(x_MD) - 1), x_MD)
+    past = index >= len(x_MD)
+    if taken.device.type != "cpu":  # where the number of rows past the last one is not at hand
+        return taken.masked_fill_(past[..., None], 0.0)
+    taken.view(-1, taken.shape[-1]).index_fill_(0, past.flatten().nonzero()[:, 0], 0.0)
+    return taken
 
 
 @torch.compiler.disable
@@ -93,9 +184,51 @@ def _(x_RCD, y_RCF, spans):
     return x_RCD.new_empty((len(spans[0]), x_RCD.shape[2], y_RCF.shape[2]))
 
 
+def grouped_kernels(x_MD, kernel_EDF, start_E, end_E):
+    """Rows times the kernels of their experts, by PyTorch's grouped product, for any widths."""
+    _check_dtype(x_MD)
+    width = kernel_EDF.shape[2]
+    x_MD, kernel_EDF = _padded(x_MD, 1), _padded(kernel_EDF, 2)
+    return torch.nn.functional.grouped_mm(x_MD, kernel_EDF, offs=end_E)[:, :width]
+
+
+def grouped_rows(x_MD, y_MF, start_E, end_E):
+    """For every expert the sum over its rows of `x` times `y`, by PyTorch's grouped product."""
+    _check_dtype(x_MD)
+    dim, width = x_MD.shape[1], y_MF.shape[1]
+    x_MD, y_MF = _padded(x_MD, 1), _padded(y_MF, 1)
+    return torch.nn.functional.grouped_mm(x_MD.T, y_MF, offs=end_E)[:, :dim, :width]
+
+
+def _padded(x, axes):
+    """`x` with zeros up to widths whose rows PyTorch's grouped product takes, in the last axes."""
+    multiple = ALIGNMENT // x.element_size()
+    paddings = [-x.shape[-1 - axis] % multiple for axis in range(axes)]
+    if not any(paddings):
+        return x
+    return torch.nn.functional.pad(x, [n for padding in paddings for n in (0, padding)])
+
+
+def _check_dtype(x):
+    if x.dtype not in GROUPED_DTYPES:
+        raise ValueError(
+            "`implementation='grouped'` must be used with float32, bfloat16 or float16 on PyTorch. "
+            f"Received: {x.dtype}; use 'auto' or 'loop'"
+        )
+
+
+def exports_grouped_products(*tensors):
+    """Whether a program is exported that can hold PyTorch's grouped product of these tensors."""
+    return is_exporting() and not torch.onnx.is_in_onnx_export() and is_aligned(*tensors)
+
+
 def is_aligned(*tensors):
     """Whether PyTorch's grouped product takes them: their rows are multiples of 16 bytes."""
-    return all(dim * t.element_size() % 16 == 0 for t in tensors for dim in t.shape[1:])
+    return all(
+        t.dtype in GROUPED_DTYPES and dim * t.element_size() % ALIGNMENT == 0
+        for t in tensors
+        for dim in t.shape[1:]
+    )
 
 
 def _by_expert(spans, slots):

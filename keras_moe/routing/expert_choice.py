@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import slots
 from keras_moe.distribution.active import by_groups
-from keras_moe.ops import top_k
+from keras_moe.ops import smallest, take_entries, top_k
 from keras_moe.routing.base import (
     Router,
     Routing,
@@ -165,10 +165,7 @@ class ExpertChoiceRouter(Router):
     def route_the_best(self, factor, logits_GSE, probabilities_GSE, mask):
         """The `Routing` by which every expert takes its best tokens of the group."""
         tokens = ops.shape(probabilities_GSE)[1]
-        capacity = slots.capacity(tokens, self.num_experts, factor)
-        capacity = (
-            min(tokens, capacity) if isinstance(tokens, int) else ops.minimum(tokens, capacity)
-        )
+        capacity = smallest(tokens, slots.capacity(tokens, self.num_experts, factor))
 
         def choose(score_GSE, mask_GS):
             cap = (self.max_experts_per_token, self.linear_programme)
@@ -181,7 +178,7 @@ class ExpertChoiceRouter(Router):
         """The `Routing` of every token to those of its best experts that take it."""
         cap = self.max_experts_per_token or math.ceil(2 * self.capacity_factor)
         weight_GSK, expert_index_GSK = top_k(probabilities_GSE, min(cap, self.num_experts))
-        taken_GSK = ops.take_along_axis(taken_GSE, expert_index_GSK, axis=-1)
+        taken_GSK = take_entries(taken_GSE, expert_index_GSK, axis=-1)
         if mask is not None:
             taken_GSK = taken_GSK & mask[:, :, None]
         expert_index_GSK = ops.where(taken_GSK, expert_index_GSK, self.num_experts)

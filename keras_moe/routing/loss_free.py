@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import losses, slots
-from keras_moe.ops import top_k
+from keras_moe.ops import take_entries, top_k
 from keras_moe.routing.base import not_negative, positive_number
 from keras_moe.routing.token_choice import TopKRouter
 
@@ -189,7 +189,7 @@ class LossFreeRouter(TopKRouter):
         if self.num_groups is not None:
             wish_GSE = ops.where(self._is_eligible(wish_GSE), wish_GSE, -np.inf)
         _, expert_index_GSK = top_k(wish_GSE, self.k)
-        return ops.take_along_axis(probabilities_GSE, expert_index_GSK, axis=-1), expert_index_GSK
+        return take_entries(probabilities_GSE, expert_index_GSK, axis=-1), expert_index_GSK
 
     def _is_eligible(self, wish_GSE):
         """Whether each expert is in one of the token's best groups."""

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.ops import normal, top_k
+from keras_moe.ops import normal, take_entries, top_k
 from keras_moe.routing.base import layer_options, not_negative
 from keras_moe.routing.token_choice import TopKRouter
 
@@ -164,7 +164,5 @@ def top_k_in_turn(x, k, first):
     """
     n = x.shape[-1]
     turned = (first + ops.arange(n, dtype="int32")) % n
-    values, place = top_k(
-        ops.take_along_axis(x, ops.broadcast_to(turned, ops.shape(x)), axis=-1), k
-    )
+    values, place = top_k(take_entries(x, ops.broadcast_to(turned, ops.shape(x)), axis=-1), k)
     return values, (first + place) % n

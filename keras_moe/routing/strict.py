@@ -7,7 +7,7 @@ from keras_moe import losses
 from keras_moe.ops import add_rows, take_rows
 from keras_moe.routing.base import layer_options
 from keras_moe.routing.expert_choice import ExpertChoiceRouter
-from keras_moe.slots import pool_groups
+from keras_moe.slots import pool_tokens
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -108,8 +108,7 @@ class StrictlyBalancedRouter(ExpertChoiceRouter):
 
 def _normalize(routing, groups, tokens):
     """The weights, divided by their sum over the slots of the same token."""
-    groups_of_slots = ops.shape(routing.token_index)[0]  # one, where the routing pooled them
-    token_GRC = pool_groups(routing.token_index, groups * tokens // groups_of_slots)
+    token_GRC = pool_tokens(routing.token_index, groups, tokens)
     weight_M1 = ops.reshape(routing.weight, (-1, 1))
     total_T1 = add_rows(weight_M1, ops.reshape(token_GRC, (-1,)), groups * tokens)
     total_GRC = take_rows(total_T1, token_GRC)[..., 0]

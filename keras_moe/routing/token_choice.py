@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import losses, slots
 from keras_moe.distribution.active import by_groups
-from keras_moe.ops import dropout, top_k, uniform
+from keras_moe.ops import dropout, take_entries, top_k, uniform
 from keras_moe.routing.base import (
     Router,
     Routing,
@@ -309,7 +309,7 @@ class SwitchRouter(TopKRouter):
         below_GSE = ops.cumsum(probabilities_GSE, axis=-1) <= drawn_GS1
         expert_GS1 = ops.sum(ops.cast(below_GSE, "int32"), axis=-1, keepdims=True)
         expert_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)  # they may sum to 1 - 1e-7
-        return ops.take_along_axis(probabilities_GSE, expert_GS1, axis=-1), expert_GS1
+        return take_entries(probabilities_GSE, expert_GS1, axis=-1), expert_GS1
 
     def settle(self, probabilities_GSE, weight_GSK, expert_index_GSK, capacity, confidence_GS):
         if self.reroutes == 0 or capacity is None:
@@ -324,7 +324,7 @@ class SwitchRouter(TopKRouter):
 
         expert_GS1 = by_groups(reroute, wish_GSK, confidence_GS)
         known_GS1 = ops.minimum(expert_GS1, self.num_experts - 1)
-        return expert_GS1, ops.take_along_axis(probabilities_GSE, known_GS1, axis=-1)
+        return expert_GS1, take_entries(probabilities_GSE, known_GS1, axis=-1)
 
     def get_config(self):
         config = super().get_config()
