@@ -174,7 +174,14 @@ def check_hashes(folder, with_weights=True):
     path = folder / HASHES
     if not is_file(path):
         return
-    for name, expected in read_json(path).items():
+    hashes = read_json(path)
+    digits = re.compile("[0-9a-f]{64}")
+    if not all(isinstance(x, str) and digits.fullmatch(x) for x in hashes.values()):
+        raise ValueError(
+            f"{HASHES!r} must have the SHA-256 of each file, in hexadecimal digits. "
+            f"Received: preset={str(folder)!r}"
+        )
+    for name, expected in hashes.items():
         file = folder / name
         if not with_weights and file.suffix == ".h5":
             continue

@@ -379,7 +379,7 @@ def _check_configs(folder):
 
 
 def _describes_an_object(config):
-    of = {"registered_name": str, "config": dict}
+    of = {"class_name": str, "registered_name": str, "config": dict}
     return all(isinstance(config.get(name), kind) for name, kind in of.items())
 
 
@@ -493,6 +493,10 @@ def explained(path):
         if file is not None:
             name, error = file
             reason = f"{name!r} cannot be used: {_reason(str(error))}"
+        elif files := [
+            repr(name) for name in (HEAD, WEIGHTS, SHARDS) if Path(path, name).is_file()
+        ]:
+            reason += f" from {' and '.join(files)}"
         raise ValueError(
             f"The checkpoint {str(path)!r} does not fit or is damaged: {reason}"
         ) from error

@@ -15,6 +15,7 @@ import numpy as np
 from keras_moe.routing.base import not_negative
 
 VOCABULARY = "wiki_news_novels_8k.spm"
+SPECS = {2, 3}  # the fields of the trainer's and the normalizer's settings, after all pieces
 SENTINEL = "▁<extra_id_{}>"  # with the space before it
 SENTINELS = re.compile(SENTINEL.format(r"(\d+)"))
 
@@ -63,6 +64,11 @@ class ZooTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             raise ValueError(
                 f"`proto` must be a SentencePiece model. Received: {received}"
             ) from error
+        if self.proto is not None and not _fields(self.proto) >= SPECS:
+            raise ValueError(
+                "`proto` must be a whole SentencePiece model, with the settings that follow its "
+                f"pieces. Received: {len(self.proto)} bytes"
+            )
         matches = [SENTINELS.fullmatch(piece) for piece in self._vocabulary or ()]
         numbers = "|".join(match[1] for match in matches if match)
         self._sentinels = f"<extra_id_(?:{numbers})>" if numbers else None
@@ -140,6 +146,30 @@ def without_sentinels(proto):
     while proto.endswith(piece := _piece(SENTINEL.format(number))):
         proto, number = proto.removesuffix(piece), number + 1
     return proto
+
+
+def _fields(proto):
+    """Numbers of the fields of a serialized protobuf message."""
+    place, numbers = 0, set()
+    while place < len(proto):
+        key, place = _varint(proto, place)
+        numbers.add(key >> 3)
+        kind = key & 7
+        if kind in (0, 2):
+            size, place = _varint(proto, place)
+            place += size if kind == 2 else 0
+        else:
+            place += 8 if kind == 1 else 4
+    return numbers
+
+
+def _varint(proto, place):
+    """An integer of 7 bits per byte, the lowest first, and the place behind."""
+    value, shift = 0, 0
+    while proto[place] >= 128:
+        value |= (proto[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | proto[place] << shift, place + 1
 
 
 def _piece(text):

@@ -240,8 +240,8 @@ FAULTS = (
     ),
     Fault(
         "zoo/conversion/config.py",
-        "lambda value: type(value) is int and value >= least",
-        "lambda value: isinstance(value, int) and value >= least",
+        "return type(value) is int and least <= value <= most",
+        "return isinstance(value, int) and least <= value <= most",
         "true passes for the integer 1",
     ),
     Fault(
@@ -281,8 +281,26 @@ FAULTS = (
         "the balancing loss does not know of the experts per token",
     ),
     Fault(
+        "zoo/conversion/tensors.py",
+        "entry.compress_type != zipfile.ZIP_STORED",
+        "entry.compress_type == zipfile.ZIP_LZMA",
+        "compressed bytes of a pickle are taken for weights",
+    ),
+    Fault(
+        "zoo/conversion/tensors.py",
+        "if check and (name := archive.testzip()):",
+        "if name := None:",
+        "checksums of a pickle are not compared",
+    ),
+    Fault(
+        "zoo/files.py",
+        "if os.path.lexists(path):",
+        "if False:",
+        "a folder or a broken link is taken for a missing file",
+    ),
+    Fault(
         "zoo/conversion/folder.py",
-        "_check_shape(folder, of_names[name], name, tensors.shape(name))",
+        "_check_shape(folder, name, tensors.shape(name), of_names[name].shape_there())",
         "tensors.shape(name)",
         "a weight of another shape is not refused",
     ),
@@ -312,7 +330,7 @@ FAULTS = (
     ),
     Fault(
         "zoo/presets.py",
-        "_check_weights(folder, num_classes is None and task not in HEADLESS)",
+        "_check_weights(folder, has_head)",
         "_check_weights(folder, False)",
         "a preset without its head's weights is loaded with new ones",
     ),

@@ -163,6 +163,13 @@ def test_hashes_of_a_preset(tmp_path):
         (folder / HASHES).write_text(json.dumps({name: sha256(outside)}))
         with pytest.raises(ValueError, match=f"'{re.escape(name)}'"):
             check_hashes(folder)
+    for content in ({weights.name: 3}, {weights.name: "abc"}, {"a" * 300: None}):
+        (folder / HASHES).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"'{HASHES}' must have the SHA-256.*{folder.name}"):
+            check_hashes(folder)
+    (folder / HASHES).write_text(json.dumps({"a" * 300: sha256(outside)}))  # no name of a file
+    with pytest.raises(ValueError, match="'aaa.*' is missing"):
+        check_hashes(folder)
 
 
 def test_only_what_is_needed_and_only_once(hub, download):

@@ -272,3 +272,22 @@ def test_what_is_no_text(both):
         both[1]([1, 2])
     with pytest.raises(ValueError, match="string.*Received: 3"):
         both[1](3)
+
+
+def test_a_model_cut_short_between_pieces_is_refused():
+    """It could be read: a serialized message may end after any of its entries."""
+    proto, end = default_tokenizer().proto, 0
+    for _ in range(100):  # entries of the field of pieces: key, length, piece
+        assert proto[end] == 0x0A
+        end += 2 + proto[end + 1]
+    assert sentencepiece.SentencePieceProcessor(model_proto=proto[:end]).vocab_size() == 100
+    with pytest.raises(ValueError, match=f"`proto`.*whole.*{end} bytes"):
+        ZooTokenizer(proto[:end])
+
+
+def test_a_piece_that_is_no_text_is_refused():
+    proto = bytearray(default_tokenizer().proto)
+    proto[proto.index("▁".encode(), 40)] ^= 0x40
+    with pytest.raises(ValueError, match="`proto`.*UTF-8.*bytes") as error:
+        ZooTokenizer(bytes(proto))
+    assert not isinstance(error.value, UnicodeDecodeError)

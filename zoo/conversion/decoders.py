@@ -150,7 +150,7 @@ def prepare(config, tensors):
     experts, hidden = integer(config, _num_experts(config)), integer(config, "intermediate_size")
     width = integer(config, "hidden_size")
     mixture, (gate, up, down) = MIXTURES[config["model_type"]]
-    is_fused = False
+    missing, is_fused = [], False
     for name in (f"model.layers.{number}" for number in range(layers)):
         for fused, kernels, shape in (
             ("gate_up_proj", (gate, up), (hidden, width)),
@@ -158,6 +158,7 @@ def prepare(config, tensors):
         ):
             fused = f"{name}.mlp.experts.{fused}"
             if fused not in tensors.names:
+                missing.append(fused)
                 continue
             whole = (experts, len(kernels) * shape[0], shape[1])
             if tensors.shape(fused) != whole:
@@ -175,6 +176,11 @@ def prepare(config, tensors):
         router = f"{name}.mlp.gate.weight"
         if mixture != "mlp" and router in tensors.names:
             tensors.rename(router, f"{name}.{mixture}.gate.weight")
+    if is_fused and missing:
+        raise ValueError(
+            f"The checkpoint {str(tensors.folder)!r} does not fit or is damaged: it lacks the "
+            f"weight {missing[0]!r}"
+        )
     if not is_fused:
         integer(config, _num_experts(config), most=len(tensors.names))
 

@@ -161,7 +161,7 @@ def _check_shape(folder, name, shape, wanted):
     if shape != wanted:
         raise ValueError(
             f"The checkpoint {str(folder)!r} does not fit: weight {name!r} has shape {shape}, and "
-            f"the model wants {wanted}"
+            f"the model of its 'config.json' wants {wanted}"
         )
 
 

@@ -182,14 +182,14 @@ class Tensors:
                     if not (is_inside and os.path.isfile(self.folder / shard)):
                         raise ValueError(
                             f"The checkpoint {str(self.folder)!r} must have the shard {shard!r}, "
-                            "which its index names and which is not there"
+                            f"which its index {index.name!r} names and which is not there"
                         )
                 return {name: self.folder / shard for name, shard in weight_map.items()}
             if is_file(whole):
                 return dict.fromkeys(self._facts_of(whole), whole)
         raise ValueError(
             f"The checkpoint {str(self.folder)!r} must have weights: neither {SAFETENSORS!r} nor "
-            f"{PICKLED!r} is there, nor an index of shards"
+            f"{PICKLED!r} is there, nor an index of shards, '{SAFETENSORS}.index.json'"
         )
 
     def _facts_of(self, path):
